@@ -1,0 +1,2 @@
+//! Load generator, stub shard and null server.
+fn main() {}

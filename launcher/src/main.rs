@@ -1,0 +1,2 @@
+//! Starts, watches and restarts the shards and the router.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Decides what every step computes and which KV-cache blocks it uses.

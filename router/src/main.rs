@@ -1,0 +1,2 @@
+//! The router process.
+fn main() {}

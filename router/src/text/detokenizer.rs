@@ -1,0 +1,1 @@
+//! `tokenizer.json`, read by the `tokenizers` library.

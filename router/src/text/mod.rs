@@ -1,0 +1,5 @@
+//! Text in, ids out, and back: pure functions of their input, tested without a model.
+
+pub mod detokenizer;
+pub mod stop_strings;
+pub mod tokenizer;
