@@ -63,16 +63,9 @@ pub struct Args {
     #[arg(long, env, default_value = "128", value_parser = at_least_one(), allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub max_concurrent_requests: u32,
-    /// The most candidates a request may ask for with best_of.
-    #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
-          help_heading = LIMITS)]
-    pub max_best_of: u32,
     /// The most stop sequences of a request.
     #[arg(long, env, default_value = "4", allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_stop_sequences: u32,
-    /// The most alternatives per token that a request may ask for with top_n_tokens.
-    #[arg(long, env, default_value = "5", allow_negative_numbers = true, help_heading = LIMITS)]
-    pub max_top_n_tokens: u32,
     /// The longest prompt, in tokens. By default one less than --max-total-tokens.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_input_tokens: Option<u32>,
@@ -88,6 +81,10 @@ pub struct Args {
     /// Tokens held in the KV cache at a time. By default as many as the memory allows.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_total_tokens: Option<u32>,
+    /// Tokens per block of the KV cache.
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=1024), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub block_size: Option<u32>,
     /// Sequences computed in one step.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_size: Option<u32>,
@@ -96,13 +93,13 @@ pub struct Args {
           help_heading = LIMITS)]
     pub pipeline_depth: Option<u32>,
     /// Seconds that a request may wait in the queue.
-    #[arg(long, env, value_name = "SECONDS", value_parser = at_least_one(), allow_negative_numbers = true,
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
           help_heading = LIMITS)]
-    pub queue_timeout: Option<u32>,
+    pub queue_timeout: Option<f64>,
     /// Seconds after which a step without an answer counts as a fault of the shards.
-    #[arg(long, env, value_name = "SECONDS", value_parser = at_least_one(), allow_negative_numbers = true,
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
           help_heading = LIMITS)]
-    pub step_timeout: Option<u32>,
+    pub step_timeout: Option<f64>,
 
     /// The address to listen on. A name that a container runtime put into HOSTNAME means 0.0.0.0, with a notice.
     #[arg(long, env, default_value = "0.0.0.0", help_heading = HTTP)]
@@ -112,17 +109,13 @@ pub struct Args {
           allow_negative_numbers = true, help_heading = HTTP)]
     pub port: u16,
     /// The largest request body, in bytes.
-    #[arg(long, env, default_value = "2000000", value_parser = clap::value_parser!(u64).range(1..),
+    #[arg(long, env, default_value = "2000000", value_parser = at_least_one(),
           allow_negative_numbers = true, help_heading = HTTP)]
-    pub payload_limit: u64,
+    pub payload_limit: u32,
     /// Threads that turn text into tokens.
     #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
           help_heading = HTTP)]
     pub validation_workers: u32,
-    /// The most prompts of one request.
-    #[arg(long, env, default_value = "4", value_parser = at_least_one(), allow_negative_numbers = true,
-          help_heading = HTTP)]
-    pub max_client_batch_size: u32,
     /// An origin that browsers may call from; may be given several times. By default any.
     #[arg(long, env, value_delimiter = ',', help_heading = HTTP)]
     pub cors_allow_origin: Vec<String>,
@@ -137,13 +130,13 @@ pub struct Args {
     #[arg(short, long, action = ArgAction::SetTrue, help_heading = OPERATION)]
     pub env: bool,
     /// Seconds that running requests are given to finish after SIGTERM or Ctrl-C.
-    #[arg(short, long, env, value_name = "SECONDS", default_value = "90", allow_negative_numbers = true,
+    #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = seconds, allow_negative_numbers = true,
           help_heading = OPERATION)]
-    pub graceful_termination_timeout: u32,
+    pub graceful_termination_timeout: f64,
     /// Seconds without any progress after which a start, or a restart of a shard, is given up.
-    #[arg(long, env, value_name = "SECONDS", default_value = "120", value_parser = at_least_one(),
-          allow_negative_numbers = true, help_heading = OPERATION)]
-    pub startup_stall_timeout: u32,
+    #[arg(long, env, value_name = "SECONDS", default_value = "120", value_parser = seconds, allow_negative_numbers = true,
+          help_heading = OPERATION)]
+    pub startup_stall_timeout: f64,
 
     /// What to tell the user about flags that have no effect here.
     #[arg(skip)]
@@ -253,6 +246,24 @@ const FOREIGN: &[Foreign] = &[
     refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
     refused("otlp-endpoint", ANY, "traces are not exported; leave it out"),
     refused("otlp-service-name", ANY, "traces are not exported; leave it out"),
+    Foreign {
+        flag: "max-best-of",
+        values: ANY,
+        fate: Fate::Refused(&["1"]),
+        why: "best_of is served from a later version; leave it out",
+    },
+    Foreign {
+        flag: "max-top-n-tokens",
+        values: ANY,
+        fate: Fate::Refused(&["0"]),
+        why: "top_n_tokens is served from a later version; leave it out",
+    },
+    Foreign {
+        flag: "max-client-batch-size",
+        values: ANY,
+        fate: Fate::Refused(&["1"]),
+        why: "/v1/completions is served from a later version; leave it out",
+    },
     refused(
         "api-key",
         ANY,
@@ -292,8 +303,16 @@ const FOREIGN: &[Foreign] = &[
 const ENVIRONMENT_ONLY: &[&str] =
     &["request-logprobs", "attention", "prefix-caching", "prefill-chunking", "tgi-wiggle-room"];
 
+/// No count of tokens, bytes or sequences is larger; sums of them fit in every type they are sent in.
+const MAX_COUNT: i64 = u32::MAX as i64 / 4;
+
 fn at_least_one() -> clap::builder::RangedI64ValueParser<u32> {
-    clap::value_parser!(u32).range(1..)
+    clap::value_parser!(u32).range(1..=MAX_COUNT)
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
+    seconds.ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
 }
 
 fn fraction(text: &str) -> Result<f64, String> {
@@ -429,12 +448,11 @@ mod tests {
             (args.port, args.hostname.as_str(), args.max_concurrent_requests, args.max_stop_sequences),
             (3000, "0.0.0.0", 128, 4)
         );
-        assert_eq!((args.payload_limit, args.validation_workers, args.max_client_batch_size), (2_000_000, 2, 4));
+        assert_eq!((args.payload_limit, args.validation_workers), (2_000_000, 2));
         assert_eq!(
             (args.graceful_termination_timeout, args.shard_uds_path.as_str()),
-            (90, "/tmp/text-generation-server")
+            (90.0, "/tmp/text-generation-server")
         );
-        assert_eq!((args.max_best_of, args.max_top_n_tokens, args.memory_fraction), (2, 5, 0.5));
     }
 
     #[test]
@@ -448,6 +466,7 @@ mod tests {
             (vec!["--lora-adapters", "a,b"], "--lora-adapters"),
             (vec!["--cuda-graphs", "1,2"], "--cuda-graphs"),
             (vec!["--prometheus-port", "9000"], "--prometheus-port"),
+            (vec!["--max-best-of", "2"], "--max-best-of"),
             (vec!["--enable-prefill-logprobs"], "--enable-prefill-logprobs"),
         ] {
             let message = refusal(&flags);
@@ -459,7 +478,8 @@ mod tests {
 
     #[test]
     fn values_that_ask_for_what_happens_anyway_are_accepted() {
-        let args = parsed(&["--speculate", "0", "--cuda-graphs", "0", "--usage-stats", "off"]).unwrap();
+        let args =
+            parsed(&["--speculate", "0", "--cuda-graphs", "0", "--usage-stats", "off", "--max-best-of", "1"]).unwrap();
         assert_eq!(args.notices, Vec::<String>::new());
     }
 
@@ -483,6 +503,8 @@ mod tests {
             ("--port", "65536"),
             ("--memory-fraction", "1.5"),
             ("--memory-fraction", "nan"),
+            ("--graceful-termination-timeout", "0"),
+            ("--step-timeout", "nan"),
             ("--hostname", "nonsense"),
             ("--quantize", "int7"),
             ("--dtype", "int8"),

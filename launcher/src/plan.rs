@@ -121,30 +121,38 @@ pub fn check(args: &Args) -> Result<(), PlanError> {
             "--max-input-tokens {tokens} and --max-input-length {length}: both name the same limit; use the first alone"
         ));
     }
-    let input = max_input_tokens(args);
-    if let (Some(input), Some(total)) = (input, args.max_total_tokens)
-        && input >= total
-    {
-        return usage(format!(
-            "--max-input-tokens {input} must be less than --max-total-tokens {total}: an answer needs at least one token"
-        ));
-    }
+    let input = ("--max-input-tokens", max_input_tokens(args));
+    let total = ("--max-total-tokens", args.max_total_tokens);
+    let batch_total = ("--max-batch-total-tokens", args.max_batch_total_tokens);
+    let step = ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);
     if args.max_total_tokens == Some(1) {
         return usage("--max-total-tokens 1: expected at least 2, one for the prompt and one for the answer");
     }
-    if let (Some(total), Some(batch)) = (args.max_total_tokens, args.max_batch_total_tokens)
-        && total > batch
-    {
-        return usage(format!(
-            "--max-total-tokens {total} must not exceed --max-batch-total-tokens {batch}: such a sequence would never fit"
-        ));
+    less(input, total, "an answer needs at least one token")?;
+    less(input, batch_total, "an answer needs at least one token")?;
+    at_most(total, batch_total, "such a sequence would never fit")?;
+    at_most(("--max-batch-size", args.max_batch_size), step, "a step has room for one token of every sequence")?;
+    at_most(("--block-size", args.block_size), batch_total, "the cache holds whole blocks")
+}
+
+type Flag = (&'static str, Option<u32>);
+
+fn less(smaller: Flag, larger: Flag, why: &str) -> Result<(), PlanError> {
+    match (smaller, larger) {
+        ((name, Some(value)), (other, Some(limit))) if value >= limit => {
+            usage(format!("{name} {value} must be less than {other} {limit}: {why}"))
+        }
+        _ => Ok(()),
     }
-    if let (Some(prefill), Some(batch)) = (args.max_batch_prefill_tokens, args.max_batch_total_tokens)
-        && prefill > batch
-    {
-        return usage(format!("--max-batch-prefill-tokens {prefill} must not exceed --max-batch-total-tokens {batch}"));
+}
+
+fn at_most(smaller: Flag, larger: Flag, why: &str) -> Result<(), PlanError> {
+    match (smaller, larger) {
+        ((name, Some(value)), (other, Some(limit))) if value > limit => {
+            usage(format!("{name} {value} must not exceed {other} {limit}: {why}"))
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn max_input_tokens(args: &Args) -> Option<u32> {
@@ -277,14 +285,13 @@ fn router_command(
         .word("--exit-with-stdin");
     router.flag("--hostname", &args.hostname).flag("--port", args.port);
     router.flag("--max-concurrent-requests", args.max_concurrent_requests);
-    router.flag("--max-best-of", args.max_best_of).flag("--max-stop-sequences", args.max_stop_sequences);
-    router.flag("--max-top-n-tokens", args.max_top_n_tokens);
-    router.flag("--max-client-batch-size", args.max_client_batch_size);
+    router.flag("--max-stop-sequences", args.max_stop_sequences);
     router.optional("--max-input-tokens", max_input_tokens(args));
     router.optional("--max-total-tokens", args.max_total_tokens);
     router.optional("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);
     router.optional("--max-batch-total-tokens", args.max_batch_total_tokens);
-    router.optional("--max-batch-size", args.max_batch_size).optional("--pipeline-depth", args.pipeline_depth);
+    router.optional("--max-batch-size", args.max_batch_size).optional("--block-size", args.block_size);
+    router.optional("--pipeline-depth", args.pipeline_depth);
     router.optional("--queue-timeout", args.queue_timeout).optional("--step-timeout", args.step_timeout);
     router.flag("--validation-workers", args.validation_workers).flag("--payload-limit", args.payload_limit);
     router.flag("--graceful-termination-timeout", args.graceful_termination_timeout);
@@ -402,9 +409,8 @@ mod tests {
             planned("").unwrap().router.args,
             words(
                 "--tokenizer-name /m --model-id models/m --control-socket /r/control --admin-socket /r/admin \
-                 --exit-with-stdin --hostname 0.0.0.0 --port 3000 --max-concurrent-requests 128 --max-best-of 2 \
-                 --max-stop-sequences 4 --max-top-n-tokens 5 --max-client-batch-size 4 --validation-workers 2 \
-                 --payload-limit 2000000 --graceful-termination-timeout 90"
+                 --exit-with-stdin --hostname 0.0.0.0 --port 3000 --max-concurrent-requests 128 \
+                 --max-stop-sequences 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90"
             )
         );
     }
@@ -412,10 +418,9 @@ mod tests {
     #[test]
     fn every_flag_of_the_router_reaches_it() {
         let plan = planned(
-            "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-best-of 1 --max-stop-sequences 2 \
-             --max-top-n-tokens 3 --max-client-batch-size 5 --max-input-length 10 --max-total-tokens 20 \
-             --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 --max-batch-size 6 --pipeline-depth 2 \
-             --queue-timeout 50 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
+            "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 \
+             --max-input-length 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 \
+             --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
              --cors-allow-origin a --cors-allow-origin b --json-output",
         )
         .unwrap();
@@ -424,10 +429,9 @@ mod tests {
             plan.router.args,
             words(
                 "--tokenizer-name /m --model-id models/m --revision r --control-socket /r/control --admin-socket \
-                 /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 --max-best-of 1 \
-                 --max-stop-sequences 2 --max-top-n-tokens 3 --max-client-batch-size 5 --max-input-tokens 10 \
-                 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 --max-batch-size 6 \
-                 --pipeline-depth 2 --queue-timeout 50 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
+                 /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 \
+                 --max-stop-sequences 2 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
+                 --max-batch-total-tokens 40 --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
                  --graceful-termination-timeout 8 --cors-allow-origin a --cors-allow-origin b --json-output"
             )
         );
@@ -459,7 +463,9 @@ mod tests {
                 "--max-total-tokens 20 --max-batch-total-tokens 10",
                 vec!["--max-total-tokens 20", "--max-batch-total-tokens 10"],
             ),
-            ("--max-batch-prefill-tokens 9 --max-batch-total-tokens 8", vec!["--max-batch-prefill-tokens 9"]),
+            ("--max-input-tokens 8 --max-batch-total-tokens 8", vec!["--max-input-tokens 8"]),
+            ("--max-batch-size 9 --max-batch-prefill-tokens 8", vec!["--max-batch-size 9"]),
+            ("--block-size 9 --max-batch-total-tokens 8", vec!["--block-size 9"]),
         ] {
             match planned(flags) {
                 Err(PlanError::Usage(message)) => {

@@ -147,8 +147,8 @@ async fn prepare_and_supervise(
     tell_plan(&plan, &model, directory);
     let policy = Policy {
         world_size,
-        startup_stall: Duration::from_secs(args.startup_stall_timeout.into()),
-        grace: Duration::from_secs(args.graceful_termination_timeout.into()),
+        startup_stall: Duration::from_secs_f64(args.startup_stall_timeout),
+        grace: Duration::from_secs_f64(args.graceful_termination_timeout),
         url: plan.url.clone(),
     };
     supervise(plan, policy, directory, context).await
@@ -259,7 +259,7 @@ async fn preflight(
     context: &mut Context<'_>,
 ) -> Result<Option<ModelPlan>, Failure> {
     let command = plan::preflight_command(args, programs, model_dir, world_size);
-    let limit = Duration::from_secs(args.startup_stall_timeout.into());
+    let limit = Duration::from_secs_f64(args.startup_stall_timeout);
     let Ok(asked) = tokio::time::timeout(limit, ask(&command, "plan", false, context)).await else {
         return Err(failed(format!("text-generation-server plan gave no answer for {} s", limit.as_secs())));
     };
