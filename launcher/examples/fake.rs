@@ -1,6 +1,8 @@
 //! Stands in for `text-generation-server` and `text-generation-router` in the launcher's tests, whichever name it is
 //! called by. The variable FAKE lists what it does wrong; FAKE_DIR is where the router notes what it is told.
 
+#![allow(clippy::unwrap_used)] // Part of the tests; a panic is seen there as a death of the child.
+
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};

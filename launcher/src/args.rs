@@ -333,6 +333,7 @@ pub fn command() -> clap::Command {
         let mut arg = clap::Arg::new(foreign.flag)
             .long(foreign.flag)
             .env(environment_name.as_str())
+            .value_name("VALUE")
             .hide_env_values(true)
             .allow_hyphen_values(foreign.values.is_empty())
             .hide(ENVIRONMENT_ONLY.contains(&foreign.flag))

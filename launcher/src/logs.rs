@@ -265,7 +265,7 @@ pub fn init(output: &Output, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(directive).map_err(|error| format!("--log-level {filter:?}: {error}"))?;
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(output.clone()).with_ansi(false);
     match output.format {
-        Format::Text => subscriber.init(),
+        Format::Text => subscriber.with_target(false).init(),
         Format::Json => subscriber.json().init(),
     }
     Ok(())

@@ -91,7 +91,7 @@ fn likely_cause(signal: i32) -> &'static str {
             ": memory behind a file went away: /dev/shm is full, or the model's disk failed or its files were changed"
         }
         Ok(UnixSignal::SIGSEGV) => ": a wild memory access, a bug in a library or kernel",
-        Ok(UnixSignal::SIGABRT) => ": it gave up by itself, see its last lines",
+        Ok(UnixSignal::SIGABRT) => ": it gave up by itself",
         Ok(UnixSignal::SIGFPE) => ": an integer division by zero, a bug in a library or kernel",
         _ => "",
     }
@@ -180,6 +180,7 @@ fn start(command: &CommandLine) -> io::Result<(Child, Running, mpsc::Receiver<Si
         builder.env_remove(name);
     });
     builder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    builder.kill_on_drop(true);
     let child = builder.spawn()?;
     let process_id = child.id().ok_or_else(|| io::Error::other("the process was gone at once"))?;
     let (sender, signals) = mpsc::channel(16);

@@ -179,7 +179,7 @@ fn tell_plan(plan: &LaunchPlan, model: &ModelPlan, directory: &RunDirectory) {
         model.dtype.as_deref().unwrap_or("type chosen by the shards"),
     );
     info!(
-        "shards: {}, each with {} threads and up to {} for weights and cache",
+        "shards: {}; threads of each: {}; memory of each for weights and cache: {}",
         plan.world_size,
         plan.threads_per_rank,
         plan::bytes(plan.memory_bytes_per_rank)
@@ -292,15 +292,13 @@ async fn ask(
         () = context.stops.next() => {
             info!("asked to end");
             running.signal(Signal::Term);
-            let patience = tokio::time::timeout(TERM, &mut end);
-            tokio::select! {
-                ended = patience => if ended.is_err() {
-                    running.signal(Signal::Kill);
-                    end.await;
-                },
-                () = context.stops.next() => {
-                    running.signal(Signal::Kill);
-                }
+            let ended = tokio::select! {
+                ended = tokio::time::timeout(TERM, &mut end) => ended.is_ok(),
+                () = context.stops.next() => false,
+            };
+            if !ended {
+                running.signal(Signal::Kill);
+                end.await;
             }
             None
         }

@@ -1,5 +1,7 @@
 //! The launcher's program with fake children: what starts, what is replaced, what is left behind, how it ends.
 
+#![allow(clippy::unwrap_used)] // A test file: helpers are not recognized as tests.
+
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::FileTypeExt;
