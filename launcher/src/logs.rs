@@ -73,9 +73,20 @@ impl Lines {
     }
 }
 
-/// Without control characters, which could rewrite what a terminal already shows.
+/// Without colours and other control characters: these could rewrite what a terminal already shows.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    let mut printable = String::with_capacity(text.len());
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == '\u{1b}' && characters.next_if_eq(&'[').is_some() {
+            // A control sequence ends with its first byte from '@' to '~' (ECMA-48, 5.4).
+            characters.by_ref().find(|character| ('@'..='~').contains(character));
+        } else {
+            let is_control = character.is_control() && character != '\t';
+            printable.push(if is_control { char::REPLACEMENT_CHARACTER } else { character });
+        }
+    }
+    printable
 }
 
 /// The last lines of a child.
@@ -292,7 +303,7 @@ mod tests {
             (vec![b"a\r\nb\r", b"\nc"], vec!["a", "b", "c"]),
             (vec![b"10 %\r20 %\r"], vec!["10 %", "20 %"]),
             (vec![b"a\n\nb"], vec!["a", "", "b"]),
-            (vec![b"\x1b[2Jx\ty\n"], vec!["\u{fffd}[2Jx\ty"]),
+            (vec![b"\x1b[2Jx\ty\x1b[1;31mz\x1b[0m\x07\n"], vec!["x\tyz\u{fffd}"]),
         ] {
             assert_eq!(lines(&chunks), expected, "{chunks:?}");
         }
