@@ -143,3 +143,7 @@ def local_folder(model_id: str, revision: str | None, download: bool = False) ->
 def main() -> None:
     """Entry point of `text-generation-server`."""
     app(prog_name="text-generation-server", args=sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
