@@ -87,6 +87,7 @@ class Loader:
     tp: TensorParallel
     kernels: Kernels
     dtype: torch.dtype
+    hidden_size: int
     prefix: str = ""
 
     def __truediv__(self, name: str | int) -> Loader:

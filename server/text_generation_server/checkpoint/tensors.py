@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -42,7 +43,8 @@ class Checkpoint:
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
         self._on_read(num_bytes)
-        return tensor
+        # Slices may be views into the mapped file.
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Matmul(Protocol):
-    """y[rows, out] = x[rows, in] @ W.T (+ bias) for one prepared weight; y has the dtype of x."""
+    """y[rows, out] = x[rows, in] @ W.T for one prepared weight; y is new and has the dtype of x."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -63,12 +63,16 @@ class Kernels(Protocol):
         """Whether a row's bits depend on its own tokens and positions alone."""
         ...
 
+    def prepare(self, hidden_size: int, head_dim: int) -> None:
+        """Told once by a model that will be computed: the sizes of its norms and heads."""
+        ...
+
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         """Allocates the cache. Memory is committed by the operating system as blocks are written."""
         ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Matmul:
-        """Prepares a dense weight [out, in], of the dtype it is computed in, for repeated use."""
+    def linear(self, weight: Tensor) -> Matmul:
+        """Prepares a dense weight [out, in], of the dtype of the activations, for repeated use. May keep `weight`."""
         ...
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
@@ -76,7 +80,10 @@ class Kernels(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) * weight over the last axis, computed in float32. x: [..., size]."""
+        """x / sqrt(mean(x²) + eps) * weight over the last axis, computed in float32. x: [tokens, ..., size].
+
+        weight: [size], or x's shape without the tokens.
+        """
         ...
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
