@@ -133,13 +133,13 @@ def most_probable(scaled: Tensor, params: SamplingParams, look: Look, total: flo
         is_all = len(values) == len(scaled)
         order = np.lexsort((ids, -values))
         values, ids = values[order], ids[order]
-        kept = len(values)
+        kept = int((values > -np.inf).sum())
         if 0 < params.top_k < len(values):
-            kept = int((values >= values[params.top_k - 1]).sum())
-        weights = np.cumsum(np.exp(values[:kept].astype(np.float64)))
-        # The distribution that top_p sees is what top_k has left.
-        mass = weights[-1] if total is None else total
-        if params.top_p < 1.0:
+            kept = min(kept, int((values >= values[params.top_k - 1]).sum()))
+        # The distribution that top_p sees is what top_k has left, all of it.
+        if params.top_p < 1.0 and (total is not None or is_all or kept < len(values)):
+            weights = np.cumsum(np.exp(values[:kept].astype(np.float64)))
+            mass = weights[-1] if total is None else total
             kept = min(kept, int(np.searchsorted(weights, params.top_p * mass, side="left")) + 1)
         # Enough was seen once something less probable than the last kept one has been.
         if is_all or (kept < len(values) and values[kept - 1] > values[-1]):
@@ -151,7 +151,7 @@ def most_probable(scaled: Tensor, params: SamplingParams, look: Look, total: flo
 def typical(
     values: NDArray[np.float32], ids: NDArray[np.int64], weights: NDArray[np.float64], share: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-    """The ids whose surprise is closest to the expected one, until they have `share` of the weight.
+    """The ids whose surprise is closest to the expected one, until they have `share` of the weight; ties stay.
 
     Locally typical sampling (Meister et al. 2022, arXiv:2202.00666).
     """
@@ -166,8 +166,9 @@ def typical(
         nearest = np.argpartition(distance, count - 1)[:count] if count < len(ids) else np.arange(len(ids))
         order = nearest[np.lexsort((ids[nearest], distance[nearest]))]
         mass = np.cumsum(weights[order])
-        kept = int(np.searchsorted(mass, share * total, side="left")) + 1
-        if count == len(ids) or (kept < count and distance[order[kept - 1]] < distance[order[-1]]):
-            chosen = order[: min(kept, len(order))]
+        last = distance[order[min(int(np.searchsorted(mass, share * total, side="left")), count - 1)]]
+        # Enough was seen once something farther away than the last kept one has been.
+        if count == len(ids) or last < distance[order[-1]]:
+            chosen = order[distance[order] <= last]
             return values[chosen], ids[chosen], weights[chosen]
         count = min(count * 8, len(ids))
