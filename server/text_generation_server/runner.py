@@ -203,8 +203,12 @@ class Runner:
                 continue
             self.table.append(row, token_id)
             constraint = self.table.states[row].constraint
-            if constraint is not None:
-                constraint.advance(token_id)
+            try:
+                if constraint is not None:
+                    constraint.advance(token_id)
+            except GrammarError as error:
+                # Biases may forbid every id that the grammar allows. All ranks see the same id, and the same error.
+                self.table.faults[row] = RowFault(GRAMMAR, str(error))
         return drawn
 
     def draw(self, rows: list[int], raw: Tensor) -> Draw:
