@@ -199,16 +199,12 @@ class Runner:
         self.group.broadcast(told)
         for row, (token_id, is_finite) in zip(rows, told.tolist(), strict=True):
             if not is_finite:
-                self.table.faults[row] = RowFault(NUMERICAL, "the model's logits are not finite")
+                self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
             self.table.append(row, token_id)
             constraint = self.table.states[row].constraint
-            try:
-                if constraint is not None:
-                    constraint.advance(token_id)
-            except GrammarError as error:
-                # Biases may forbid every id that the grammar allows. All ranks see the same id, and the same error.
-                self.table.faults[row] = RowFault(GRAMMAR, str(error))
+            if constraint is not None:
+                constraint.advance(token_id)
         return drawn
 
     def draw(self, rows: list[int], raw: Tensor) -> Draw:

@@ -274,6 +274,15 @@ def test_a_row_that_is_not_finite_is_told_and_its_neighbours_are_as_ever(bad, pl
     assert [bits(after, i) for i in range(9) if i not in (1, 4)] == [bits(before, i) for i in range(9) if i not in (1, 4)]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("params", MANY, ids=str)
+def test_a_row_of_which_processors_leave_no_id_is_told_like_one_that_is_not_finite(params, bad):
+    raw = random_logits(4096, scale=2.0, rows=3)
+    processed = raw.clone()
+    processed[1] = bad
+    assert draw(raw, processed, [params] * 3, np.arange(3)).is_finite.tolist() == [True, False, True]
+
+
 def test_the_most_probable_ids_come_with_their_ties_in_order():
     logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, 1.0, 1.0, -4.0]])
     (ids, logprobs), *_ = draw(logits, logits, [SamplingParams(top_n=3)], np.array([1])).top

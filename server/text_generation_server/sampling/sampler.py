@@ -26,7 +26,7 @@ class Draw:
     ids: NDArray[np.int64]  # [rows]
     logprobs: NDArray[np.float32]  # [rows], under the raw distribution
     top: list[tuple[list[int], list[float]]]
-    is_finite: NDArray[np.bool_]  # [rows]; nothing else of a row that is not finite means anything
+    is_finite: NDArray[np.bool_]  # [rows]; else there is no id to draw, and nothing else of the row means anything
 
 
 def log_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,9 @@ def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], posit
     positions: [rows], the index that the new id will have in its sequence.
     """
     normalizer, is_finite = raw_logprobs(raw)
+    if processed is not raw:
+        # Biases and a constraint may together forbid every id; a penalty may overflow.
+        is_finite &= torch.isfinite(processed.amax(-1)).numpy()
     ids = processed.argmax(-1).numpy()
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
