@@ -49,11 +49,17 @@ class Process:
     def wait_for(self, *phases: int, timeout_s: float = 90) -> pb.HealthReply:
         """The first health in one of the phases."""
         deadline = time.monotonic() + timeout_s
-        while (health := self.health(timeout_s)).phase not in phases:
+        while time.monotonic() < deadline:
             assert self.popen.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"{health}\n{self.log.read_text()}"
+            try:
+                health = self.health(1)
+            except grpc.RpcError as error:
+                assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE), error
+                continue
+            if health.phase in phases:
+                return health
             time.sleep(0.02)
-        return health
+        raise AssertionError(f"rank {self.rank} did not come to {phases}\n{self.log.read_text()}")
 
     def kill(self) -> None:
         self.channel.close()
@@ -122,7 +128,7 @@ class Shards:
         self.end_streams()
         self.fault_file.unlink(missing_ok=True)
         for process in self.processes:
-            process.wait_for(pb.HealthReply.LOADED, pb.HealthReply.SERVING, pb.HealthReply.WARMING_UP)
+            process.wait_for(*range(pb.HealthReply.LOADED, pb.HealthReply.FAILED))
         self.join()
         self.warm_up(self.num_blocks)
         self.open_streams()
@@ -182,6 +188,11 @@ class Shards:
         waiting = self.fault_file.with_suffix(".new")
         waiting.write_text(line)
         waiting.rename(self.fault_file)
+
+    def forget_digests(self) -> None:
+        """Empties the files; processes that write append to them."""
+        for path in self.digest_dir.glob("*"):
+            os.truncate(path, 0)
 
     def digests(self) -> list[tuple[str, str]]:
         """(digest of a log, digest of the logits after it) of every id that was sampled by any process so far."""
