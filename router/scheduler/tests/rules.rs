@@ -3,7 +3,7 @@
 
 use scheduler::{
     Event, FinishReason, Limits, Millis, Namespace, Rejected, Request, RowError, RowResult, Scheduler, SequenceId,
-    ShardFault, StepPlan, StepResult, TokenId,
+    StepPlan, StepResult, TokenId,
 };
 
 const EOS: TokenId = 2;
@@ -27,14 +27,7 @@ fn scheduler(limits: Limits) -> Scheduler {
 }
 
 fn request(prompt_len: u32, max_new_tokens: usize) -> Request {
-    Request {
-        prompt: (100..100 + prompt_len).collect(),
-        max_new_tokens,
-        namespace: Namespace(0),
-        deadline: None,
-        wants_prompt_logprobs: false,
-        ignore_eos: false,
-    }
+    Request { prompt: (100..100 + prompt_len).collect(), max_new_tokens, ..Request::default() }
 }
 
 /// The shards, as far as lengths go: answers every sampling row with `token`.
@@ -206,7 +199,8 @@ fn who_waits_for_admission_beyond_its_deadline_ends() {
         scheduler.add(Request { deadline: Some(Millis(deadline)), ..request(3, 4) }).unwrap();
     }
     scheduler.plan().unwrap();
-    let late = scheduler.expire(Millis(20));
+    assert!(scheduler.expire(Millis(20)).is_empty(), "the last moment is not too late");
+    let late = scheduler.expire(Millis(21));
     assert_eq!(reasons(&late), [(1, FinishReason::DeadlineExceeded)], "the first runs, the third has time");
 }
 
@@ -258,7 +252,7 @@ fn an_answer_that_does_not_fit_is_a_fault_and_changes_nothing() {
     for edit in edits {
         let mut bad = good.clone();
         edit(&mut bad);
-        assert_eq!(scheduler.commit(&bad), Err(ShardFault));
+        assert!(scheduler.commit(&bad).is_err());
     }
     assert_eq!(scheduler.commit(&good).map(|events| events.len()), Ok(1));
 }
