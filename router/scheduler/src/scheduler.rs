@@ -106,6 +106,8 @@ struct Retired {
     last_step: u64,
     /// The row's length in the cache, by committed steps; `None` after a row error.
     num_computed: Option<usize>,
+    /// Whether its open rows may still kill the shards.
+    is_suspect: bool,
 }
 
 /// Decides what every step computes. See the crate's documentation.
@@ -431,7 +433,9 @@ impl Scheduler {
         let is_released =
             self.release.iter().all(|(_, id)| *id != next.id) || self.planted.has(Bug::ReadmitsUnreleased);
         let is_alone = self.running.is_empty() && self.open.is_empty();
-        let may_mix = !next.is_suspect() && !self.running.iter().any(Sequence::is_suspect);
+        let is_among_suspects =
+            self.running.iter().any(Sequence::is_suspect) || self.retired.values().any(|retired| retired.is_suspect);
+        let may_mix = !next.is_suspect() && !is_among_suspects;
         let may_run = is_alone || may_mix || self.planted.has(Bug::RunsSuspectsTogether);
         let lacks_blocks =
             self.too_few_blocks_for.is_some_and(|(id, needed)| id == next.id && self.pool.num_free() < needed);
@@ -479,7 +483,8 @@ impl Scheduler {
         }
         if sequence.in_flight.num_rows > 0 {
             let last_step = sequence.in_flight.last_step;
-            self.retired.insert(sequence.id, Retired { blocks, last_step, num_computed });
+            let is_suspect = sequence.is_suspect();
+            self.retired.insert(sequence.id, Retired { blocks, last_step, num_computed, is_suspect });
         }
         sequence
     }

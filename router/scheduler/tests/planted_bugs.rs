@@ -61,7 +61,10 @@ fn first_failure(prepare: &dyn Fn(&mut Scheduler)) -> Option<u64> {
 }
 
 #[test]
-fn every_planted_bug_is_found() {
+fn every_planted_bug_is_found_and_nothing_where_there_is_none() {
+    for seed in 0..500 {
+        World::new(seed, None, &|_| {}).run();
+    }
     std::panic::set_hook(Box::new(|_| {})); // the failures are wanted
     let found: Vec<_> = BUGS.iter().map(|bug| (bug, first_failure(&|s: &mut Scheduler| s.plant(*bug)))).collect();
     let _ = std::panic::take_hook();
@@ -69,11 +72,4 @@ fn every_planted_bug_is_found() {
         println!("{bug:?}: {}", seed.map_or("not found".into(), |seed| format!("after {} schedules", seed + 1)));
     }
     assert!(found.iter().all(|(_, seed)| seed.is_some()), "a planted bug was not found");
-}
-
-#[test]
-fn without_a_bug_the_same_schedules_pass() {
-    for seed in 0..500 {
-        World::new(seed, None, &|_| {}).run();
-    }
 }

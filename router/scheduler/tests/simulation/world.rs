@@ -54,6 +54,8 @@ struct Client {
     golden_reason: FinishReason,
     stop: Option<TokenId>,
     emitted: Vec<TokenId>,
+    /// Ids emitted, those after a stop string included.
+    num_heard: usize,
     end: Option<End>,
     /// No event may follow.
     is_closed: bool,
@@ -61,6 +63,17 @@ struct Client {
     num_kills: usize,
     /// For each death while it was being computed: how much it had emitted.
     deaths: Vec<usize>,
+    suspicion: Suspicion,
+}
+
+/// Deaths that are held against a request until it has computed again all that was in flight at each of them.
+#[derive(Clone, Copy, Default)]
+struct Suspicion {
+    num_deaths: usize,
+    /// The first position in flight, if there was a death.
+    from: Option<usize>,
+    /// The length of its log that clears it.
+    until: usize,
 }
 
 /// What the shard holds of a sequence, as told by the plans and results alone.
@@ -330,11 +343,13 @@ impl World {
                     golden_reason,
                     stop,
                     emitted: vec![],
+                    num_heard: 0,
                     end: None,
                     is_closed: false,
                     num_admissions: 0,
                     num_kills: 0,
                     deaths: vec![],
+                    suspicion: Suspicion::default(),
                 };
                 assert!(self.clients.insert(id, client).is_none());
             }
@@ -399,6 +414,10 @@ impl World {
     fn hear_token(&mut self, id: SequenceId, token: TokenId) {
         let client = self.clients.get_mut(&id).expect("a known request");
         assert!(!client.is_closed, "{id:?} goes on after its end");
+        client.num_heard += 1;
+        if client.request.prompt.len() + client.num_heard >= client.suspicion.until {
+            client.suspicion = Suspicion::default();
+        }
         if client.end.is_some() {
             return; // stopped; the scheduler does not know it yet
         }
@@ -472,6 +491,7 @@ impl World {
         assert_eq!(self.scheduler.stats().num_running, num_running);
         self.check_blocks();
         self.check_seniority(&plan);
+        self.check_suspects();
         if self.health == Health::Up {
             self.stream.push_back(plan);
         }
@@ -494,6 +514,8 @@ impl World {
         let num_lower = in_use().filter(|row| *row < a.row).count();
         assert_eq!(num_lower, a.row.0 as usize, "{:?} gets the lowest free row", a.id);
         assert_eq!(a.incarnation, client.num_admissions, "an incarnation counts admissions");
+        let may_hide = client.suspicion.from.is_some_and(|from| from < a.num_cached);
+        assert!(!may_hide, "{:?} has to compute again what was in flight at a death", a.id);
         let owes_logprobs = client.request.wants_prompt_logprobs && a.token_ids.len() == a.num_prompt;
         assert!(!owes_logprobs || a.num_cached == 0, "{:?} cannot tell what it does not compute", a.id);
         let shadow = Shadow {
@@ -583,6 +605,14 @@ impl World {
         for row in plan.work.iter().filter(|w| first_waiting.is_some_and(|id| id < w.id)) {
             assert!(row.new_blocks.is_empty(), "{:?} takes blocks before {first_waiting:?}", row.id);
         }
+    }
+
+    /// Who was there at two deaths has the shards to itself.
+    fn check_suspects(&self) {
+        let in_flight: BTreeSet<_> = self.open.iter().flatten().map(|(id, _)| *id).collect();
+        let num_held = self.shadows.values().filter(|s| !s.is_released).count();
+        let has_suspect = in_flight.iter().any(|id| self.clients[id].suspicion.num_deaths >= 2);
+        assert!(!has_suspect || in_flight.len() == 1 && num_held <= 1, "a suspect has company");
     }
 
     fn deliver(&mut self) {
@@ -713,8 +743,16 @@ impl World {
         let in_flight: BTreeSet<_> =
             self.open.iter().flatten().map(|(id, _)| *id).filter(|id| !self.clients[id].is_closed).collect();
         for id in &in_flight {
-            let client = self.clients.get_mut(id).expect("a known request");
+            let (client, shadow) = (self.clients.get_mut(id).expect("a known request"), &self.shadows[id]);
             client.deaths.push(client.emitted.len());
+            let from = if shadow.is_released { 0 } else { shadow.kv.len() };
+            let most_new: usize = self.open.iter().flatten().filter(|(i, _)| i == id).map(|(_, e)| e.max_new()).sum();
+            let log_len = client.request.prompt.len() + client.num_heard;
+            client.suspicion = Suspicion {
+                num_deaths: client.suspicion.num_deaths + 1,
+                from: Some(client.suspicion.from.map_or(from, |first| first.min(from))),
+                until: client.suspicion.until.max(log_len + most_new.max(1)),
+            };
         }
         self.health = Health::Down;
         self.late.extend(self.replies.drain(..));
