@@ -284,22 +284,28 @@ impl World {
             Action::Arrive => self.arrive(),
             Action::Cancel => self.cancel(),
             Action::Plan => self.plan(),
-            Action::Run => self.run_shard(),
             Action::Deliver => self.deliver(),
             Action::DeliverLate => self.deliver_late(),
             Action::DeliverCorrupt => self.deliver_corrupt(),
+            Action::Notice if self.health == Health::Dead => self.notice(),
+            Action::Restart if self.health == Health::Down => self.restart(),
+            Action::Expire => self.expire(),
+            _ => return self.on_shard(action), // the scheduler does not learn of it
+        }
+        self.scheduler.check();
+        self.check_stats();
+    }
+
+    fn on_shard(&mut self, action: Action) {
+        match action {
+            Action::Run => self.run_shard(),
+            Action::Stall => self.stalled_until = self.counts.events + self.rng.below(40),
             Action::Kill if self.health == Health::Up => {
                 self.num_random_deaths += 1;
                 self.die();
             }
-            Action::Notice if self.health == Health::Dead => self.notice(),
-            Action::Restart if self.health == Health::Down => self.restart(),
-            Action::Kill | Action::Notice | Action::Restart => {}
-            Action::Expire => self.expire(),
-            Action::Stall => self.stalled_until = self.counts.events + self.rng.below(40),
+            _ => {}
         }
-        self.scheduler.check();
-        self.check_stats();
     }
 
     /// Adds to the trace and its digest what can be seen of the scheduler from outside.
@@ -319,10 +325,16 @@ impl World {
         let stem = rng.below(3);
         let mut prompt = self.stems[stem][..rng.below(30)].to_vec();
         prompt.extend((0..rng.below(8)).map(|_| rng.below(VOCAB as usize) as TokenId));
+        let mut max_new_tokens = rng.below(16);
+        if !rng.one_in(4) {
+            // Most are made to fit, so that the tiniest pools have work.
+            prompt.truncate(self.limits.num_positions());
+            max_new_tokens = max_new_tokens.min(self.limits.num_positions() - prompt.len());
+        }
         let namespace = Namespace(rng.below(2) as u64);
         let request = Request {
             prompt,
-            max_new_tokens: rng.below(16),
+            max_new_tokens,
             namespace,
             deadline: rng.one_in(3).then(|| Millis(self.now.0 + rng.below(40) as u64)),
             wants_prompt_logprobs: rng.one_in(6),
@@ -398,6 +410,7 @@ impl World {
         for (_, id) in self.aborts.extract_if(.., |(due, _)| *due <= now) {
             self.scheduler.abort(id);
             self.clients.get_mut(&id).expect("it asked").is_closed = true;
+            self.scheduler.check();
         }
     }
 
