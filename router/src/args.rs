@@ -73,6 +73,10 @@ pub struct Args {
     #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = seconds)]
     pub graceful_termination_timeout: Duration,
 
+    /// error, warn, info, debug, trace, or a filter in the syntax of the tracing-subscriber crate.
+    #[arg(long, env, default_value = "info")]
+    pub log_level: String,
+
     /// Write logs as JSON, one object per line.
     #[arg(long, env)]
     pub json_output: bool,

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     if args.exit_with_stdin {
         std::thread::spawn(exit_with_stdin);
     }
-    init_logging(args.json_output);
+    init_logging(&args);
     match run(args) {
         Ok(code) => code,
         Err(error) => {
@@ -52,10 +52,10 @@ fn exit_with_stdin() {
     std::process::exit(1);
 }
 
-fn init_logging(json_output: bool) {
-    let filter = tracing_subscriber::EnvFilter::new("info");
+fn init_logging(args: &Args) {
+    let filter = tracing_subscriber::EnvFilter::new(&args.log_level);
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
-    if json_output { logs.json().flatten_event(true).init() } else { logs.init() }
+    if args.json_output { logs.json().flatten_event(true).init() } else { logs.init() }
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {

@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, error, info, warn};
 
 use super::clients::{After, Clients};
-use super::faults::{Faults, Reaction};
+use super::faults::Faults;
 use super::limits::{CannotServe, Wishes};
 use super::start::{Generation, Start, StartError, Started, start};
 use super::{Engine, FinishReason, GenerateError, Status, Submission, measure};
@@ -135,16 +135,11 @@ pub struct Driver {
 enum Phase {
     /// For the launcher to name a generation.
     Waiting,
-    /// Before joining the same generation again.
-    Retrying {
-        at: Instant,
-    },
     Starting(BoxFuture<'static, Result<Started, StartError>>),
     Serving(Group),
 }
 
 enum PhaseEvent {
-    Retry,
     Started(Result<Started, StartError>),
     Answered(Result<(Arc<Plan>, Answer), Fault>),
 }
@@ -154,10 +149,6 @@ impl Phase {
     async fn next(&mut self) -> PhaseEvent {
         match self {
             Self::Waiting => std::future::pending().await,
-            Self::Retrying { at } => {
-                tokio::time::sleep_until(*at).await;
-                PhaseEvent::Retry
-            }
             Self::Starting(start) => PhaseEvent::Started(start.await),
             Self::Serving(group) => PhaseEvent::Answered(group.next().await),
         }
@@ -286,6 +277,12 @@ impl Driver {
         while let Phase::Serving(group) = &mut self.phase {
             let Some(step) = self.scheduler.plan() else { return };
             let sampling = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
+            debug!(
+                step = step.step,
+                admitted = step.admit.len(),
+                rows = step.work.len(),
+                released = step.release.len()
+            );
             let method = measure::planned(&step, &self.scheduler.stats());
             self.sent.push_back((Instant::now(), method));
             if let Err(fault) = group.send(Arc::new(Plan { step, sampling })).await {
@@ -384,13 +381,11 @@ impl Driver {
                     return warn!(offered, current = number, "a generation that is over was offered again");
                 }
                 self.lose("the launcher replaced the shards");
-                self.generation = Some(Generation { number: offered, ranks, rendezvous });
-                self.begin();
+                self.begin(Generation { number: offered, ranks, rendezvous });
             }
             Some(ToRouter::Lost { number: lost, reason }) if lost >= number => {
                 warn!(generation = lost, reason, "the shards are lost");
                 self.lose(&format!("the shards are being restarted: {reason}"));
-                self.phase = Phase::Waiting;
             }
             Some(ToRouter::Lost { .. }) => {}
             Some(ToRouter::GaveUp { reason }) => self.ended = Some(Ended::LauncherGone { reason }),
@@ -398,9 +393,9 @@ impl Driver {
         }
     }
 
-    /// Starts to bring the current generation into service.
-    fn begin(&mut self) {
-        let Some(generation) = self.generation.clone() else { return };
+    /// Starts to bring a generation into service.
+    fn begin(&mut self, generation: Generation) {
+        self.generation = Some(generation.clone());
         self.set_status(|status| {
             status.generation = generation.number;
             status.detail = format!("joining generation {} of the shards", generation.number);
@@ -421,7 +416,6 @@ impl Driver {
 
     fn on_phase(&mut self, event: PhaseEvent) {
         match event {
-            PhaseEvent::Retry => self.begin(),
             PhaseEvent::Answered(Ok((plan, answer))) => self.on_answer(&plan, &answer),
             PhaseEvent::Answered(Err(fault)) | PhaseEvent::Started(Err(StartError::Fault(fault))) => {
                 self.on_fault(fault)
@@ -457,19 +451,16 @@ impl Driver {
     fn on_fault(&mut self, fault: Fault) {
         let Some(generation) = &self.generation else { return };
         let (number, now) = (generation.number, Instant::now());
-        let reaction = self.faults.on_fault(generation.process_ids(), fault.replace, now);
+        let replace = self.faults.is_repeated(generation.process_ids(), now) || fault.replace;
         error!(generation = number, epoch = self.epoch, rank = fault.rank, reason = fault.reason, "the shards failed");
         self.sent.iter().for_each(|(_, method)| measure::failed(method));
         self.lose(&format!("the shards failed: {}", fault.reason));
         let Fault { rank, reason, .. } = fault;
-        self.tell(ToLauncher::Fault { number, rank, reason, replace: reaction == Reaction::Replace });
-        self.phase = match reaction {
-            Reaction::Retry { after } => Phase::Retrying { at: now + after },
-            Reaction::Replace => Phase::Waiting,
-        };
+        self.tell(ToLauncher::Fault { number, rank, reason, replace });
     }
 
-    /// Abandons the epoch, if shards serve: dropping the streams makes them drop all sequences at once.
+    /// Abandons the generation: dropping the streams makes the shards drop all sequences at once. The launcher names the
+    /// next one.
     fn lose(&mut self, detail: &str) {
         if let Phase::Serving(_) = std::mem::replace(&mut self.phase, Phase::Waiting) {
             let events = self.scheduler.lose_shards();

@@ -78,35 +78,37 @@ pub fn start(options: FakeOptions, config: Config, tokenizer: Arc<Tokenizer>) ->
 }
 
 /// Plays the launcher until the router has ended.
-pub async fn launch(shards: FakeShards, mut link: LauncherLink) {
+async fn launch(shards: FakeShards, mut link: LauncherLink) {
     for number in 1.. {
         let rendezvous = "rendezvous".into();
         let generation = ToRouter::Generation { number, ranks: shards.addresses(), rendezvous };
         if link.outgoing.send(generation).await.is_err() {
             return;
         }
-        let Some(ranks) = next_loss(&shards, &mut link, number).await else { return };
-        let reason = format!("ranks {ranks:?} ended");
+        let Some(blamed) = next_loss(&shards, &mut link, number).await else { return };
+        let reason = format!("generation {number} broke");
         if link.outgoing.send(ToRouter::Lost { number, reason }).await.is_err() {
             return;
         }
         tokio::time::sleep(RESTART).await;
-        ranks.into_iter().for_each(|rank| shards.restart(rank));
+        let is_due = |rank: &u32| blamed.contains(rank) || !shards.is_alive(*rank);
+        (0..shards.addresses().len() as u32).filter(is_due).for_each(|rank| shards.restart(rank));
     }
 }
 
-/// The ranks to be replaced, once there are some; nothing if the router has ended.
+/// The living ranks to be replaced, once the generation is broken; nothing if the router has ended.
 async fn next_loss(shards: &FakeShards, link: &mut LauncherLink, serving: u64) -> Option<Vec<u32>> {
-    let all = || shards.addresses().into_iter().map(|address| address.rank);
     loop {
         let message = tokio::select! {
-            _ = shards.death() => return Some(all().filter(|rank| !shards.is_alive(*rank)).collect()),
+            _ = shards.death() => return Some(vec![]),
             message = link.incoming.recv() => message?,
         };
-        if let ToLauncher::Fault { number, rank, replace: true, .. } = message
-            && number == serving
-        {
-            return Some(rank.map_or_else(|| all().collect(), |rank| vec![rank]));
+        match message {
+            ToLauncher::Fault { number, .. } if number != serving => {}
+            ToLauncher::Fault { rank: Some(rank), replace: true, .. } => return Some(vec![rank]),
+            ToLauncher::Fault { replace: true, .. } => return Some((0..shards.addresses().len() as u32).collect()),
+            ToLauncher::Fault { .. } => return Some(vec![]),
+            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::CannotServe { .. } => {}
         }
     }
 }

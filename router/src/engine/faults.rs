@@ -1,11 +1,8 @@
-//! How the router answers faults of the shards: join again at first, then ask for new processes. Pure.
+//! Which faults of the shards ask for new processes: those that joining again did not cure. Pure.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
-
-/// Long enough for the launcher to report a death that is behind the fault.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// A fault so long after another is a new one.
 const MEMORY: Duration = Duration::from_secs(60);
@@ -17,21 +14,12 @@ pub(super) struct Faults {
     last: Option<Instant>,
 }
 
-/// What to do about a fault.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Reaction {
-    /// Join the same processes again, if the launcher says nothing else meanwhile.
-    Retry { after: Duration },
-    /// Wait for the launcher to replace processes.
-    Replace,
-}
-
 impl Faults {
-    /// Takes note of a fault of these processes.
-    pub fn on_fault(&mut self, process_ids: Vec<u32>, needs_replacement: bool, now: Instant) -> Reaction {
+    /// Takes note of a fault of these processes; whether it is the second in a row.
+    pub fn is_repeated(&mut self, process_ids: Vec<u32>, now: Instant) -> bool {
         let is_repeated = self.process_ids == process_ids && self.last.is_some_and(|last| now - last < MEMORY);
         (self.process_ids, self.last) = (process_ids, Some(now));
-        if needs_replacement || is_repeated { Reaction::Replace } else { Reaction::Retry { after: RETRY_AFTER } }
+        is_repeated
     }
 }
 
@@ -40,13 +28,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_fault_is_retried_and_the_second_asks_for_new_processes() {
+    fn a_fault_is_repeated_if_the_same_processes_failed_shortly_before() {
         let (mut faults, now) = (Faults::default(), Instant::now());
-        let retry = Reaction::Retry { after: RETRY_AFTER };
-        assert_eq!(faults.on_fault(vec![1, 2], false, now), retry);
-        assert_eq!(faults.on_fault(vec![1, 2], false, now), Reaction::Replace);
-        assert_eq!(faults.on_fault(vec![1, 3], false, now), retry, "another process");
-        assert_eq!(faults.on_fault(vec![1, 3], false, now + MEMORY), retry, "long after");
-        assert_eq!(faults.on_fault(vec![9], true, now), Reaction::Replace);
+        assert!(!faults.is_repeated(vec![1, 2], now));
+        assert!(faults.is_repeated(vec![1, 2], now));
+        assert!(!faults.is_repeated(vec![1, 3], now), "another process");
+        assert!(!faults.is_repeated(vec![1, 3], now + MEMORY), "long after");
     }
 }
