@@ -68,6 +68,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(args: Args) -> anyhow::Result<ExitCode> {
+    let stopped = stop_signal()?;
     let file = args.tokenizer_name.join("tokenizer.json");
     let tokenizer = Arc::new(Tokenizer::from_file(&file)?);
     let address = args.address();
@@ -81,7 +82,6 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
         let listener = admin::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
         tokio::spawn(admin::serve(listener, engine.clone(), observer));
     }
-    let stopped = stop_signal()?;
     let driver = tokio::spawn(driver.run(until(stopped.clone())));
     let (engine_ended, ended) = watch::channel(false);
     let http = tokio::spawn(http::serve(listener, Arc::new(args), engine, tokenizer, until(ended)));

@@ -120,3 +120,84 @@ impl TextState {
         TopToken { id, text: self.tokenizer.decode_one(id), logprob, special: self.tokenizer.is_special(id) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::request::Sampling;
+
+    const END: TokenId = 2;
+
+    fn file() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m/tokenizer.json")
+    }
+
+    fn ids(text: &str) -> Vec<TokenId> {
+        let tokenizer = tokenizers::Tokenizer::from_file(file()).unwrap();
+        tokenizer.encode(text, false).unwrap().get_ids().to_vec()
+    }
+
+    fn state(stop: &[&str]) -> TextState {
+        let sampling = Sampling {
+            do_sample: false,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            top_n: 0,
+        };
+        let stop = stop.iter().map(|stop| (*stop).to_owned()).collect();
+        let request = ValidRequest { prompt_ids: ids("hello"), max_new_tokens: 100, stop, sampling };
+        TextState::new(Arc::new(Tokenizer::from_file(&file()).unwrap()), &request)
+    }
+
+    fn push(state: &mut TextState, id: TokenId, end: Option<FinishReason>) -> Vec<Output> {
+        state.push(&Sampled { id, logprob: -1.0, top: vec![(id, -1.0)] }, end, None).outputs
+    }
+
+    fn texts(outputs: &[Output]) -> Vec<&str> {
+        outputs.iter().map(|output| output.token.text.as_str()).collect()
+    }
+
+    #[test]
+    fn a_token_whose_character_is_incomplete_comes_with_the_next_one() {
+        let (mut state, ids) = (state(&[]), ids(" 🙂"));
+        assert!(ids.len() > 2, "the character is several tokens of this vocabulary");
+        let (last, first) = ids.split_last().unwrap();
+        let mut outputs: Vec<_> = first.iter().flat_map(|id| push(&mut state, *id, None)).collect();
+        outputs.extend(push(&mut state, *last, None));
+        assert_eq!(outputs.len(), ids.len());
+        assert_eq!(texts(&outputs).concat(), " 🙂");
+        assert_eq!(outputs.last().unwrap().token.top[0].id, *last);
+    }
+
+    #[test]
+    fn what_is_left_of_the_text_at_an_end_token_belongs_to_the_token_before() {
+        let (mut state, ids) = (state(&[]), ids("🙂"));
+        let first = ids[0];
+        assert_eq!(push(&mut state, first, None), []);
+        let outputs = push(&mut state, END, Some(FinishReason::EosToken));
+        assert_eq!(outputs.iter().map(|output| output.token.special).collect::<Vec<_>>(), [false, true]);
+        let finished = outputs[1].finished.clone().unwrap();
+        assert_eq!((outputs[0].token.text.clone(), finished.num_tokens), (finished.text, 2));
+        assert!(outputs[0].token.text.ends_with('\u{FFFD}'));
+    }
+
+    #[test]
+    fn the_start_of_a_stop_string_is_shown_once_it_is_none() {
+        let (mut state, ids) = (state(&["world peace"]), ids(" big world war"));
+        let mut outputs = vec![];
+        for id in &ids {
+            outputs.extend(push(&mut state, *id, None));
+        }
+        outputs.extend(push(&mut state, END, Some(FinishReason::EosToken)));
+        let finished = outputs.last().unwrap().finished.clone().unwrap();
+        assert_eq!(finished.text, " big world war");
+        assert_eq!(texts(&outputs[..ids.len()]).concat(), " big world war");
+    }
+}
