@@ -54,6 +54,7 @@ impl Served {
             tokio::task::yield_now().await;
         }
         served.offer(1).await;
+        ready(&served.engine).await;
         served
     }
 
@@ -67,6 +68,7 @@ impl Served {
 
 async fn in_process(seed: u64) -> Answer {
     let fake = fake::start(FakeOptions::default(), Config::default(), tokenizer());
+    ready(&fake.engine).await;
     generate(&fake.engine, request(seed, 60)).await.unwrap()
 }
 
@@ -132,7 +134,6 @@ async fn a_socket_that_nobody_listens_on_is_a_fault_that_names_it() {
 #[tokio::test]
 async fn the_admin_socket_tells_blocks_permits_and_ranks_to_its_owner() {
     let served = Served::start(2).await;
-    ready(&served.engine).await;
     served.shards.slow(Duration::from_millis(20));
     let mut stream = submit(&served.engine, request(1, 500)).await;
     stream.next().await.unwrap().unwrap();

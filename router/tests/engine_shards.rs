@@ -120,18 +120,20 @@ async fn a_lost_message_about_an_older_generation_is_ignored() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_before_the_first_generation_wait_for_it() {
-    let router = router(FakeOptions::default(), Config::default());
-    let stream = submit(&router.engine, request(1, 5)).await;
-    tokio::time::sleep(Duration::from_secs(5)).await;
+async fn requests_before_the_first_generation_are_refused() {
+    let mut router = router(FakeOptions::default(), Config::default());
+    let reason = "the model is not loaded yet".into();
+    assert_eq!(generate(&router.engine, request(1, 5)).await, Err(GenerateError::ShuttingDown { reason }));
     router.offer(1).await;
-    assert_eq!(read(stream).await.unwrap().ids.len(), 5);
+    router.heard().await;
+    assert_eq!(generate(&router.engine, request(1, 5)).await.unwrap().ids.len(), 5);
 }
 
 #[tokio::test(start_paused = true)]
 async fn when_the_launcher_gives_up_every_stream_ends_with_its_reason() {
     let router = router(two_ranks(), Config::default());
     router.offer(1).await;
+    ready(&router.engine).await;
     let stream = submit(&router.engine, request(1, 2000)).await;
     router.launcher.outgoing.send(ToRouter::GaveUp { reason: "rank 1 cannot start".into() }).await.unwrap();
     let reason = String::from("rank 1 cannot start");

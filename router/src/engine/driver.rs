@@ -543,6 +543,7 @@ fn reason(event: &Event) -> Option<FinishReason> {
 fn refusal(rejected: Rejected) -> GenerateError {
     match rejected {
         Rejected::TooLong { tokens, limit } => GenerateError::TooLong { tokens, limit },
+        Rejected::NotReady => GenerateError::ShuttingDown { reason: "the model is not loaded yet".into() },
         other => {
             GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other:?}") }
         }
