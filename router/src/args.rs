@@ -101,6 +101,10 @@ pub struct RequestLimits {
     #[arg(long, env, default_value_t = 4)]
     pub max_stop_sequences: usize,
 
+    /// Most probable ids that a request may have reported beside each chosen one.
+    #[arg(long, env, default_value_t = 5)]
+    pub max_top_n_tokens: u32,
+
     /// Tokens of a prompt; one less than `max-total-tokens`, if not given.
     #[arg(long, env, value_parser = at_least_one)]
     pub max_input_tokens: Option<usize>,

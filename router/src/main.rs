@@ -13,7 +13,7 @@ use text_generation_router::control::Link;
 use text_generation_router::engine::{Config, Driver, Ended};
 use text_generation_router::shards::grpc::GrpcShards;
 use text_generation_router::text::tokenizer::Tokenizer;
-use text_generation_router::{admin, http};
+use text_generation_router::{admin, http, telemetry};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -76,6 +76,8 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     let link = Link::connect(&args.control_socket)
         .await
         .with_context(|| format!("cannot connect to the launcher at {}", args.control_socket.display()))?;
+    let metrics = telemetry::metrics::install().context("cannot record metrics")?;
+    tokio::spawn(metrics.clone().upkeep());
     let (driver, engine, observer) =
         Driver::new(Config::from(&args), Arc::new(GrpcShards), link, Arc::clone(&tokenizer));
     if let Some(socket) = &args.admin_socket {
@@ -84,7 +86,7 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     }
     let driver = tokio::spawn(driver.run(until(stopped.clone())));
     let (engine_ended, ended) = watch::channel(false);
-    let http = tokio::spawn(http::serve(listener, Arc::new(args), engine, tokenizer, until(ended)));
+    let http = tokio::spawn(http::serve(listener, http_config(args, metrics), engine, tokenizer, until(ended)));
     let ended = driver.await.context("the engine broke")?;
     info!(?ended, "the engine has ended");
     engine_ended.send_replace(true);
@@ -96,6 +98,20 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
         Ended::Drained => ExitCode::SUCCESS,
         Ended::LauncherGone { .. } | Ended::CannotServe { .. } => ExitCode::FAILURE,
     })
+}
+
+fn http_config(args: Args, metrics: telemetry::metrics::Rendered) -> http::Config {
+    http::Config {
+        model_id: args.model_id,
+        revision: args.revision,
+        max_concurrent_requests: args.limits.max_concurrent_requests,
+        max_stop_sequences: args.limits.max_stop_sequences,
+        max_top_n_tokens: args.limits.max_top_n_tokens,
+        validation_workers: args.validation_workers,
+        payload_limit: args.limits.payload_limit,
+        cors_allow_origin: args.cors_allow_origin,
+        metrics,
+    }
 }
 
 /// Becomes true with SIGTERM or SIGINT. Further ones change nothing: Ctrl-C reaches launcher and router alike, and the

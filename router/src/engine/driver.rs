@@ -236,7 +236,7 @@ impl Driver {
             namespace: Namespace(0),
             deadline: self.config.queue_timeout.map(|timeout| self.millis(now + timeout)),
             wants_prompt_logprobs: false,
-            ignore_eos: false,
+            ignore_eos: submission.request.ignore_eos,
         };
         match self.scheduler.add(request) {
             Ok(id) => {
