@@ -7,7 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Parser};
 
 /// Batches requests continuously and sends them, step by step, to the shards of one model.
 #[derive(Clone, Debug, Parser)]
@@ -70,7 +71,7 @@ pub struct Args {
     pub step_timeout: Duration,
 
     /// Seconds that running requests get to finish after SIGTERM.
-    #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = seconds)]
+    #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = any_seconds)]
     pub graceful_termination_timeout: Duration,
 
     /// error, warn, info, debug, trace, or a filter in the syntax of the tracing-subscriber crate.
@@ -78,11 +79,11 @@ pub struct Args {
     pub log_level: String,
 
     /// Write logs as JSON, one object per line.
-    #[arg(long, env)]
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
     pub json_output: bool,
 
     /// End at once when standard input is closed: whoever started the router is gone.
-    #[arg(long, env)]
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
     pub exit_with_stdin: bool,
 
     /// For tests of crashes: a file that tells this process when to kill itself.
@@ -211,6 +212,10 @@ fn block_size(text: &str) -> Result<usize, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
+}
+
+fn any_seconds(text: &str) -> Result<Duration, String> {
+    if text == "0" { Ok(Duration::ZERO) } else { seconds(text) }
 }
 
 #[cfg(test)]

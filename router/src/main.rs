@@ -1,6 +1,6 @@
 //! The router process: reads its arguments, ties the parts together and ends with a meaningful code.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,7 +54,8 @@ fn exit_with_stdin() {
 
 fn init_logging(args: &Args) {
     let filter = tracing_subscriber::EnvFilter::new(&args.log_level);
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    let logs =
+        tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(std::io::stdout().is_terminal());
     if args.json_output { logs.json().flatten_event(true).init() } else { logs.init() }
 }
 

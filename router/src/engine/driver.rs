@@ -275,7 +275,9 @@ impl Driver {
     /// Plans and sends as many steps as may be open.
     async fn send_plans(&mut self) {
         while let Phase::Serving(group) = &mut self.phase {
-            let Some(step) = self.scheduler.plan() else { return };
+            let step = self.scheduler.plan();
+            check(&self.scheduler);
+            let Some(step) = step else { return };
             let sampling = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
             debug!(
                 step = step.step,
@@ -303,7 +305,9 @@ impl Driver {
             },
         });
         let result = StepResult { epoch: answer.epoch, step: answer.step, rows: rows.collect() };
-        match self.scheduler.commit(&result) {
+        let committed = self.scheduler.commit(&result);
+        check(&self.scheduler);
+        match committed {
             Ok(events) => {
                 self.deliver(events, Some((&plan.step, answer)));
                 measure::answered(method, answer, sent.elapsed());
@@ -524,6 +528,13 @@ impl Driver {
         self.clients.fail_all(&error, now);
         self.set_status(|status| (status.is_ready, status.detail) = (false, reason));
         Some(ended)
+    }
+}
+
+/// In debug builds, ends the process if the scheduler's books contradict themselves.
+fn check(scheduler: &Scheduler) {
+    if cfg!(debug_assertions) {
+        scheduler.check();
     }
 }
 

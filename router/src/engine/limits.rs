@@ -127,7 +127,7 @@ pub fn agree(wishes: &Wishes, model: &Description, num_blocks: u32, is_restart: 
     let asked = wishes.max_total_tokens.into_iter().chain(wishes.max_input_tokens.map(|input| input + 1)).max();
     let max_total_tokens = bounds.max_total_tokens.min(cached);
     if max_total_tokens < 2 {
-        let advice = "give more memory, fewer shards' worth of weights, or a smaller --max-batch-prefill-tokens";
+        let advice = "give the shards more memory, or lower --max-batch-prefill-tokens";
         return Err(CannotServe(format!(
             "no room for the KV cache: {num_blocks} blocks of {block_size} tokens; {advice}"
         )));

@@ -152,7 +152,7 @@ mod tests {
             top_n: 0,
         };
         let stop = stop.iter().map(|stop| (*stop).to_owned()).collect();
-        let request = ValidRequest { prompt_ids: ids("hello"), max_new_tokens: 100, stop, sampling };
+        let request = ValidRequest { prompt_ids: ids("hello"), max_new_tokens: 100, stop, sampling, ignore_eos: false };
         TextState::new(Arc::new(Tokenizer::from_file(&file()).unwrap()), &request)
     }
 

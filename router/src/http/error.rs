@@ -110,9 +110,10 @@ impl From<GenerateError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", reason).counted("generation")
             }
             GenerateError::TooLong { .. } => Self::from(Refused::Invalid(error.to_string())),
-            GenerateError::Row { kind: "numerical", message } => {
-                Self { body: ErrorBody { error_type: "numerical", ..generation(message).body }, ..generation(String::new()) }
-            }
+            GenerateError::Row { kind: "numerical", message } => Self {
+                body: ErrorBody { error_type: "numerical", ..generation(message).body },
+                ..generation(String::new())
+            },
             GenerateError::Row { kind: _, message } => Self::from(Refused::Invalid(message)),
             GenerateError::KilledShards | GenerateError::Stalled => generation(error.to_string()),
         }

@@ -109,7 +109,9 @@ impl Open {
             top_tokens: output.token.top.iter().map(TokenJson::from).collect(),
             token: TokenJson::from(&output.token),
             generated_text: text.as_deref(),
-            details: finished.filter(|_| self.request.wire.details).map(|finished| self.request.stream_details(finished)),
+            details: finished
+                .filter(|_| self.request.wire.details)
+                .map(|finished| self.request.stream_details(finished)),
         };
         let bytes = data(&event);
         if let Some(finished) = finished {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, TryFutureExt};
 use hyper_util::rt::TokioIo;
 use scheduler::RowId;
 use tokio::net::UnixStream;
@@ -150,17 +150,14 @@ impl Shard for GrpcShard {
     }
 
     fn run(self: Arc<Self>, plans: mpsc::Receiver<Arc<Plan>>) -> BoxFuture<'static, Result<Answers, ShardError>> {
-        async move {
-            let mut client = self.client.clone();
-            let plans = ReceiverStream::new(plans).map(|plan| step_plan(&plan));
-            // The stream itself has no deadline: it lives as long as the epoch, and every step is watched by the group.
-            let opened = tokio::time::timeout(QUERY_DEADLINE, client.run(plans)).await;
-            let opened = opened.map_err(|_| ShardError::Failed("Run: not opened in time".into()))?;
-            let answers = opened.map_err(|status| describe_status("Run", &status))?.into_inner();
-            let answers = answers.map(|result| result.map(answer).map_err(|status| describe_status("Run", &status)));
-            Ok(answers.boxed())
-        }
-        .boxed()
+        let mut client = self.client.clone();
+        let plans = ReceiverStream::new(plans).map(|plan| step_plan(&plan));
+        // A server may keep its headers back until the first answer, so that opening is part of the stream. It has no
+        // deadline: it lives as long as the epoch, and every step is watched by the group.
+        let opened = async move { client.run(plans).await.map(tonic::Response::into_inner) };
+        let answers = opened.try_flatten_stream();
+        let answers = answers.map(|result| result.map(answer).map_err(|status| describe_status("Run", &status)));
+        std::future::ready(Ok(answers.boxed())).boxed()
     }
 }
 

@@ -73,6 +73,10 @@ impl proto::shard_server::Shard for Stub {
         let mut incoming = request.into_inner();
         let (plans, receiver) = mpsc::channel(PLAN_BUFFER);
         let answers = Arc::clone(&self.rank).run(receiver).await.map_err(status)?;
+        // As Python's server, which sends no headers before the first answer: a router must not wait for them.
+        if let Some(first) = incoming.message().await? {
+            plans.try_send(Arc::new(plan(first))).map_err(|_| Status::internal("a new channel is full"))?;
+        }
         tokio::spawn(async move {
             while let Some(Ok(message)) = incoming.next().await {
                 if plans.send(Arc::new(plan(message))).await.is_err() {

@@ -113,7 +113,11 @@ mod tests {
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": true}
         });
-        let path = std::env::temp_dir().join(format!("tokenizer-{}-{:?}.json", std::process::id(), std::thread::current().id()));
+        let path = std::env::temp_dir().join(format!(
+            "tokenizer-{}-{:?}.json",
+            std::process::id(),
+            std::thread::current().id()
+        ));
         std::fs::write(&path, json.to_string()).unwrap();
         let tokenizer = Tokenizer::from_file(&path).unwrap();
         std::fs::remove_file(&path).unwrap();

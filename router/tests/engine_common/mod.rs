@@ -31,7 +31,7 @@ pub fn request(seed: u64, max_new_tokens: usize) -> ValidRequest {
         top_n: 0,
     };
     let prompt_ids = (0..num_prompt).map(|i| 3 + ((seed + i * i) % 4000) as u32).collect();
-    ValidRequest { prompt_ids, max_new_tokens, stop: vec![], sampling }
+    ValidRequest { prompt_ids, max_new_tokens, stop: vec![], sampling, ignore_eos: false }
 }
 
 /// What a client has seen of a whole stream.
