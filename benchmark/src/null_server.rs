@@ -51,20 +51,17 @@ pub fn run(args: &NullServerArgs) -> anyhow::Result<()> {
         let listener = tokio::net::TcpListener::bind(&args.address)
             .await
             .map_err(|error| anyhow::anyhow!("--address {}: {error}; name a free port, or port 0", args.address))?;
+        let server = NullServer::new(args.flush_each);
         println!("listening on {}", listener.local_addr()?);
-        let server = tokio::spawn(serve(listener, args.flush_each));
+        let server = tokio::spawn(serve(listener, server));
         args.lifeline.ended().await;
         server.abort();
         Ok(())
     })
 }
 
-async fn serve(listener: tokio::net::TcpListener, flush_each: bool) {
-    let server = Arc::new(NullServer {
-        events: (1..=MAX_EVENTS).map(event).collect(),
-        flush_each,
-        json: Router::new().route("/generate", post(generate)).route("/health", get(async || ())),
-    });
+async fn serve(listener: tokio::net::TcpListener, server: NullServer) {
+    let server = Arc::new(server);
     loop {
         let Ok((socket, _)) = listener.accept().await else { continue };
         let _ = socket.set_nodelay(true);
@@ -122,6 +119,11 @@ async fn generate(Json(request): Json<GenerateRequest>) -> Json<GenerateAnswer> 
 }
 
 impl NullServer {
+    fn new(flush_each: bool) -> Self {
+        let json = Router::new().route("/generate", post(generate)).route("/health", get(async || ()));
+        Self { events: (1..=MAX_EVENTS).map(event).collect(), flush_each, json }
+    }
+
     async fn answer(
         self: Arc<Self>,
         request: Request<Incoming>,

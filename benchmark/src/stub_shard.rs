@@ -362,6 +362,8 @@ mod tests {
         runtime.block_on(async {
             let served = serve(&path, table().args.as_ref().clone(), SharedObserved::default());
             tokio::select! {
+                // In this order: the socket must be there before the client connects.
+                biased;
                 result = served => panic!("the stub ended: {result:?}"),
                 () = talk => {}
             }

@@ -1,5 +1,8 @@
 //! The load generator against the null server, as a user runs them.
 
+// Clippy counts helpers of integration tests as code; they are tests.
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -41,7 +44,7 @@ fn load(address: &str, options: &[&str]) -> (Output, Value) {
     let name = format!("load-{}-{:?}.json", std::process::id(), std::thread::current().id());
     let json: PathBuf = std::env::temp_dir().join(name);
     let output = Command::new(BINARY)
-        .args(["load", "--address", address, "--duration", "20", "--timeout", "10", "--json"])
+        .args(["load", "--address", address, "--timeout", "10", "--json"])
         .arg(&json)
         .args(options)
         .output()
@@ -88,7 +91,7 @@ fn a_server_that_is_not_there_is_said_and_ends_the_run() {
 #[test]
 fn the_time_bounds_a_run_that_the_number_of_requests_does_not() {
     let server = NullServer::start(&[]);
-    let (output, report) = load(&server.address, &["--requests", "1000000000", "--duration", "0.3"]);
+    let (output, report) = load(&server.address, &["--requests", "1000000000", "--duration", "1"]);
     assert!(output.status.success());
-    assert!((0.2..5.0).contains(&report["seconds"].as_f64().unwrap()));
+    assert!((0.9..15.0).contains(&report["seconds"].as_f64().unwrap()));
 }
