@@ -51,6 +51,7 @@ class Server:
     ) -> None:
         """Start `command`; its standard input is a pipe that ends with this process. Errors go to `log`, if given."""
         self.command = [str(word) for word in command]
+        self._log_path = log
         self._log = log.open("wb") if log else None
         self.process = subprocess.Popen(
             self.command,
@@ -85,9 +86,7 @@ class Server:
         ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
         line = self.process.stdout.readline().decode() if ready else ""
         if not line:
-            raise MeasureError(
-                f"{self.command[0]}: found no line of output after {timeout_s:.0f} s; status {self.process.poll()}"
-            )
+            raise MeasureError(f"{self.command[0]}: found no line of output after {timeout_s:.0f} s{self.last_words()}")
         return line.strip()
 
     def write_line(self, line: str) -> None:
@@ -96,13 +95,19 @@ class Server:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
+    def last_words(self) -> str:
+        """Return the last lines of its log, for an error message."""
+        lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path else []
+        return "\n".join(["", *lines[-5:]])
+
     def wait_until_healthy(self, url: str, timeout_s: float) -> None:
         """Ask `url` until it answers 200; raise `MeasureError` if the process ends or the time is over."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
+                status = self.process.returncode
                 raise MeasureError(
-                    f"{shlex.join(self.command)}: ended with {self.process.returncode} before it was healthy"
+                    f"{shlex.join(self.command)}: ended with {status} before it was healthy{self.last_words()}"
                 )
             try:
                 with urllib.request.urlopen(url, timeout=2) as answer:
@@ -110,7 +115,7 @@ class Server:
                         return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        raise MeasureError(f"{url}: not healthy after {timeout_s:.0f} s; see the log of {self.command[0]}")
+        raise MeasureError(f"{url}: not healthy after {timeout_s:.0f} s{self.last_words()}")
 
 
 def null_server(*options: str) -> Server:

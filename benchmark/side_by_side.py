@@ -29,6 +29,7 @@ from typing import Any
 import common
 
 START_TIMEOUT_S = 180.0
+SIDES = ["ours", "serve", "generate"]
 PORTS = {"ours": 18320, "serve": 18321}
 
 
@@ -113,7 +114,7 @@ def generate_in_process(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     prompts = json.loads(Path(arguments.prompts).read_text())
     print("ready", flush=True)
     for line in sys.stdin:
@@ -213,11 +214,12 @@ def measure(arguments: argparse.Namespace, name: str, model: Path, folder: Path)
     """Run the interleaved rounds on one model and return the markdown of its section."""
     folder.mkdir()
     bench = Bench(arguments, model, folder)
-    sides: dict[str, Callable[[], common.Report]] = {
+    every: dict[str, Callable[[], common.Report]] = {
         "ours": bench.ours,
         "serve": bench.serve,
         "generate": bench.generate,
     }
+    sides = {side: every[side] for side in arguments.sides}
     reports: dict[str, list[common.Report]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
         for side, run in sides.items():
@@ -232,10 +234,12 @@ def measure(arguments: argparse.Namespace, name: str, model: Path, folder: Path)
     speeds = {side: [report["tokens_per_s"] for report in runs] for side, runs in reports.items()}
     rows = []
     for side, runs in reports.items():
-        ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[side], strict=True)]
+        ours = speeds.get("ours", [])
+        ratios = [mine / other for mine, other in zip(ours, speeds[side], strict=False)]
+        ratio = common.spread(ratios, 2) if ratios else "–"
         bound = bounds[side] * bandwidth / num_bytes
         first, between = (_median(runs, times, "p50_ms") for times in ("time_to_first_token", "between_tokens"))
-        rows.append((side, common.spread(speeds[side], 1), common.spread(ratios, 2), first, between, f"{bound:,.0f}"))
+        rows.append((side, common.spread(speeds[side], 1), ratio, first, between, f"{bound:,.0f}"))
     head = [
         "side",
         "tokens/s (range)",
@@ -267,6 +271,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=24, help="of each prompt")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which a measurement sends nothing more")
     parser.add_argument("--models", nargs="+", choices=["shipped", "random-56m"], default=["shipped", "random-56m"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="leave some out while trying")
     parser.add_argument("--launcher", type=Path, default=common.ROOT / ".venv" / "bin" / "text-generation-launcher")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with transformers[serving]")
     parser.add_argument("--role", choices=["generate"], help=argparse.SUPPRESS)
