@@ -1,0 +1,62 @@
+# The commands anyone needs. Each installs what is missing first; `make help` lists them.
+#
+#   make run   [MODEL=models/docs-llama-7m] [PORT=3000] [ARGS="--num-shard 2"]
+#   make install [TORCH_INDEX_URL=...]      another index for torch, for example one with CPU-only wheels
+
+MODEL ?= models/docs-llama-7m
+PORT ?= 3000
+ARGS ?=
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
+export TORCH_INDEX_URL
+
+.PHONY: help install run check test test-rust test-python test-integration test-gpu simulate bench clean
+
+help:
+	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
+	@echo "make run       serve MODEL=$(MODEL) on PORT=$(PORT) and stream an answer; Ctrl-C ends it"
+	@echo "make test      every test: Rust, Python, integration"
+	@echo "make check     the fast lints: rustfmt, clippy, ruff, mypy, tidy"
+	@echo "make simulate  a million random schedules of the scheduler (COUNT=..., FIRST=...)"
+	@echo "make bench     the benchmarks; see benchmark/README.md"
+	@echo "make clean     remove what was built"
+
+install:
+	@scripts/install.sh
+
+run: install
+	@$(PYTHON) scripts/run.py --model "$(MODEL)" --port "$(PORT)" -- $(ARGS)
+
+check: install
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	cd server && ../$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -q server/tests/test_tidy.py integration-tests/test_tidy.py
+
+test: install test-rust test-python test-integration
+
+test-rust: install
+	$(CARGO) test --locked --workspace --all-features
+
+test-python: install
+	$(PYTHON) -m pytest server/tests
+
+test-integration: install
+	$(PYTHON) -m pytest integration-tests
+
+# A million schedules take about ten minutes on one core.
+simulate: COUNT ?= 1000000
+simulate: FIRST ?= 0
+simulate:
+	FIRST=$(FIRST) COUNT=$(COUNT) $(CARGO) test --locked --release -p scheduler --test simulation -- --nocapture
+
+bench: install
+	$(PYTHON) benchmark/run_all.py
+
+clean:
+	rm -rf target $(VENV) server/build server/*.egg-info server/text_generation_server/pb

@@ -1,0 +1,228 @@
+"""Limits, errors and small endpoints, by table. Every refusal leaves a stream that runs meanwhile as it is."""
+
+import http.client
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+from support.load import Crowd, alone, assert_same, mixed_cases
+from support.server import Server, wait_until
+
+JSON = {"Content-Type": "application/json"}
+BIG = 4294967296
+
+REFUSED_PARAMETERS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": -1},
+    {"temperature": "0.5"},
+    {"temperature": True},
+    {"temperature": 1e39},
+    {"top_p": 0},
+    {"top_p": -0.1},
+    {"top_p": 1.0},
+    {"top_p": 1.0000001},
+    {"typical_p": 0},
+    {"typical_p": 1.0},
+    {"top_k": 0},
+    {"top_k": -1},
+    {"top_k": 1.5},
+    {"repetition_penalty": 0},
+    {"repetition_penalty": -1},
+    {"repetition_penalty": 1e39},
+    {"frequency_penalty": 2.0000001},
+    {"frequency_penalty": -2.5},
+    {"max_new_tokens": 0},
+    {"max_new_tokens": -1},
+    {"max_new_tokens": 1.5},
+    {"max_new_tokens": BIG},
+    {"max_new_tokens": BIG - 1},
+    {"stop": ["a", "b", "c", "d", "e"]},
+    {"stop": [""]},
+    {"stop": [None]},
+    {"stop": "a"},
+    {"seed": -1},
+    {"seed": 18446744073709551616},
+    {"truncate": 0},
+    {"truncate": 100000},
+    {"details": "yes"},
+    {"best_of": 0},
+    {"best_of": 3},
+    {"best_of": 2, "seed": 1, "do_sample": True},
+    {"adapter_id": "../../../../etc/passwd"},
+    {"grammar": {"type": "regex", "value": "("}},
+    {"top_n_tokens": 6},
+]
+
+ACCEPTED_PARAMETERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": None, "top_k": None, "top_p": None, "stop": None, "seed": None, "do_sample": None},
+    {"temperature": 0.01},
+    {"top_p": 1e-40, "do_sample": True},
+    {"top_k": 2147483647, "do_sample": True},
+    {"seed": 18446744073709551615, "do_sample": True},
+    {"frequency_penalty": 2.0},
+    {"frequency_penalty": -2.0},
+    {"truncate": 1},
+    {"stop": ["a", "b", "c", "d"]},
+    {"best_of": 1},
+    {"watermark": False, "decoder_input_details": False},
+    {"nobody_knows_this": 1},
+]
+
+MALFORMED: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b'{"inputs":"hi"', 400),
+    (b'{"inputs":"a"} x', 400),
+    (b'\xef\xbb\xbf{"inputs":"a"}', 400),
+    (b'{"inputs":"a",}', 400),
+    (b'{"inputs":"\xff"}', 400),
+    (b'{"inputs":"a","parameters":{"seed":' + b"9" * 100_000 + b"}}", 422),
+    (b'{"inputs":"a","parameters":{"temperature":NaN}}', 400),
+    (b'{"inputs":"a","parameters":{"seed":01}}', 400),
+    (b"[" * 100_000, 400),
+    (b'["hi"]', 422),
+    (b'"hi"', 422),
+    (b"7", 422),
+    (b"null", 422),
+    (b"{}", 422),
+    (b'{"inputs":5}', 422),
+    (b'{"inputs":""}', 422),
+    (b'{"inputs":"a","parameters":[]}', 422),
+]
+
+
+def assert_json_error(body: Any) -> None:
+    """The shape of every native error: two strings, small, without the inside of the server."""
+    assert set(body) == {"error", "error_type"}, body
+    text = json.dumps(body)
+    assert len(text) <= 2048 and "Traceback" not in text and "panicked" not in text and ".rs" not in text, text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(llama: Server) -> Any:
+    """Streams that run while the others are refused stay as they are; afterwards everything is back."""
+    cases = mixed_cases(2, max_new_tokens=1500)
+    golden = alone(llama, cases)
+    crowd = Crowd(llama, cases)
+    yield
+    assert_same(crowd.join(), golden, "while requests were refused")
+    llama.wait_clean()
+
+
+@pytest.mark.parametrize("parameters", REFUSED_PARAMETERS, ids=str)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_parameter_out_of_range_is_refused(llama: Server, parameters: dict[str, Any], path: str) -> None:
+    status, body = llama.post(path, {"inputs": "A list is a", "parameters": parameters})
+    assert status == 422, body
+    assert_json_error(body)
+    assert body["error_type"] == "validation"
+
+
+@pytest.mark.parametrize("parameters", ACCEPTED_PARAMETERS, ids=str)
+def test_a_parameter_at_its_limit_is_accepted(llama: Server, parameters: dict[str, Any]) -> None:
+    status, body = llama.post("/generate", {"inputs": "A list is a", "parameters": {"max_new_tokens": 3} | parameters})
+    assert status == 200, body
+
+
+@pytest.mark.parametrize(("raw", "expected"), MALFORMED, ids=lambda v: str(v)[:40])
+def test_a_malformed_body_is_refused(llama: Server, raw: bytes, expected: int) -> None:
+    status, body = llama.post("/generate", raw)
+    assert status == expected, body
+    assert_json_error(body)
+
+
+def test_the_length_limit_is_exact(llama: Server) -> None:
+    limit = json.loads(llama.get("/info")[1])["max_total_tokens"]
+    prompt = "In the beginning God created"
+    length = llama.stream(prompt, max_new_tokens=1).events[-1]["details"]["input_length"]
+    status, body = llama.post("/generate", {"inputs": prompt, "parameters": {"max_new_tokens": limit - length + 1}})
+    assert status == 422 and str(limit) in body["error"], body
+    answer = llama.generate(prompt, max_new_tokens=limit - length, stop=["e"])
+    assert answer["details"]["finish_reason"] in ("stop_sequence", "eos_token")
+
+
+def test_a_huge_text_is_refused_quickly(llama: Server) -> None:
+    for text in ("a" * 1_900_000, "\n" * 1_900_000):
+        started = time.monotonic()
+        status, body = llama.post("/generate", {"inputs": text})
+        assert status == 422, body
+        assert_json_error(body)
+        assert time.monotonic() - started < 2
+
+
+def test_a_body_beyond_the_limit_is_413(llama: Server) -> None:
+    status, body = llama.post("/generate", {"inputs": "a" * 2_100_000})
+    assert status == 413
+    assert_json_error(body)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/generate", {"Content-Type": "text/plain"}, 415),
+        ("POST", "/generate", {}, 415),
+        ("GET", "/generate", {}, 405),
+        ("DELETE", "/health", {}, 405),
+        ("GET", "/nothing", {}, 404),
+        ("POST", "/v1/nothing", JSON, 404),
+    ],
+)
+def test_every_rejection_is_json(llama: Server, method: str, path: str, headers: dict[str, str], status: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", llama.port, timeout=10)
+    connection.request(method, path, b'{"inputs":"a"}' if method == "POST" else None, headers)
+    response = connection.getresponse()
+    assert response.status == status
+    assert_json_error(json.loads(response.read()))
+    connection.close()
+
+
+def test_a_client_that_sends_its_head_too_slowly_is_cut_off(llama: Server) -> None:
+    with socket.create_connection(("127.0.0.1", llama.port), timeout=30) as s:
+        s.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")
+        started = time.monotonic()
+        while s.recv(4096):
+            pass
+        assert time.monotonic() - started < 20
+
+
+def test_unicode_survives_the_way_there_and_back(llama: Server) -> None:
+    for text in ("é🙂 naïve", "\u202e\u2066 bidi", "👨‍👩‍👧‍👦" * 20, "\x00\x01", "\ufffd\uffff"):
+        answer = llama.generate(text, max_new_tokens=2, return_full_text=True)
+        assert answer["generated_text"].startswith(text)
+
+
+def test_the_small_endpoints_answer(llama: Server) -> None:
+    for path in ("/", "/health", "/livez", "/readyz", "/startupz", "/ping"):
+        assert llama.get(path)[0] == 200, path
+    info = json.loads(llama.get("/info")[1])
+    assert info["router"] == "text-generation-router"
+    assert info["max_input_tokens"] < info["max_total_tokens"] == 2048
+    metrics = llama.get("/metrics")[1].decode()
+    for name in ("tgi_request_count", "tgi_request_success", "tgi_queue_size", "tgi_batch_current_size"):
+        assert name in metrics, name
+
+
+def test_the_root_route_answers_with_a_list_or_a_stream(llama: Server) -> None:
+    status, body = llama.post("/", {"inputs": "A list is a", "parameters": {"max_new_tokens": 3}})
+    assert status == 200 and isinstance(body, list) and len(body) == 1
+    assert body[0]["generated_text"].startswith("A list is a")
+
+
+def test_beyond_the_concurrency_limit_a_request_is_refused_at_once() -> None:
+    from conftest import LLAMA
+
+    with Server(LLAMA, "--max-concurrent-requests", "4") as server:
+        crowd = Crowd(server, mixed_cases(4, max_new_tokens=600))
+        wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
+        for path in ("/generate", "/generate_stream"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+            connection.request("POST", path, b'{"inputs":"a"}', JSON)
+            response = connection.getresponse()
+            body = json.loads(response.read())
+            assert response.status == 429 and int(response.headers["Retry-After"]) >= 1
+            assert body == {"error": "Model is overloaded", "error_type": "overloaded"}
+            connection.close()
+        crowd.join()
+        assert server.wait_clean()["permits"]["free"] == 4

@@ -1,0 +1,234 @@
+"""Starting, refusing to start, and ending."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import LLAMA, QWEN2
+from support.load import Crowd, alone, assert_same, mixed_cases
+from support.server import BINARIES, Server, free_port, wait_until
+
+
+def refusal(model: Path | str, *flags: str, env: dict[str, str] | None = None, timeout_s: float = 10) -> tuple[int, str]:
+    """Exit code and output of a launcher that must refuse to start in time."""
+    command = [str(BINARIES / "text-generation-launcher"), "--model-id", str(model), "--port", str(free_port()), *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, env=os.environ | (env or {}), check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        for key, value in changes.items():
+            if value is None:
+                del config[key]
+            else:
+                config[key] = value
+        (model / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_header(edit: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Changes the header of model.safetensors and leaves its data as it is."""
+
+    def apply(model: Path) -> None:
+        path = model / "model.safetensors"
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        edit(header)
+        raw = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
+
+    return apply
+
+
+def rename_tensor(header: dict) -> None:
+    header["model.layers.3.mlp.nothing.weight"] = header.pop("model.layers.3.mlp.up_proj.weight")
+
+
+def reshape_tensor(header: dict) -> None:
+    header["model.layers.2.self_attn.q_proj.weight"]["shape"].reverse()
+    header["model.norm.weight"]["shape"] = [128, 2]
+
+
+BROKEN = {
+    "no config": (lambda m: (m / "config.json").unlink(), ["config.json"]),
+    "config is not JSON": (lambda m: (m / "config.json").write_text("{"), ["config.json"]),
+    "unsupported architecture": (
+        edit_config(architectures=["PerceiverForMaskedLM"], model_type="perceiver"),
+        ["PerceiverForMaskedLM", "LlamaForCausalLM"],
+    ),
+    "unimplemented activation": (edit_config(hidden_act="quick_gelu"), ["hidden_act", "quick_gelu", "silu"]),
+    "unimplemented rotary type": (edit_config(rope_scaling={"rope_type": "spiral", "factor": 2.0}), ["spiral"]),
+    "missing key": (edit_config(hidden_size=None), ["hidden_size", "config.json"]),
+    "size that does not fit": (edit_config(intermediate_size=1024), ["intermediate_size", "768", "1024"]),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), ["safetensors"]),
+    "truncated weights": (
+        lambda m: os.truncate(m / "model.safetensors", (m / "model.safetensors").stat().st_size - 1),
+        ["model.safetensors"],
+    ),
+    "missing tensor": (edit_header(rename_tensor), ["model.layers.3.mlp.up_proj.weight"]),
+    "tensor of the wrong shape": (edit_header(reshape_tensor), ["model.norm.weight", "128"]),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_folder_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(LLAMA, model)
+    harm, words = BROKEN[name]
+    harm(model)
+    code, output = refusal(model)
+    assert code == 1, output
+    lines = output.splitlines()
+    assert any(all(word in line for word in words) for line in lines), f"no line with {words} in:\n{output}"
+    assert "Traceback" not in output and "panicked" not in output, output
+    assert "rank 0" not in output.lower() or name == "no tokenizer", "refused before a rank is spawned"
+
+
+def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
+    code, output = refusal(tmp_path / "nothing-here")
+    assert code == 1 and "nothing-here" in output, output
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--num-shard", "3"), 1, ["num_attention_heads", "4", "3"]),
+        (("--num-shard", "0"), 2, ["num-shard"]),
+        (("--max-input-tokens", "10", "--max-total-tokens", "5"), 2, ["max-input-tokens"]),
+        (("--max-concurrent-requests", "0"), 2, ["max-concurrent-requests"]),
+        (("--validation-workers", "0"), 2, ["validation-workers"]),
+        (("--quantize", "gptq"), 1, ["quantize", "gptq"]),
+        (("--dtype", "float16"), 1, ["float16"]),
+        (("--no-such-flag",), 2, ["no-such-flag"]),
+        (("--lora-adapters", "x"), 1, ["lora-adapters"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_flags_that_cannot_be_served_are_refused(flags: tuple[str, ...], code: int, words: list[str]) -> None:
+    found, output = refusal(LLAMA, *flags)
+    assert found != 0, output
+    assert found == code, output
+    assert all(word in output for word in words), output
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1"])
+def test_an_environment_variable_out_of_range_is_refused(value: str) -> None:
+    code, output = refusal(LLAMA, env={"MAX_CONCURRENT_REQUESTS": value})
+    assert code == 2 and "max-concurrent-requests" in output, output
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [str(BINARIES / "text-generation-launcher"), "--model-id", str(LLAMA), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == 1 and str(port) in done.stdout + done.stderr
+
+
+def test_help_tells_every_flag_with_its_environment_variable() -> None:
+    done = subprocess.run(
+        [str(BINARIES / "text-generation-launcher"), "--help"], capture_output=True, text=True, check=True
+    )
+    for flag in ("--model-id", "--num-shard", "--quantize", "--max-concurrent-requests", "--port", "--dtype"):
+        assert flag in done.stdout
+        assert f"[env: {flag[2:].replace('-', '_').upper()}=" in done.stdout
+
+
+def test_sigterm_drains_and_loses_no_stream() -> None:
+    cases = mixed_cases(32, max_new_tokens=150)
+    with Server(LLAMA, "--dtype", "float32", "--num-shard", "2") as server:
+        golden = alone(server, cases)
+        crowd = Crowd(server, cases)
+        wait_until(lambda: min(crowd.num_emitted()) >= 1, 60, "all streams emitted")
+        server.remember()
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not server.is_ready(), 1, "readiness is false")
+        assert_same(crowd.join(), golden, "while draining")
+        assert server.process.wait(30) == 0
+
+
+def test_a_stream_longer_than_the_grace_ends_with_an_error_event() -> None:
+    with Server(LLAMA, "--dtype", "float32", "--graceful-termination-timeout", "1") as server:
+        case = {"max_new_tokens": 1900, "ignore_eos_token": True}
+        crowd = Crowd(server, mixed_cases(8, 1800))
+        wait_until(lambda: min(crowd.num_emitted()) >= 1, 60, "all streams emitted")
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 1 + 4
+        for thread in crowd.threads:
+            thread.join(10)
+        assert not crowd.failures, crowd.failures
+        assert all(answer.error is not None for answer in crowd.answers), case
+
+
+@pytest.mark.parametrize("moment", ["at once", "while loading", "serving"])
+def test_ctrl_c_ends_everything_at_every_phase(moment: str) -> None:
+    server = Server(QWEN2, "--num-shard", "2", wait=moment == "serving")
+    with server:
+        assert server.process is not None
+        if moment == "while loading":
+            wait_until(lambda: "rank 0" in server.log().lower(), 20, "a rank was started")
+        server.remember()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 0, server.log()
+
+
+def test_a_start_that_stalls_tells_phase_and_stacks(tmp_path: Path) -> None:
+    fault = tmp_path / "fault"
+    fault.write_text("rank=0 point=load count=1 action=stall\n")
+    with Server(LLAMA, "--startup-stall-timeout", "5", env={"FAULT_FILE": str(fault)}, wait=False) as server:
+        assert server.process is not None
+        assert server.process.wait(40) == 1
+        log = server.log()
+        assert "no progress" in log.lower() and "loading" in log.lower(), log
+        assert "Thread" in log and ".py" in log, log
+
+
+def test_a_shard_that_dies_at_every_start_ends_the_launcher(tmp_path: Path) -> None:
+    fault = tmp_path / "fault"
+    fault.write_text("rank=0 point=load count=1 action=kill times=100\n")
+    with Server(LLAMA, env={"FAULT_FILE": str(fault)}, wait=False) as server:
+        assert server.process is not None
+        assert server.process.wait(60) == 1
+        log = server.log()
+        assert "signal 9" in log.lower() or "sigkill" in log.lower(), log
+        assert "giv" in log.lower(), log
+
+
+def test_secrets_do_not_appear_in_arguments_or_logs() -> None:
+    secret = "hf_secret_value_for_this_test"
+    with Server(LLAMA, env={"HF_TOKEN": secret}) as server:
+        server.generate("A list is a", max_new_tokens=2)
+        server.remember()
+        for pid in server.known:
+            with contextlib.suppress(OSError):
+                assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert secret not in server.log()
+
+
+def test_sockets_belong_to_their_owner_alone() -> None:
+    with Server(LLAMA) as server:
+        directory = server.run_directory()
+        assert directory.stat().st_mode & 0o777 == 0o700
+        for path in directory.iterdir():
+            if path.is_socket():
+                assert path.stat().st_mode & 0o777 == 0o600, path

@@ -1,0 +1,289 @@
+//! Each rule of the scheduler, alone and by name. `tests/simulation.rs` is the proof; this is the reading.
+#![allow(missing_docs)]
+
+use scheduler::{
+    Event, FinishReason, Limits, Millis, Namespace, Rejected, Request, RowError, RowResult, Scheduler, SequenceId,
+    ShardFault, StepPlan, StepResult, TokenId,
+};
+
+const EOS: TokenId = 2;
+
+fn limits() -> Limits {
+    Limits {
+        max_step_tokens: 16,
+        max_running: 4,
+        max_open_steps: 1,
+        max_drafts: 0,
+        block_size: 4,
+        num_blocks: 16,
+        eos: vec![EOS],
+    }
+}
+
+fn scheduler(limits: Limits) -> Scheduler {
+    let mut scheduler = Scheduler::new();
+    assert!(scheduler.shards_ready(1, limits).is_empty());
+    scheduler
+}
+
+fn request(prompt_len: u32, max_new_tokens: usize) -> Request {
+    Request {
+        prompt: (100..100 + prompt_len).collect(),
+        max_new_tokens,
+        namespace: Namespace(0),
+        deadline: None,
+        wants_prompt_logprobs: false,
+        ignore_eos: false,
+    }
+}
+
+/// The shards, as far as lengths go: answers every sampling row with `token`.
+#[derive(Default)]
+struct Shard {
+    computed: std::collections::HashMap<SequenceId, usize>,
+}
+
+impl Shard {
+    fn answer(&mut self, plan: &StepPlan, token: TokenId) -> StepResult {
+        self.computed.extend(plan.admit.iter().map(|a| (a.id, a.num_cached)));
+        let mut rows = vec![];
+        for work in &plan.work {
+            let computed = self.computed.get_mut(&work.id).expect("admitted");
+            *computed += work.extent.num_tokens;
+            let tokens = Ok(vec![token; work.extent.max_new()]);
+            rows.push(RowResult { row: work.row, incarnation: work.incarnation, computed: *computed, tokens });
+        }
+        StepResult { epoch: plan.epoch, step: plan.step, rows }
+    }
+
+    /// Runs steps until nothing is left to do; the plans and the events.
+    fn run(&mut self, scheduler: &mut Scheduler, token: TokenId) -> (Vec<StepPlan>, Vec<Event>) {
+        let (mut plans, mut events) = (vec![], vec![]);
+        while let Some(plan) = scheduler.plan() {
+            events.extend(scheduler.commit(&self.answer(&plan, token)).expect("an honest answer"));
+            scheduler.check();
+            plans.push(plan);
+        }
+        (plans, events)
+    }
+}
+
+fn reasons(events: &[Event]) -> Vec<(u64, FinishReason)> {
+    let reason = |event: &Event| match event {
+        Event::Finished { id, reason } => Some((id.0, *reason)),
+        Event::Token { .. } => None,
+    };
+    events.iter().filter_map(reason).collect()
+}
+
+#[test]
+fn nothing_is_queued_before_there_are_shards() {
+    assert_eq!(Scheduler::new().add(request(1, 1)), Err(Rejected::NotReady));
+}
+
+#[test]
+fn what_can_never_be_computed_is_refused() {
+    let mut scheduler = scheduler(limits());
+    assert_eq!(scheduler.add(request(0, 1)), Err(Rejected::EmptyPrompt));
+    assert_eq!(scheduler.add(request(1, 0)), Err(Rejected::NothingToGenerate));
+    assert_eq!(scheduler.add(request(60, 5)), Err(Rejected::TooLong { tokens: 65, limit: 64 }));
+    assert!(scheduler.add(request(60, 4)).is_ok());
+}
+
+#[test]
+fn a_prompt_larger_than_the_budget_is_computed_in_chunks() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(40, 1)).unwrap();
+    let (plans, _) = Shard::default().run(&mut scheduler, 7);
+    let chunks: Vec<_> = plans.iter().flat_map(|p| &p.work).map(|w| (w.extent.num_tokens, w.extent.samples)).collect();
+    assert_eq!(chunks, [(16, false), (16, false), (8, true)]);
+}
+
+#[test]
+fn a_prompt_fills_what_the_decoding_sequences_leave_of_the_budget() {
+    let mut scheduler = scheduler(limits());
+    let mut shard = Shard::default();
+    scheduler.add(request(3, 9)).unwrap();
+    let first = scheduler.plan().unwrap();
+    scheduler.commit(&shard.answer(&first, 7)).unwrap();
+    scheduler.add(request(40, 2)).unwrap();
+    let second = scheduler.plan().unwrap();
+    assert_eq!(second.work.iter().map(|w| w.extent.num_tokens).collect::<Vec<_>>(), [1, 15]);
+}
+
+#[test]
+fn an_end_token_ends_a_sequence_unless_it_is_ignored() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(3, 5)).unwrap();
+    scheduler.add(Request { ignore_eos: true, ..request(3, 5) }).unwrap();
+    let (_, events) = Shard::default().run(&mut scheduler, EOS);
+    assert_eq!(reasons(&events), [(0, FinishReason::EndOfSequence), (1, FinishReason::Length)]);
+    assert_eq!(events.len(), 1 + 5 + 2);
+}
+
+#[test]
+fn two_steps_may_be_open_and_the_second_knows_no_token_of_the_first() {
+    let mut scheduler = scheduler(Limits { max_open_steps: 2, ..limits() });
+    scheduler.add(request(3, 3)).unwrap();
+    let (first, second) = (scheduler.plan().unwrap(), scheduler.plan().unwrap());
+    assert!(scheduler.plan().is_none());
+    assert_eq!((first.work[0].extent.num_tokens, second.work[0].extent.num_tokens), (3, 1));
+    let mut shard = Shard::default();
+    scheduler.commit(&shard.answer(&first, EOS)).unwrap();
+    // The row in flight is wasted, and no further one is planned for it.
+    let third = scheduler.plan();
+    assert!(third.is_none_or(|plan| plan.work.is_empty()));
+    assert_eq!(scheduler.commit(&shard.answer(&second, 7)), Ok(vec![]));
+}
+
+#[test]
+fn a_sequence_takes_blocks_as_it_grows_and_returns_them_at_its_end() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(5, 8)).unwrap();
+    let (plans, _) = Shard::default().run(&mut scheduler, 7);
+    let taken: Vec<_> = plans.iter().flat_map(|p| &p.work).map(|w| w.new_blocks.len()).collect();
+    assert_eq!(taken, [2, 0, 0, 0, 1, 0, 0, 0]);
+    assert_eq!(scheduler.stats().num_pinned, 0);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn the_newest_makes_room_when_blocks_run_out_and_goes_on_later() {
+    let mut scheduler = scheduler(Limits { num_blocks: 4, ..limits() });
+    scheduler.add(request(6, 8)).unwrap();
+    scheduler.add(Request { namespace: Namespace(1), ..request(6, 8) }).unwrap();
+    let (plans, events) = Shard::default().run(&mut scheduler, 7);
+    let admitted: Vec<_> = plans.iter().flat_map(|p| &p.admit).map(|a| (a.id.0, a.incarnation)).collect();
+    assert_eq!(admitted, [(0, 1), (1, 1), (1, 2)]);
+    assert_eq!(reasons(&events), [(0, FinishReason::Length), (1, FinishReason::Length)]);
+    assert_eq!(events.len(), 2 * 8 + 2, "no token is lost or repeated");
+}
+
+#[test]
+fn a_common_beginning_is_computed_once_and_its_last_token_always() {
+    let mut scheduler = scheduler(limits());
+    let mut shard = Shard::default();
+    for (namespace, expected) in [(0, 0), (0, 8), (1, 0)] {
+        scheduler.add(Request { namespace: Namespace(namespace), ..request(12, 1) }).unwrap();
+        let (plans, _) = shard.run(&mut scheduler, 7);
+        assert_eq!(plans[0].admit[0].num_cached, expected);
+    }
+}
+
+#[test]
+fn a_prompt_whose_logprobs_are_wanted_is_computed_whole() {
+    let mut scheduler = scheduler(limits());
+    let mut shard = Shard::default();
+    scheduler.add(request(12, 1)).unwrap();
+    shard.run(&mut scheduler, 7);
+    scheduler.add(Request { wants_prompt_logprobs: true, ..request(12, 1) }).unwrap();
+    let (plans, _) = shard.run(&mut scheduler, 7);
+    assert_eq!(plans[0].admit[0].num_cached, 0);
+}
+
+#[test]
+fn a_failed_row_ends_its_sequence_alone_and_nobody_hits_its_blocks() {
+    let mut scheduler = scheduler(limits());
+    let mut shard = Shard::default();
+    scheduler.add(request(12, 4)).unwrap();
+    scheduler.add(Request { namespace: Namespace(1), ..request(3, 4) }).unwrap();
+    let plan = scheduler.plan().unwrap();
+    scheduler.commit(&shard.answer(&plan, 7)).unwrap();
+    let plan = scheduler.plan().unwrap();
+    let mut result = shard.answer(&plan, 7);
+    result.rows[0].tokens = Err(RowError);
+    assert_eq!(reasons(&scheduler.commit(&result).unwrap()), [(0, FinishReason::RowError)]);
+    let (_, events) = shard.run(&mut scheduler, 7);
+    assert_eq!(reasons(&events), [(1, FinishReason::Length)]);
+    scheduler.add(request(12, 1)).unwrap();
+    assert_eq!(scheduler.plan().unwrap().admit[0].num_cached, 0);
+}
+
+#[test]
+fn who_waits_for_admission_beyond_its_deadline_ends() {
+    let mut scheduler = scheduler(Limits { max_running: 1, ..limits() });
+    for deadline in [10, 20, 30] {
+        scheduler.add(Request { deadline: Some(Millis(deadline)), ..request(3, 4) }).unwrap();
+    }
+    scheduler.plan().unwrap();
+    let late = scheduler.expire(Millis(20));
+    assert_eq!(reasons(&late), [(1, FinishReason::DeadlineExceeded)], "the first runs, the third has time");
+}
+
+#[test]
+fn an_aborted_sequence_returns_its_blocks_once_its_open_row_is_committed() {
+    let mut scheduler = scheduler(limits());
+    let id = scheduler.add(request(5, 8)).unwrap();
+    let plan = scheduler.plan().unwrap();
+    scheduler.abort(id);
+    assert_eq!(scheduler.stats().num_pinned, 2);
+    assert_eq!(scheduler.commit(&Shard::default().answer(&plan, 7)), Ok(vec![]));
+    assert_eq!(scheduler.stats().num_pinned, 0);
+    assert_eq!(scheduler.plan().unwrap().release, [plan.work[0].row]);
+}
+
+#[test]
+fn lost_shards_are_replayed_with_all_that_was_emitted() {
+    let mut scheduler = scheduler(limits());
+    let mut shard = Shard::default();
+    scheduler.add(request(5, 8)).unwrap();
+    for _ in 0..3 {
+        let plan = scheduler.plan().unwrap();
+        scheduler.commit(&shard.answer(&plan, 7)).unwrap();
+    }
+    let lost = scheduler.plan().unwrap();
+    assert!(scheduler.lose_shards().is_empty());
+    assert!(scheduler.plan().is_none(), "there are no shards");
+    assert_eq!(scheduler.commit(&shard.answer(&lost, 7)), Ok(vec![]), "an answer that comes too late");
+    scheduler.shards_ready(9, limits());
+    let replay = scheduler.plan().unwrap();
+    assert_eq!((replay.epoch, replay.admit[0].token_ids.len(), replay.admit[0].num_prompt), (9, 8, 5));
+    assert!(replay.step > lost.step);
+}
+
+#[test]
+fn an_answer_that_does_not_fit_is_a_fault_and_changes_nothing() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(5, 8)).unwrap();
+    let plan = scheduler.plan().unwrap();
+    let good = Shard::default().answer(&plan, 7);
+    let edits: [fn(&mut StepResult); 6] = [
+        |r| r.step += 1,
+        |r| r.epoch += 1,
+        |r| drop(r.rows.pop()),
+        |r| r.rows[0].incarnation += 1,
+        |r| r.rows[0].computed += 1,
+        |r| r.rows[0].tokens = Ok(vec![1, 2]),
+    ];
+    for edit in edits {
+        let mut bad = good.clone();
+        edit(&mut bad);
+        assert_eq!(scheduler.commit(&bad), Err(ShardFault));
+    }
+    assert_eq!(scheduler.commit(&good).map(|events| events.len()), Ok(1));
+}
+
+#[test]
+fn who_dies_with_the_shards_twice_runs_alone_and_fails_at_the_third_time() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(5, 8)).unwrap();
+    for epoch in 2..4 {
+        scheduler.plan().unwrap();
+        assert!(scheduler.lose_shards().is_empty());
+        scheduler.shards_ready(epoch, limits());
+    }
+    scheduler.add(request(5, 8)).unwrap();
+    let alone = scheduler.plan().unwrap();
+    assert_eq!(alone.work.iter().map(|w| w.id.0).collect::<Vec<_>>(), [0]);
+    assert_eq!(reasons(&scheduler.lose_shards()), [(0, FinishReason::KilledShards)]);
+}
+
+#[test]
+fn shards_that_come_back_smaller_end_what_no_longer_fits() {
+    let mut scheduler = scheduler(limits());
+    scheduler.add(request(30, 8)).unwrap();
+    scheduler.add(request(5, 8)).unwrap();
+    scheduler.lose_shards();
+    let ended = scheduler.shards_ready(2, Limits { num_blocks: 8, ..limits() });
+    assert_eq!(reasons(&ended), [(0, FinishReason::NoLongerFits)]);
+}

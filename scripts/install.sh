@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Prepares a fresh Debian 12 or Ubuntu 24.04: system packages, a Rust toolchain, Python packages in .venv/, release builds.
+# Does only what is missing and says what it does. Works as root, and as a user who has the tools already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'install: %s\n' "$*"; }
+fail() { printf 'install: error: %s\n' "$*" >&2; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 1; fi
+}
+
+# System packages -------------------------------------------------------------------------------------------------
+
+# The first interpreter that is new enough and can make a virtual environment.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
+        then echo "$candidate"; return; fi
+    done
+    return 1
+}
+
+missing=()
+command -v cc >/dev/null && command -v make >/dev/null || missing+=(build-essential)
+command -v curl >/dev/null || missing+=(curl ca-certificates)
+find_python >/dev/null || missing+=(python3 python3-venv)
+if [ ${#missing[@]} -gt 0 ]; then
+    command -v apt-get >/dev/null || fail "missing: ${missing[*]}. This system has no apt-get; install them by hand"
+    say "system packages: ${missing[*]}"
+    as_root apt-get update -qq || fail "missing: ${missing[*]}. Install them as root"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
+fi
+python=$(find_python) || fail "no Python 3.11, 3.12 or 3.13 with venv was found; name one with PYTHON=..."
+
+# Rust ------------------------------------------------------------------------------------------------------------
+
+export PATH="$HOME/.cargo/bin:$PATH"
+wanted=$(sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
+if ! command -v cargo >/dev/null; then
+    if apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]'; then
+        say "rustup, from the system's packages"
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rustup >/dev/null
+    else
+        say "rustup, by its own installer"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --no-modify-path --profile minimal --default-toolchain none
+    fi
+fi
+# rustup takes the version from rust-toolchain.toml and installs it if it is not there.
+found=$(cargo --version | cut -d' ' -f2) || fail "cargo $wanted could not be set up"
+if [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -1)" != "$wanted" ]; then
+    fail "cargo is $found, $wanted or newer is needed. Install rustup, or remove the older cargo from PATH"
+fi
+
+# Python packages -------------------------------------------------------------------------------------------------
+
+if [ ! -x .venv/bin/python ]; then
+    say "virtual environment .venv/ with $("$python" --version)"
+    "$python" -m venv .venv
+fi
+# One stamp for all that decides what is installed.
+state=$(cat server/requirements.lock server/pyproject.toml server/setup.py proto/shard.proto | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ]; then
+    torch=$(grep '^torch==' server/requirements.lock)
+    say "Python packages ($torch and what it needs; a few minutes on a fresh machine)"
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        .venv/bin/pip install -q --disable-pip-version-check --index-url "$TORCH_INDEX_URL" "$torch"
+    fi
+    .venv/bin/pip install -q --disable-pip-version-check -r server/requirements.lock
+    .venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e ./server
+    echo "$state" > .venv/.installed
+fi
+
+# Release builds --------------------------------------------------------------------------------------------------
+
+binaries=(text-generation-launcher text-generation-router text-generation-benchmark)
+say "release builds (a few minutes the first time): ${binaries[*]}"
+cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark
+for binary in "${binaries[@]}"; do
+    # Not over the running file: a server may be in use.
+    if ! cmp -s "target/release/$binary" ".venv/bin/$binary"; then
+        cp "target/release/$binary" ".venv/bin/.$binary.new"
+        mv ".venv/bin/.$binary.new" ".venv/bin/$binary"
+    fi
+done
+say "ready: .venv/bin/text-generation-launcher --help"

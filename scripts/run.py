@@ -1,0 +1,75 @@
+"""Starts the server, streams one answer to the terminal, and keeps serving until Ctrl-C."""
+
+import argparse
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "In the beginning God created"
+
+
+def is_ready(port: int) -> bool:
+    """Whether GET /readyz answers 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def stream(port: int) -> None:
+    """Prints the tokens of one answer as they come."""
+    body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 60, "do_sample": True, "seed": 7}})
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/generate_stream", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    print(f"\n{PROMPT}", end="", flush=True)
+    for line in response:
+        if line.startswith(b"data:"):
+            event = json.loads(line[5:])
+            if "error" in event:
+                sys.exit(f"\nrun: the server answered: {event['error']}")
+            if not event["token"]["special"]:
+                print(event["token"]["text"], end="", flush=True)
+    connection.close()
+    print("\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="models/docs-llama-7m", help="folder or hub id")
+    parser.add_argument("--port", type=int, default=3000)
+    parser.add_argument("args", nargs="*", help="more flags for text-generation-launcher, after --")
+    options = parser.parse_args()
+    launcher = str(ROOT / ".venv/bin/text-generation-launcher")
+    command = [launcher, "--model-id", options.model, "--port", str(options.port), *options.args]
+    print("run:", " ".join(command), flush=True)
+    # Ctrl-C reaches the launcher through the terminal; this process only waits for it to drain.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    while not is_ready(options.port):
+        if (code := server.poll()) is not None:
+            return code
+        time.sleep(0.2)
+    stream(options.port)
+    print(
+        "Try it yourself:\n\n"
+        f"  curl -N http://127.0.0.1:{options.port}/generate_stream -H 'Content-Type: application/json' \\\n"
+        f"    -d '{{\"inputs\": \"{PROMPT}\", \"parameters\": {{\"max_new_tokens\": 40}}}}'\n\n"
+        "Serving until Ctrl-C.",
+        flush=True,
+    )
+    return server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
