@@ -82,6 +82,8 @@ async fn talk(router: UnixStream, generation: &ToRouter) -> anyhow::Result<()> {
 #[derive(Debug)]
 pub struct RouterAlone {
     router: tokio::process::Child,
+    /// Kept apart from the child, which closes its standard input when it is waited for.
+    lifeline: Option<tokio::process::ChildStdin>,
     stubs: JoinHandle<anyhow::Result<()>>,
     directory: RunDirectory,
     /// What the stub shard sees.
@@ -108,7 +110,7 @@ impl RouterAlone {
             }
         });
         wait_for("the stubs' sockets", || async { shard_socket.exists() && control_socket.exists() }).await?;
-        let router = tokio::process::Command::new(&args.router)
+        let mut router = tokio::process::Command::new(&args.router)
             .arg("--tokenizer-name")
             .arg(&model)
             .args(["--model-id", "stub", "--exit-with-stdin", "--hostname", "127.0.0.1"])
@@ -123,7 +125,8 @@ impl RouterAlone {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("--router {}: cannot be started; build it first", args.router.display()))?;
-        let mut this = Self { router, stubs, directory, observed };
+        let lifeline = router.stdin.take();
+        let mut this = Self { router, lifeline, stubs, directory, observed };
         this.wait_until_healthy(args.port).await?;
         Ok(this)
     }
@@ -170,7 +173,7 @@ impl RouterAlone {
 
     /// Lets the router end as it does when its launcher is gone.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        drop(self.router.stdin.take());
+        drop(self.lifeline.take());
         let ended = tokio::time::timeout(STOP_TIMEOUT, self.router.wait()).await;
         self.stubs.abort();
         ended.with_context(|| format!("the router did not end within {STOP_TIMEOUT:?} after its lifeline"))??;
