@@ -48,8 +48,12 @@ class Server:
         *,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        speaks: bool = True,
     ) -> None:
-        """Start `command`; its standard input is a pipe that ends with this process. Errors go to `log`, if given."""
+        """Start `command`; its standard input is a pipe that ends with this process.
+
+        Its errors go to `log`, if given. Its output is read with `read_line` if it `speaks`, else it goes to `log` too.
+        """
         self.command = [str(word) for word in command]
         self._log_path = log
         self._log = log.open("wb") if log else None
@@ -57,7 +61,7 @@ class Server:
             self.command,
             cwd=ROOT,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.PIPE if speaks else self._log,
             stderr=self._log,
             env={**os.environ, **(environment or {})},
             start_new_session=True,

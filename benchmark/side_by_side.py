@@ -162,7 +162,7 @@ class Bench:
         """Start our server, measure it and stop it."""
         command = [self.arguments.launcher, "--model-id", self.model, "--port", str(PORTS["ours"])]
         command += ["--hostname", "127.0.0.1", "--dtype", "float32", "--num-shard", "1"]
-        with common.Server(command, log=self.folder / "ours.log") as server:
+        with common.Server(command, log=self.folder / "ours.log", speaks=False) as server:
             server.wait_until_healthy(f"http://127.0.0.1:{PORTS['ours']}/health", START_TIMEOUT_S)
             return self._load(PORTS["ours"], "generate-stream")
 
@@ -183,7 +183,7 @@ class Bench:
         # By default its cache takes most of the memory; this holds 16 streams many times over.
         command += ["--cb-num-blocks", "512"]
         environment = {"OMP_NUM_THREADS": str(self.num_cores), "HF_HUB_OFFLINE": "1"}
-        with common.Server(command, environment=environment, log=self.folder / "serve.log") as server:
+        with common.Server(command, environment=environment, log=self.folder / "serve.log", speaks=False) as server:
             server.wait_until_healthy(f"http://127.0.0.1:{PORTS['serve']}/health", START_TIMEOUT_S)
             return self._load(PORTS["serve"], "openai")
 
