@@ -18,7 +18,7 @@ MAX_PRODUCT = 1 << 34
 
 
 def cancelling(rows: int, size: int, columns: int) -> tuple[Tensor, Tensor]:
-    """x [rows, size] and w [columns, size] float32, representable in bfloat16, with x @ w.T zero in exact arithmetic."""
+    """x [rows, size] and w [columns, size] float32, exact in bfloat16, whose x @ w.T is zero in exact arithmetic."""
     generator = torch.Generator().manual_seed(size * 1_000_003 + columns)
     x = torch.randn(rows, size, generator=generator).bfloat16().float()
     w = torch.randn(columns, size, generator=generator).bfloat16().float()
@@ -107,7 +107,7 @@ def proven_tile_rows(head_dim: int, tile_keys: int, row_counts: Sequence[int]) -
     wholes = [torch.bmm(a[:, : row_counts[0]], b.expand(matrices, -1, -1).contiguous()) for a, b in products]
     proven = []
     for rows in row_counts:
-        if all(_agree(a, b.contiguous(), rows, whole) for (a, b), whole in zip(products, wholes)):
+        if all(_agree(a, b.contiguous(), rows, whole) for (a, b), whole in zip(products, wholes, strict=True)):
             proven.append(rows)
     return tuple(proven)
 
