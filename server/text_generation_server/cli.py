@@ -23,6 +23,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(envvar="DTYPE", help="float32, bfloat16 or float16; by default what the device computes natively."),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
+]
 Level = Annotated[str, typer.Option(envvar="LOGGER_LEVEL", help="TRACE, DEBUG, INFO, WARNING or ERROR.")]
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
 
@@ -47,9 +50,7 @@ def serve(
     quantize: Quantize = None,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu; cuda is not served yet.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
     exit_with_stdin: Annotated[
@@ -99,15 +100,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what would be loaded, from the configuration and the headers of the weights alone."""
-    from dataclasses import asdict
-
     from .planning import plan_model
 
     try:
         found = plan_model(local_folder(model_id, revision), world_size=num_shard, dtype=dtype, quantize=quantize)
     except ShardError as error:
         refuse(error)
-    facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(found).items()}
+    facts = found.summary()
     if as_json:
         typer.echo(json.dumps(facts))
     else:
@@ -119,6 +118,7 @@ def plan(
 def download_weights(
     model_id: Model,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
 ) -> None:
