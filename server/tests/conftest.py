@@ -1,5 +1,10 @@
 """Shared fixtures."""
 
+import os
+
+# Before torch is imported: threads that spin for each other starve when other processes want the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -106,7 +106,9 @@ class Shard:
         self.decoder, self.size = decoder, block_size
         self.cache = decoder.kernels.new_kv_cache(decoder.cache_spec, num_blocks, block_size)
 
-    def step(self, work: Sequence[tuple[Log, int]], sample_all: bool = False) -> None:
+    def step(
+        self, work: Sequence[tuple[Log, int]], sample_all: bool = False, on_layer: Callable[[], None] = lambda: None
+    ) -> None:
         """Computes the next positions of each sequence, so many; keeps the logits of rows at the end of their log."""
         starts, ids, positions, slots, sampled, owners = [0], [], [], [], [], []
         for sequence, count in work:
@@ -131,7 +133,7 @@ class Shard:
             sample_rows=torch.tensor(sampled, dtype=torch.int64),
             kv_cache=self.cache,
         )
-        logits = self.decoder.forward(batch)
+        logits = self.decoder.forward(batch, on_layer)
         if logits is not None:
             for (sequence, length), row in zip(owners, logits, strict=True):
                 sequence.logits[length] = row.clone()

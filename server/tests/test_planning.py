@@ -43,7 +43,8 @@ def test_planning_does_not_import_torch() -> None:
         "import sys; from pathlib import Path; from text_generation_server.planning import plan_model\n"
         f"plan_model(Path({str(QWEN2)!r}), world_size=2); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, timeout=60).returncode == 0
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize(

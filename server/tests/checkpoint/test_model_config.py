@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from text_generation_server.checkpoint.model_config import Rope, read_eos_token_ids, read_settings
+from text_generation_server.checkpoint.model_config import FAMILIES, Rope, read_eos_token_ids, read_settings
 from text_generation_server.errors import CheckpointError, ConfigError
 
 LLAMA: dict[str, Any] = {
@@ -48,7 +48,7 @@ def test_both_spellings_give_the_same_settings(old: dict[str, Any], new: dict[st
     assert read_settings(write(tmp_path, old)) == read_settings(write(tmp_path, new))
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_absent_keys_have_the_defaults_of_transformers(architecture: str, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 32, "hidden_size": 512}
     settings = read_settings(write(tmp_path, of(architecture) | heads))
@@ -67,7 +67,7 @@ def test_absent_keys_have_the_defaults_of_transformers(architecture: str, tmp_pa
     [
         (of("MistralForCausalLM") | {"sliding_window": None}, [None] * 4),
         (of("MistralForCausalLM") | {"sliding_window": 7}, [7] * 4),
-        (of("Qwen2ForCausalLM") | {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 2}, [None] * 4),
+        (of("Qwen2ForCausalLM") | {"sliding_window": 7, "max_window_layers": 2}, [None] * 4),
         (
             of("Qwen2ForCausalLM") | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3},
             [None, None, None, 7],
@@ -118,7 +118,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": 3}, "rope_parameters is 3; expected an object"),
     ({"rope_theta": -1}, "rope_theta is -1"),
     ({"rope_theta": 2e4, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 20000.0; expected 10000.0"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling is"),
+    ({"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling is"),
     ({"sliding_window": 5}, "sliding_window is 5; expected null"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq, which is not served yet"),
     (of("Qwen2ForCausalLM") | {"num_key_value_heads": 2, "layer_types": ["full_attention"]}, "layer_types is"),
