@@ -23,10 +23,10 @@ Dtype = Annotated[
     str | None,
     typer.Option(envvar="DTYPE", help="float32, bfloat16 or float16; by default what the device computes natively."),
 ]
+Level = Annotated[str, typer.Option(envvar="LOGGER_LEVEL", help="TRACE, DEBUG, INFO, WARNING or ERROR.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
 ]
-Level = Annotated[str, typer.Option(envvar="LOGGER_LEVEL", help="TRACE, DEBUG, INFO, WARNING or ERROR.")]
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
 
 
@@ -70,8 +70,8 @@ def serve(
     from .service import run
 
     prepare_environment()
-    set_up(logger_level, json_output, rank)
     try:
+        set_up(logger_level, json_output, rank)
         config = ServeConfig(
             model_dir=local_folder(model_id, revision),
             rank=rank,
@@ -86,9 +86,9 @@ def serve(
             logits_digest_dir=logits_digest_dir,
             fault_file=fault_file,
         )
+        run(config)
     except ShardError as error:
         refuse(error)
-    run(config)
 
 
 @app.command()
@@ -104,15 +104,15 @@ def plan(
     from .planning import plan_model
 
     try:
-        found = plan_model(local_folder(model_id, revision), world_size=num_shard, dtype=dtype, quantize=quantize)
+        folder = local_folder(model_id, revision)
+        facts = plan_model(folder, world_size=num_shard, dtype=dtype, quantize=quantize).summary()
     except ShardError as error:
         refuse(error)
-    facts = found.summary()
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         for key, value in facts.items():
-            typer.echo(f"{key:32} {value}")
+            typer.echo(f"{key:<28} {value}")
 
 
 @app.command()
@@ -126,8 +126,8 @@ def download_weights(
     """Bring a model from the hub into the local cache. The last line printed is JSON that names its folder."""
     from .logs import set_up
 
-    set_up(logger_level, json_output, None)
     try:
+        set_up(logger_level, json_output, None)
         folder = local_folder(model_id, revision, download=True)
     except ShardError as error:
         refuse(error)
