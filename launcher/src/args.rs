@@ -1,0 +1,524 @@
+//! The command line: TGI's flags, environment names and defaults as far as they have a meaning here, and a few of ours.
+//!
+//! A flag that TGI knows and this version does not serve is parsed and then refused by name, whether it came from the
+//! command line or from the environment; nothing is ignored silently. Relations between flags are checked in `plan`.
+
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::sync::LazyLock;
+
+use clap::builder::{BoolishValueParser, PossibleValuesParser};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
+
+const MODEL: &str = "Model";
+const SHARDS: &str = "Shards";
+const LIMITS: &str = "Limits";
+const HTTP: &str = "HTTP";
+const OPERATION: &str = "Operation";
+const NO_EFFECT: &str = "Accepted for TGI's sake, without effect here";
+const NOT_SERVED: &str = "Known to TGI, not served yet (an error if given)";
+
+/// Serves a language model: starts the shards and the router, watches them, restarts what dies.
+#[derive(Clone, Debug, Parser, PartialEq)]
+#[command(name = "text-generation-launcher", version, about, max_term_width = 110)]
+pub struct Args {
+    /// A directory with config.json, tokenizer.json and safetensors files, or the name of a model on the hub.
+    #[arg(long, env, help_heading = MODEL)]
+    pub model_id: String,
+    /// Branch, tag or commit of a model on the hub.
+    #[arg(long, env, help_heading = MODEL)]
+    pub revision: Option<String>,
+    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively.
+    #[arg(long, env, value_enum, help_heading = MODEL)]
+    pub dtype: Option<Dtype>,
+    /// Lets code that comes with the model run, and lets files be unpickled.
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = MODEL)]
+    pub trust_remote_code: bool,
+    /// Where models from the hub are kept.
+    #[arg(long, env, help_heading = MODEL)]
+    pub huggingface_hub_cache: Option<String>,
+
+    /// Whether the model is cut into several shards.
+    #[arg(long, env, value_name = "BOOL", value_parser = BoolishValueParser::new(), help_heading = SHARDS)]
+    pub sharded: Option<bool>,
+    /// How many tensor-parallel shards, each a process. By default one.
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=256), allow_negative_numbers = true,
+          help_heading = SHARDS)]
+    pub num_shard: Option<u32>,
+    /// What computes.
+    #[arg(long, env, value_enum, default_value = "cpu", help_heading = SHARDS)]
+    pub device: Device,
+    /// The share of the memory (the smaller of what is available and the container's limit) that all shards together
+    /// may take for weights and KV cache.
+    #[arg(long, env, default_value = "0.5", value_parser = fraction, allow_negative_numbers = true,
+          help_heading = SHARDS)]
+    pub memory_fraction: f64,
+    /// Where the run directory goes that holds the sockets: this, followed by a suffix of its own for each start.
+    #[arg(long, env, default_value = "/tmp/text-generation-server", help_heading = SHARDS)]
+    pub shard_uds_path: String,
+
+    /// Requests served or queued at a time; one more is answered 429.
+    #[arg(long, env, default_value = "128", value_parser = at_least_one(), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub max_concurrent_requests: u32,
+    /// The most stop sequences of a request.
+    #[arg(long, env, default_value = "4", allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_stop_sequences: u32,
+    /// The longest prompt, in tokens. By default one less than --max-total-tokens.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_input_tokens: Option<u32>,
+    /// The former name of --max-input-tokens.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_input_length: Option<u32>,
+    /// The longest sequence, prompt and answer together. By default what the model's positions and the cache allow.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_total_tokens: Option<u32>,
+    /// Input tokens computed in one step, over all sequences; longer prompts are computed in parts.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_batch_prefill_tokens: Option<u32>,
+    /// Tokens held in the KV cache at a time. By default as many as the memory allows.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_batch_total_tokens: Option<u32>,
+    /// Tokens per block of the KV cache.
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=1024), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub block_size: Option<u32>,
+    /// Sequences computed in one step.
+    #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_batch_size: Option<u32>,
+    /// Steps in flight: while one is computed the next is planned and sent.
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=4), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub pipeline_depth: Option<u32>,
+    /// Seconds that a request may wait in the queue.
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub queue_timeout: Option<f64>,
+    /// Seconds after which a step without an answer counts as a fault of the shards.
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub step_timeout: Option<f64>,
+
+    /// The address to listen on. A name that a container runtime put into HOSTNAME means 0.0.0.0, with a notice.
+    #[arg(long, env, default_value = "0.0.0.0", help_heading = HTTP)]
+    pub hostname: String,
+    /// The port to listen on.
+    #[arg(short, long, env, default_value = "3000", value_parser = clap::value_parser!(u16).range(1..),
+          allow_negative_numbers = true, help_heading = HTTP)]
+    pub port: u16,
+    /// The largest request body, in bytes.
+    #[arg(long, env, default_value = "2000000", value_parser = at_least_one(),
+          allow_negative_numbers = true, help_heading = HTTP)]
+    pub payload_limit: u32,
+    /// Threads that turn text into tokens.
+    #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
+          help_heading = HTTP)]
+    pub validation_workers: u32,
+    /// An origin that browsers may call from; may be given several times. By default any.
+    #[arg(long, env, value_delimiter = ',', help_heading = HTTP)]
+    pub cors_allow_origin: Vec<String>,
+
+    /// Writes the log as lines of JSON.
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = OPERATION)]
+    pub json_output: bool,
+    /// error, warn, info, debug, trace, or a filter in the syntax of the tracing-subscriber crate.
+    #[arg(long, env, default_value = "info", help_heading = OPERATION)]
+    pub log_level: String,
+    /// Logs versions, processor and memory before it starts.
+    #[arg(short, long, action = ArgAction::SetTrue, help_heading = OPERATION)]
+    pub env: bool,
+    /// Seconds that running requests are given to finish after SIGTERM or Ctrl-C.
+    #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = seconds, allow_negative_numbers = true,
+          help_heading = OPERATION)]
+    pub graceful_termination_timeout: f64,
+    /// Seconds without any progress after which a start, or a restart of a shard, is given up.
+    #[arg(long, env, value_name = "SECONDS", default_value = "120", value_parser = seconds, allow_negative_numbers = true,
+          help_heading = OPERATION)]
+    pub startup_stall_timeout: f64,
+
+    /// What to tell the user about flags that have no effect here.
+    #[arg(skip)]
+    pub notices: Vec<String>,
+}
+
+/// The type that a model is computed in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Dtype {
+    /// IEEE single precision.
+    #[value(name = "float32")]
+    Float32,
+    /// Brain floating point.
+    #[value(name = "bfloat16")]
+    Bfloat16,
+    /// IEEE half precision.
+    #[value(name = "float16")]
+    Float16,
+}
+
+impl Dtype {
+    /// The name on every command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::Bfloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// NVIDIA GPUs: refused by name in this version.
+    Cuda,
+}
+
+/// What happens to a flag of TGI's that has no field in `Args`.
+enum Fate {
+    /// An error, unless the value is one of these, which ask for what happens anyway.
+    Refused(&'static [&'static str]),
+    /// A line in the log, unless the value is one of these.
+    Noticed(&'static [&'static str]),
+}
+
+/// A flag of TGI's without a field in `Args`.
+struct Foreign {
+    flag: &'static str,
+    /// The legal values; empty: any. `SWITCH`: the flag takes none.
+    values: &'static [&'static str],
+    fate: Fate,
+    /// For a refusal: what there is instead. For a notice: why it has no effect.
+    why: &'static str,
+}
+
+const SWITCH: &[&str] = &["true", "false"];
+const ANY: &[&str] = &[];
+const QUANTIZE: &[&str] = &[
+    "awq",
+    "compressed-tensors",
+    "eetq",
+    "exl2",
+    "gptq",
+    "marlin",
+    "bitsandbytes",
+    "bitsandbytes-nf4",
+    "bitsandbytes-fp4",
+    "fp8",
+];
+
+const fn refused(flag: &'static str, values: &'static [&'static str], why: &'static str) -> Foreign {
+    Foreign { flag, values, fate: Fate::Refused(&[]), why }
+}
+
+const fn noticed(flag: &'static str, values: &'static [&'static str], why: &'static str) -> Foreign {
+    Foreign { flag, values, fate: Fate::Noticed(&[]), why }
+}
+
+const FOREIGN: &[Foreign] = &[
+    noticed(
+        "waiting-served-ratio",
+        ANY,
+        "every step mixes prompts and answers, so nothing waits to be served (as in TGI)",
+    ),
+    noticed("max-waiting-tokens", ANY, "every step mixes prompts and answers, so nothing waits for tokens (as in TGI)"),
+    noticed("master-addr", ANY, "the shards of one machine meet through the run directory, not over TCP"),
+    noticed("master-port", ANY, "the shards of one machine meet through the run directory, no port is used"),
+    noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
+    noticed("disable-grammar-support", SWITCH, "grammars are refused in this version in any case"),
+    Foreign {
+        flag: "usage-stats",
+        values: &["on", "off", "no-stack"],
+        fate: Fate::Noticed(&["off"]),
+        why: "nothing is ever sent anywhere",
+    },
+    refused("quantize", QUANTIZE, "quantized checkpoints are served from a later version; leave it out"),
+    Foreign { flag: "speculate", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
+    refused("kv-cache-dtype", ANY, "the cache has the type of the model; leave it out"),
+    Foreign { flag: "cuda-graphs", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
+    refused("cuda-memory-fraction", ANY, "use --memory-fraction for the share of this machine's memory"),
+    refused("rope-scaling", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
+    refused("rope-factor", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
+    refused("weights-cache-override", ANY, "give a directory as --model-id, or use --huggingface-hub-cache"),
+    refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
+    refused("otlp-endpoint", ANY, "traces are not exported; leave it out"),
+    refused("otlp-service-name", ANY, "traces are not exported; leave it out"),
+    Foreign {
+        flag: "max-best-of",
+        values: ANY,
+        fate: Fate::Refused(&["1"]),
+        why: "best_of is served from a later version; leave it out",
+    },
+    Foreign {
+        flag: "max-top-n-tokens",
+        values: ANY,
+        fate: Fate::Refused(&["0"]),
+        why: "top_n_tokens is served from a later version; leave it out",
+    },
+    Foreign {
+        flag: "max-client-batch-size",
+        values: ANY,
+        fate: Fate::Refused(&["1"]),
+        why: "/v1/completions is served from a later version; leave it out",
+    },
+    refused(
+        "api-key",
+        ANY,
+        "without it the server would answer anyone; put a proxy that checks keys in front, or leave it out",
+    ),
+    refused("watermark-gamma", ANY, "leave it out"),
+    refused("watermark-delta", ANY, "leave it out"),
+    Foreign { flag: "ngrok", values: SWITCH, fate: Fate::Refused(&["false"]), why: "leave it out" },
+    refused("ngrok-authtoken", ANY, "leave it out"),
+    refused("ngrok-edge", ANY, "leave it out"),
+    refused("tokenizer-config-path", ANY, "chat templates are served from a later version; leave it out"),
+    refused("lora-adapters", ANY, "leave it out"),
+    Foreign {
+        flag: "enable-prefill-logprobs",
+        values: SWITCH,
+        fate: Fate::Refused(&["false"]),
+        why: "prompt log-probabilities are served from a later version; leave it out",
+    },
+    Foreign { flag: "request-logprobs", values: ANY, fate: Fate::Refused(&["0", "false"]), why: "leave it out" },
+    refused("attention", ANY, "there is one kind of attention; leave it out"),
+    Foreign {
+        flag: "prefix-caching",
+        values: ANY,
+        fate: Fate::Refused(&["1", "true"]),
+        why: "prefixes are always cached; leave it out",
+    },
+    Foreign {
+        flag: "prefill-chunking",
+        values: ANY,
+        fate: Fate::Refused(&["1", "true"]),
+        why: "long prompts are always computed in parts; leave it out",
+    },
+    refused("tgi-wiggle-room", ANY, "use --memory-fraction for the share of this machine's memory"),
+];
+
+/// In TGI these are environment variables only; they are no flags here either.
+const ENVIRONMENT_ONLY: &[&str] =
+    &["request-logprobs", "attention", "prefix-caching", "prefill-chunking", "tgi-wiggle-room"];
+
+/// No count of tokens, bytes or sequences is larger; sums of them fit in every type they are sent in.
+const MAX_COUNT: i64 = u32::MAX as i64 / 4;
+
+fn at_least_one() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=MAX_COUNT)
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
+    seconds.ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("expected a number above 0 and at most 1".into()),
+    }
+}
+
+/// The environment's names of `FOREIGN`, in order: clap keeps a reference to them.
+static ENVIRONMENT_NAMES: LazyLock<Vec<String>> =
+    LazyLock::new(|| FOREIGN.iter().map(|foreign| foreign.flag.replace('-', "_").to_uppercase()).collect());
+
+/// The whole command line, foreign flags included.
+pub fn command() -> clap::Command {
+    FOREIGN.iter().zip(ENVIRONMENT_NAMES.iter()).fold(Args::command(), |command, (foreign, environment_name)| {
+        let heading = if matches!(foreign.fate, Fate::Noticed(_)) { NO_EFFECT } else { NOT_SERVED };
+        let mut arg = clap::Arg::new(foreign.flag)
+            .long(foreign.flag)
+            .env(environment_name.as_str())
+            .value_name("VALUE")
+            .hide_env_values(true)
+            .allow_hyphen_values(foreign.values.is_empty())
+            .hide(ENVIRONMENT_ONLY.contains(&foreign.flag))
+            .action(ArgAction::Set)
+            .help(sentence(foreign.why))
+            .help_heading(heading);
+        if foreign.values == SWITCH {
+            arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true").hide_possible_values(true);
+        } else if !foreign.values.is_empty() {
+            arg = arg.value_parser(PossibleValuesParser::new(foreign.values)).hide_possible_values(true);
+        }
+        command.arg(arg)
+    })
+}
+
+fn sentence(text: &str) -> String {
+    let mut characters = text.chars();
+    characters.next().map(|first| first.to_uppercase().chain(characters).chain(['.']).collect()).unwrap_or_default()
+}
+
+/// Reads command line and environment.
+///
+/// # Errors
+///
+/// What clap refuses (also `--help` and `--version`), a flag that is not served yet, a host name that is no address.
+pub fn parse(argv: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Args, clap::Error> {
+    let matches = command().try_get_matches_from(argv)?;
+    let mut args = Args::from_arg_matches(&matches)?;
+    let (notices, refusals) = judge_foreign(&matches);
+    if !refusals.is_empty() {
+        return Err(usage(refusals.join("\n       ")));
+    }
+    args.notices = notices;
+    if args.device == Device::Cuda {
+        return Err(usage("--device cuda is not served yet: this version computes on CPUs; use --device cpu"));
+    }
+    if args.model_id.is_empty() || args.model_id.starts_with('-') {
+        let found = &args.model_id;
+        return Err(usage(format!("--model-id {found:?}: expected a directory or the name of a model on the hub")));
+    }
+    settle_hostname(&mut args, matches.value_source("hostname"))?;
+    Ok(args)
+}
+
+/// A usage error (exit code 2) in clap's form.
+pub fn usage(message: impl std::fmt::Display) -> clap::Error {
+    command().error(ErrorKind::ValueValidation, message)
+}
+
+/// Notices and refusals for the foreign flags that were given.
+fn judge_foreign(matches: &ArgMatches) -> (Vec<String>, Vec<String>) {
+    let (mut notices, mut refusals) = (Vec::new(), Vec::new());
+    for (foreign, environment_name) in FOREIGN.iter().zip(ENVIRONMENT_NAMES.iter()) {
+        let Some(value) = matches.get_one::<String>(foreign.flag) else { continue };
+        let from_environment = matches.value_source(foreign.flag) == Some(ValueSource::EnvVariable);
+        // Container templates set variables to nothing where they mean to leave them out.
+        if from_environment && value.is_empty() {
+            continue;
+        }
+        // The value stays out of the message: it may be a secret.
+        let name =
+            if from_environment { format!("{environment_name} (environment)") } else { format!("--{}", foreign.flag) };
+        match foreign.fate {
+            Fate::Refused(unless) if !unless.contains(&value.as_str()) => {
+                refusals.push(format!("{name} is not served yet: {}", foreign.why));
+            }
+            Fate::Noticed(unless) if !unless.contains(&value.as_str()) => {
+                notices.push(format!("{name} has no effect: {}", foreign.why));
+            }
+            Fate::Refused(_) | Fate::Noticed(_) => {}
+        }
+    }
+    (notices, refusals)
+}
+
+/// Docker sets HOSTNAME to the container's name, which is no address to listen on; TGI takes 0.0.0.0 then.
+fn settle_hostname(args: &mut Args, source: Option<ValueSource>) -> Result<(), clap::Error> {
+    if args.hostname == "localhost" {
+        args.hostname = "127.0.0.1".into();
+    }
+    if args.hostname.parse::<IpAddr>().is_ok() {
+        return Ok(());
+    }
+    let found = std::mem::replace(&mut args.hostname, "0.0.0.0".into());
+    if source != Some(ValueSource::EnvVariable) {
+        return Err(usage(format!("--hostname {found:?}: expected an IP address to listen on, such as 0.0.0.0")));
+    }
+    args.notices.push(format!("HOSTNAME (environment) is {found:?}, no address to listen on; 0.0.0.0 is used"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(flags: &[&str]) -> Result<Args, clap::Error> {
+        parse([&["launcher", "--model-id", "m"], flags].concat())
+    }
+
+    fn refusal(flags: &[&str]) -> String {
+        parsed(flags).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_those_of_tgi() {
+        let args = parsed(&[]).unwrap();
+        assert_eq!(
+            (args.port, args.hostname.as_str(), args.max_concurrent_requests, args.max_stop_sequences),
+            (3000, "0.0.0.0", 128, 4)
+        );
+        assert_eq!((args.payload_limit, args.validation_workers), (2_000_000, 2));
+        assert_eq!(
+            (args.graceful_termination_timeout, args.shard_uds_path.as_str()),
+            (90.0, "/tmp/text-generation-server")
+        );
+    }
+
+    #[test]
+    fn a_flag_known_to_tgi_but_not_served_is_refused_by_name() {
+        for (flags, name) in [
+            (vec!["--quantize", "gptq"], "--quantize"),
+            (vec!["--speculate", "2"], "--speculate"),
+            (vec!["--api-key", "secret"], "--api-key"),
+            (vec!["--ngrok"], "--ngrok"),
+            (vec!["--otlp-endpoint", "http://x"], "--otlp-endpoint"),
+            (vec!["--lora-adapters", "a,b"], "--lora-adapters"),
+            (vec!["--cuda-graphs", "1,2"], "--cuda-graphs"),
+            (vec!["--prometheus-port", "9000"], "--prometheus-port"),
+            (vec!["--max-best-of", "2"], "--max-best-of"),
+            (vec!["--enable-prefill-logprobs"], "--enable-prefill-logprobs"),
+        ] {
+            let message = refusal(&flags);
+            assert!(message.contains(&format!("{name} is not served yet")), "{message}");
+            assert!(!message.contains("secret"), "{message}");
+        }
+        assert!(refusal(&["--device", "cuda"]).contains("--device cuda is not served yet"));
+    }
+
+    #[test]
+    fn values_that_ask_for_what_happens_anyway_are_accepted() {
+        let args =
+            parsed(&["--speculate", "0", "--cuda-graphs", "0", "--usage-stats", "off", "--max-best-of", "1"]).unwrap();
+        assert_eq!(args.notices, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_flag_without_effect_is_accepted_with_a_notice() {
+        let args =
+            parsed(&["--max-waiting-tokens", "20", "--disable-custom-kernels", "--master-port", "29501"]).unwrap();
+        assert_eq!(args.notices.len(), 3, "{:?}", args.notices);
+        assert!(args.notices.iter().all(|notice| notice.contains("has no effect")));
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_with_the_name_of_its_flag() {
+        for (flag, value) in [
+            ("--max-concurrent-requests", "abc"),
+            ("--max-concurrent-requests", "0"),
+            ("--max-concurrent-requests", "-1"),
+            ("--validation-workers", "0"),
+            ("--num-shard", "0"),
+            ("--port", "0"),
+            ("--port", "65536"),
+            ("--memory-fraction", "1.5"),
+            ("--memory-fraction", "nan"),
+            ("--graceful-termination-timeout", "0"),
+            ("--step-timeout", "nan"),
+            ("--hostname", "nonsense"),
+            ("--quantize", "int7"),
+            ("--dtype", "int8"),
+        ] {
+            let error = parsed(&[flag, value]).unwrap_err();
+            assert!(error.to_string().contains(flag), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn a_model_id_is_never_taken_for_a_flag_of_a_child() {
+        let error = parse(["launcher", "--model-id=-h"]).unwrap_err();
+        assert!(error.to_string().contains("--model-id \"-h\""), "{error}");
+    }
+}

@@ -1,0 +1,492 @@
+//! Decides what is started: arguments, machine and model in, command lines out. Pure.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::args::Args;
+use crate::machine::Machine;
+
+/// A program with its arguments.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct CommandLine {
+    /// What is executed.
+    pub program: PathBuf,
+    /// Without the program's name.
+    pub args: Vec<String>,
+    /// Variables set beside the inherited environment.
+    pub env: Vec<(&'static str, String)>,
+    /// Variables taken out of the inherited environment.
+    pub env_remove: Vec<&'static str>,
+}
+
+impl CommandLine {
+    fn new(program: &Path) -> Self {
+        // The log level is given as an argument; a filter for Rust crates would mean nothing to Python.
+        Self { program: program.into(), args: Vec::new(), env: Vec::new(), env_remove: vec!["LOG_LEVEL"] }
+    }
+
+    fn word(&mut self, word: impl ToString) -> &mut Self {
+        self.args.push(word.to_string());
+        self
+    }
+
+    fn flag(&mut self, flag: &str, value: impl ToString) -> &mut Self {
+        self.word(flag).word(value)
+    }
+
+    fn optional(&mut self, flag: &str, value: Option<impl ToString>) -> &mut Self {
+        match value {
+            Some(value) => self.flag(flag, value),
+            None => self,
+        }
+    }
+
+    fn switch(&mut self, flag: &str, on: bool) -> &mut Self {
+        if on { self.word(flag) } else { self }
+    }
+}
+
+/// The programs that the launcher starts.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Programs {
+    /// `text-generation-server`
+    pub server: PathBuf,
+    /// `text-generation-router`
+    pub router: PathBuf,
+}
+
+/// What `text-generation-server plan` says of a model, as far as the launcher uses it.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct ModelPlan {
+    /// The directory that holds the files.
+    pub model_dir: PathBuf,
+    /// As in `config.json`.
+    #[serde(default)]
+    pub architecture: Option<String>,
+    /// Computed in.
+    #[serde(default)]
+    pub dtype: Option<String>,
+    /// All weights.
+    #[serde(default)]
+    pub num_parameters: Option<u64>,
+    /// What one rank holds of them.
+    #[serde(default)]
+    pub weight_bytes_per_rank: Option<u64>,
+    /// The longest sequence that the positions allow.
+    #[serde(default)]
+    pub max_positions: Option<u32>,
+}
+
+/// Why nothing is started.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// The arguments contradict each other: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// The model does not fit the arguments or the machine: exit code 1.
+    #[error("{0}")]
+    Model(String),
+}
+
+fn usage<T>(message: impl Into<String>) -> Result<T, PlanError> {
+    Err(PlanError::Usage(message.into()))
+}
+
+/// How many shards the arguments ask for.
+///
+/// # Errors
+///
+/// When `--sharded` and `--num-shard` contradict each other.
+pub fn world_size(args: &Args) -> Result<u32, PlanError> {
+    match (args.sharded, args.num_shard) {
+        (Some(true), None) => usage("--sharded true: on a CPU the number of shards must be said; add --num-shard N"),
+        (Some(true), Some(1)) => usage("--sharded true --num-shard 1: expected at least 2 shards, or --sharded false"),
+        (Some(false), Some(shards)) if shards > 1 => {
+            usage(format!("--sharded false --num-shard {shards}: expected 1 shard, or --sharded true"))
+        }
+        (_, shards) => Ok(shards.unwrap_or(1)),
+    }
+}
+
+/// Checks what the arguments alone show.
+///
+/// # Errors
+///
+/// Names the two flags that contradict each other, what was found and what was expected.
+pub fn check(args: &Args) -> Result<(), PlanError> {
+    world_size(args)?;
+    if let (Some(tokens), Some(length)) = (args.max_input_tokens, args.max_input_length) {
+        return usage(format!(
+            "--max-input-tokens {tokens} and --max-input-length {length}: both name the same limit; use the first alone"
+        ));
+    }
+    let input = ("--max-input-tokens", max_input_tokens(args));
+    let total = ("--max-total-tokens", args.max_total_tokens);
+    let batch_total = ("--max-batch-total-tokens", args.max_batch_total_tokens);
+    let step = ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);
+    if args.max_total_tokens == Some(1) {
+        return usage("--max-total-tokens 1: expected at least 2, one for the prompt and one for the answer");
+    }
+    less(input, total, "an answer needs at least one token")?;
+    less(input, batch_total, "an answer needs at least one token")?;
+    at_most(total, batch_total, "such a sequence would never fit")?;
+    at_most(("--max-batch-size", args.max_batch_size), step, "a step has room for one token of every sequence")?;
+    at_most(("--block-size", args.block_size), batch_total, "the cache holds whole blocks")
+}
+
+type Flag = (&'static str, Option<u32>);
+
+fn less(smaller: Flag, larger: Flag, why: &str) -> Result<(), PlanError> {
+    match (smaller, larger) {
+        ((name, Some(value)), (other, Some(limit))) if value >= limit => {
+            usage(format!("{name} {value} must be less than {other} {limit}: {why}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn at_most(smaller: Flag, larger: Flag, why: &str) -> Result<(), PlanError> {
+    match (smaller, larger) {
+        ((name, Some(value)), (other, Some(limit))) if value > limit => {
+            usage(format!("{name} {value} must not exceed {other} {limit}: {why}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn max_input_tokens(args: &Args) -> Option<u32> {
+    args.max_input_tokens.or(args.max_input_length)
+}
+
+/// What to run before anything else, to learn where a model from the hub lies.
+pub fn download_command(args: &Args, programs: &Programs) -> CommandLine {
+    let mut command = CommandLine::new(&programs.server);
+    command.word("download-weights").word(&args.model_id).optional("--revision", args.revision.as_deref());
+    command.switch("--trust-remote-code", args.trust_remote_code);
+    with_hub_cache(command, args)
+}
+
+/// What to run before ranks are spawned, to learn whether the model can be served at all.
+pub fn preflight_command(args: &Args, programs: &Programs, model_dir: &Path, world_size: u32) -> CommandLine {
+    let mut command = CommandLine::new(&programs.server);
+    command.word("plan").word(model_dir.display()).flag("--num-shard", world_size);
+    command.optional("--dtype", args.dtype.map(crate::args::Dtype::name));
+    command.word("--json");
+    command
+}
+
+fn with_hub_cache(mut command: CommandLine, args: &Args) -> CommandLine {
+    if let Some(cache) = &args.huggingface_hub_cache {
+        command.env.push(("HF_HUB_CACHE", cache.clone()));
+        command.env.push(("HUGGINGFACE_HUB_CACHE", cache.clone()));
+    }
+    command
+}
+
+/// Everything that is decided once and stays the same for every restart.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct LaunchPlan {
+    /// Ranks, each a process.
+    pub world_size: u32,
+    /// Threads that each rank computes with.
+    pub threads_per_rank: u32,
+    /// Memory that each rank may take for weights and cache.
+    pub memory_bytes_per_rank: u64,
+    /// How the router is started.
+    pub router: CommandLine,
+    /// Where the router answers, for people.
+    pub url: String,
+    /// How a rank is started, without its rank and socket.
+    shard: CommandLine,
+}
+
+/// Decides what is started.
+///
+/// # Errors
+///
+/// When the model does not fit the arguments or the machine.
+pub fn launch(
+    args: &Args,
+    machine: &Machine,
+    model: &ModelPlan,
+    programs: &Programs,
+    sockets: (&Path, &Path),
+) -> Result<LaunchPlan, PlanError> {
+    let world_size = world_size(args)?;
+    let threads_per_rank = (machine.cores / world_size).max(1);
+    let memory_bytes_per_rank = (machine.memory_bytes as f64 * args.memory_fraction) as u64 / u64::from(world_size);
+    check_model(args, model, memory_bytes_per_rank)?;
+
+    let mut shard = CommandLine::new(&programs.server);
+    shard.word("serve").word(model.model_dir.display()).flag("--world-size", world_size);
+    shard.flag("--num-threads", threads_per_rank).flag("--memory-bytes", memory_bytes_per_rank);
+    shard.optional("--dtype", args.dtype.map(crate::args::Dtype::name));
+    shard.optional("--revision", args.revision.as_deref()).switch("--trust-remote-code", args.trust_remote_code);
+    shard.flag("--device", "cpu").flag("--logger-level", logger_level(&args.log_level));
+    shard.switch("--json-output", args.json_output).word("--exit-with-stdin");
+
+    let host = if args.hostname.contains(':') { format!("[{}]", args.hostname) } else { args.hostname.clone() };
+    Ok(LaunchPlan {
+        world_size,
+        threads_per_rank,
+        memory_bytes_per_rank,
+        router: router_command(args, model, programs, sockets),
+        url: format!("http://{host}:{}", args.port),
+        shard,
+    })
+}
+
+impl LaunchPlan {
+    /// How one process of a rank is started.
+    pub fn shard(&self, rank: u32, socket: &Path) -> CommandLine {
+        let mut command = self.shard.clone();
+        command.flag("--rank", rank).flag("--uds-path", socket.display());
+        command
+    }
+}
+
+fn check_model(args: &Args, model: &ModelPlan, memory_bytes_per_rank: u64) -> Result<(), PlanError> {
+    if let (Some(total), Some(positions)) = (args.max_total_tokens, model.max_positions)
+        && total > positions
+    {
+        return Err(PlanError::Model(format!(
+            "--max-total-tokens {total} exceeds the {positions} positions of {}; use {positions} or less",
+            model.model_dir.display()
+        )));
+    }
+    if let Some(weights) = model.weight_bytes_per_rank.filter(|weights| *weights > memory_bytes_per_rank) {
+        return Err(PlanError::Model(format!(
+            "{}: the weights take {} per shard, but each shard may take {} (--memory-fraction {} of this machine, \
+             divided by its shards); raise --memory-fraction, or serve a smaller model",
+            model.model_dir.display(),
+            bytes(weights),
+            bytes(memory_bytes_per_rank),
+            args.memory_fraction
+        )));
+    }
+    Ok(())
+}
+
+fn router_command(
+    args: &Args,
+    model: &ModelPlan,
+    programs: &Programs,
+    (control, admin): (&Path, &Path),
+) -> CommandLine {
+    let mut router = CommandLine::new(&programs.router);
+    // The router is a Rust program: the filter of the launcher's log is also its own.
+    router.env_remove.clear();
+    router.flag("--tokenizer-name", model.model_dir.display()).flag("--model-id", &args.model_id);
+    router.optional("--revision", args.revision.as_deref());
+    router
+        .flag("--control-socket", control.display())
+        .flag("--admin-socket", admin.display())
+        .word("--exit-with-stdin");
+    router.flag("--hostname", &args.hostname).flag("--port", args.port);
+    router.flag("--max-concurrent-requests", args.max_concurrent_requests);
+    router.flag("--max-stop-sequences", args.max_stop_sequences);
+    router.optional("--max-input-tokens", max_input_tokens(args));
+    router.optional("--max-total-tokens", args.max_total_tokens);
+    router.optional("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);
+    router.optional("--max-batch-total-tokens", args.max_batch_total_tokens);
+    router.optional("--max-batch-size", args.max_batch_size).optional("--block-size", args.block_size);
+    router.optional("--pipeline-depth", args.pipeline_depth);
+    router.optional("--queue-timeout", args.queue_timeout).optional("--step-timeout", args.step_timeout);
+    router.flag("--validation-workers", args.validation_workers).flag("--payload-limit", args.payload_limit);
+    router.flag("--graceful-termination-timeout", args.graceful_termination_timeout);
+    for origin in &args.cors_allow_origin {
+        router.flag("--cors-allow-origin", origin);
+    }
+    router.switch("--json-output", args.json_output);
+    router
+}
+
+/// The level of a Python logger nearest to the launcher's.
+fn logger_level(filter: &str) -> &'static str {
+    match filter.to_lowercase().as_str() {
+        "error" => "ERROR",
+        "warn" | "warning" => "WARNING",
+        "debug" => "DEBUG",
+        "trace" => "TRACE",
+        _ => "INFO",
+    }
+}
+
+/// A number of bytes for people.
+pub fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if value < 1000.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::parse;
+
+    fn args(flags: &str) -> Args {
+        parse(["launcher", "--model-id", "models/m"].into_iter().chain(flags.split_whitespace())).unwrap()
+    }
+
+    fn machine() -> Machine {
+        Machine { cores: 8, memory_bytes: 16_000_000, processor: String::new() }
+    }
+
+    fn model() -> ModelPlan {
+        serde_json::from_str(
+            r#"{"model_dir": "/m", "max_positions": 2048, "weight_bytes_per_rank": 3000000, "vocab_size": 7}"#,
+        )
+        .unwrap()
+    }
+
+    fn programs() -> Programs {
+        Programs { server: "/bin/server".into(), router: "/bin/router".into() }
+    }
+
+    fn planned(flags: &str) -> Result<LaunchPlan, PlanError> {
+        let args = args(flags);
+        check(&args)?;
+        launch(&args, &machine(), &model(), &programs(), (Path::new("/r/control"), Path::new("/r/admin")))
+    }
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn by_default_one_shard_gets_all_cores_and_half_of_the_memory() {
+        let shard = planned("").unwrap().shard(0, Path::new("/r/rank-0-1"));
+        assert_eq!(shard.program, Path::new("/bin/server"));
+        assert_eq!(
+            shard.args,
+            words(
+                "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --device cpu --logger-level INFO \
+                 --exit-with-stdin --rank 0 --uds-path /r/rank-0-1"
+            )
+        );
+    }
+
+    #[test]
+    fn cores_and_memory_are_divided_by_the_shards() {
+        let plan = planned("--num-shard 3 --memory-fraction 0.75").unwrap();
+        assert_eq!((plan.world_size, plan.threads_per_rank, plan.memory_bytes_per_rank), (3, 2, 4_000_000));
+    }
+
+    #[test]
+    fn more_shards_than_cores_get_a_thread_each() {
+        assert_eq!(planned("--num-shard 16 --memory-fraction 1").unwrap_err(), PlanError::Model(
+            "/m: the weights take 3.0 MB per shard, but each shard may take 1.0 MB (--memory-fraction 1 of this machine, \
+             divided by its shards); raise --memory-fraction, or serve a smaller model".into()));
+        let small = ModelPlan { weight_bytes_per_rank: Some(10), ..model() };
+        let sockets = (Path::new("/r/control"), Path::new("/r/admin"));
+        let plan = launch(&args("--num-shard 16"), &machine(), &small, &programs(), sockets).unwrap();
+        assert_eq!(plan.threads_per_rank, 1);
+    }
+
+    #[test]
+    fn every_flag_of_the_shards_reaches_them() {
+        let plan =
+            planned("--dtype bfloat16 --revision main --trust-remote-code --json-output --log-level debug").unwrap();
+        assert_eq!(
+            plan.shard(0, Path::new("/s")).args,
+            words(
+                "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --dtype bfloat16 --revision main \
+                 --trust-remote-code --device cpu --logger-level DEBUG --json-output --exit-with-stdin --rank 0 \
+                 --uds-path /s"
+            )
+        );
+    }
+
+    #[test]
+    fn by_default_the_router_gets_the_limits_of_tgi() {
+        assert_eq!(
+            planned("").unwrap().router.args,
+            words(
+                "--tokenizer-name /m --model-id models/m --control-socket /r/control --admin-socket /r/admin \
+                 --exit-with-stdin --hostname 0.0.0.0 --port 3000 --max-concurrent-requests 128 \
+                 --max-stop-sequences 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90"
+            )
+        );
+    }
+
+    #[test]
+    fn every_flag_of_the_router_reaches_it() {
+        let plan = planned(
+            "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 \
+             --max-input-length 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 \
+             --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
+             --cors-allow-origin a --cors-allow-origin b --json-output",
+        )
+        .unwrap();
+        assert_eq!(plan.url, "http://[::1]:8080");
+        assert_eq!(
+            plan.router.args,
+            words(
+                "--tokenizer-name /m --model-id models/m --revision r --control-socket /r/control --admin-socket \
+                 /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 \
+                 --max-stop-sequences 2 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
+                 --max-batch-total-tokens 40 --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
+                 --graceful-termination-timeout 8 --cors-allow-origin a --cors-allow-origin b --json-output"
+            )
+        );
+    }
+
+    #[test]
+    fn the_preflight_asks_with_the_flags_that_change_the_answer() {
+        let args = args("--dtype float32 --num-shard 2");
+        assert_eq!(
+            preflight_command(&args, &programs(), Path::new("/m"), 2).args,
+            words("plan /m --num-shard 2 --dtype float32 --json")
+        );
+        let download = download_command(&super::tests::args("--revision v1 --huggingface-hub-cache /c"), &programs());
+        assert_eq!(download.args, words("download-weights models/m --revision v1"));
+        assert!(download.env.contains(&("HF_HUB_CACHE", "/c".into())));
+    }
+
+    #[test]
+    fn contradicting_arguments_are_usage_errors_that_name_the_flags() {
+        for (flags, names) in [
+            ("--sharded true", vec!["--sharded true", "--num-shard"]),
+            ("--sharded true --num-shard 1", vec!["--sharded true", "--num-shard 1"]),
+            ("--sharded false --num-shard 2", vec!["--sharded false", "--num-shard 2"]),
+            ("--max-input-tokens 10 --max-input-length 10", vec!["--max-input-tokens 10", "--max-input-length 10"]),
+            ("--max-input-tokens 10 --max-total-tokens 5", vec!["--max-input-tokens 10", "--max-total-tokens 5"]),
+            ("--max-input-tokens 10 --max-total-tokens 10", vec!["--max-input-tokens 10", "--max-total-tokens 10"]),
+            ("--max-total-tokens 1", vec!["--max-total-tokens 1"]),
+            (
+                "--max-total-tokens 20 --max-batch-total-tokens 10",
+                vec!["--max-total-tokens 20", "--max-batch-total-tokens 10"],
+            ),
+            ("--max-input-tokens 8 --max-batch-total-tokens 8", vec!["--max-input-tokens 8"]),
+            ("--max-batch-size 9 --max-batch-prefill-tokens 8", vec!["--max-batch-size 9"]),
+            ("--block-size 9 --max-batch-total-tokens 8", vec!["--block-size 9"]),
+        ] {
+            match planned(flags) {
+                Err(PlanError::Usage(message)) => {
+                    assert!(names.iter().all(|name| message.contains(name)), "{flags}: {message}");
+                }
+                other => panic!("{flags}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_limit_beyond_the_positions_of_the_model_is_refused() {
+        let error = planned("--max-total-tokens 2049").unwrap_err();
+        assert!(matches!(&error, PlanError::Model(message) if message.contains("2049") && message.contains("2048")));
+        assert!(planned("--max-total-tokens 2048").is_ok());
+    }
+
+    #[test]
+    fn bytes_are_written_for_people() {
+        for (count, text) in [(0, "0 B"), (999, "999 B"), (13_600_000, "13.6 MB"), (2_500_000_000_000, "2.5 TB")] {
+            assert_eq!(bytes(count), text);
+        }
+    }
+}

@@ -1,0 +1,37 @@
+"""The tokens of one step, as the model sees them: integers in tensors, and the cache they refer to."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from .kernels.interface import KVCache
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The ragged rows of a step, flattened: row i owns tokens starts[i]:starts[i + 1], consecutive positions.
+
+    Every row has at least one token. A position's key and value go to slot block_id * block_size + offset, with
+    offset = position % block_size and block_id = block_tables[row, position // block_size].
+    """
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64, absolute
+    starts: Sequence[int]  # [rows + 1]
+    context_lengths: Sequence[int]  # [rows]: positions in the cache once this step's tokens are stored
+    slots: Tensor  # [tokens] int64, no duplicates
+    block_tables: Tensor  # [rows, max blocks of a row in this step] int64; behind a row's own blocks anything, e.g. 0
+    sample_rows: Tensor  # [sampled] int64: indices of the tokens whose logits are wanted
+    kv_cache: KVCache
+    _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What layers share within this step (index plans, rotary factors), computed by the first that asks."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        value: T = self._shared[key]
+        return value

@@ -1,0 +1,47 @@
+"""From the name of a device to its kernels and its dtype. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .cpu.features import computes_bfloat16
+
+if TYPE_CHECKING:
+    from .interface import Kernels
+
+_NOT_SERVED = "--device cuda is not served yet; use --device cpu"
+
+
+def compute_dtype(device: str, requested: str | None) -> str:
+    """The dtype of weights, activations and cache: what was asked for, else the fastest that is safe on the device.
+
+    Raises:
+        ConfigError: the device, or the dtype on this device, is not served.
+    """
+    _check_device(device)
+    if requested is None:
+        return "bfloat16" if computes_bfloat16() else "float32"
+    if requested == "float16":
+        raise ConfigError(
+            "--dtype float16 is not served on cpu: no processor multiplies it natively, and it overflows where "
+            "bfloat16 does not; use --dtype float32 or bfloat16 (float16 checkpoints are converted)"
+        )
+    if requested not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {requested} is unknown; expected float32 or bfloat16")
+    return requested
+
+
+def select_kernels(device: str) -> Kernels:
+    """The kernels of a device. Proves what it can of their row stability, so it takes a moment."""
+    _check_device(device)
+    from .cpu.kernels import CpuKernels
+
+    return CpuKernels()
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        raise ConfigError(_NOT_SERVED)
+    if device != "cpu":
+        raise ConfigError(f"--device {device} is unknown; expected cpu")

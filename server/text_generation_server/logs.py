@@ -1,0 +1,42 @@
+"""Log lines of a shard: for people, or as JSON for the launcher."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from loguru import logger
+
+from .config import LEVELS
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from loguru import Record
+
+
+def set_up(level: str, json_output: bool, rank: int | None) -> None:
+    """Sends log lines of at least `level` to standard error, one line each, whatever a message holds.
+
+    Standard output is for answers. Raises ConfigError if there is no such level.
+    """
+    if level.upper() not in LEVELS:
+        raise ConfigError(f"--logger-level is {level!r}, expected one of {', '.join(LEVELS)}")
+    prefix = "" if rank is None else f"rank {rank}: "
+
+    def as_json(record: "Record") -> str:
+        record["extra"]["line"] = json.dumps(
+            {
+                "timestamp": record["time"].isoformat(),
+                "level": record["level"].name,
+                "rank": rank,
+                "message": record["message"],
+                "target": f"{record['name']}:{record['line']}",
+            }
+        )
+        return "{extra[line]}\n"
+
+    def as_text(record: "Record") -> str:
+        record["extra"]["line"] = prefix + record["message"].replace("\n", "\\n")
+        return "{time:YYYY-MM-DDTHH:mm:ss.SSS} {level: <7} {extra[line]}\n"
+
+    logger.remove()
+    logger.add(sys.stderr, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)

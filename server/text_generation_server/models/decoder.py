@@ -1,0 +1,44 @@
+"""The skeleton every decoder-only model shares: embed, run the blocks, normalize, project."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..batch import StepBatch
+from ..kernels.interface import CacheSpec, Kernels
+from ..layers.embedding import Head, VocabEmbedding
+from ..layers.norm import RMSNorm
+
+Block = Callable[[Tensor, StepBatch], Tensor]
+
+
+class Decoder:
+    """One rank's share of a model."""
+
+    def __init__(
+        self,
+        embed: VocabEmbedding,
+        blocks: Sequence[Block],
+        norm: RMSNorm,
+        head: Head,
+        cache_spec: CacheSpec,
+        kernels: Kernels,
+    ):
+        self.embed, self.blocks, self.norm, self.head = embed, blocks, norm, head
+        self.cache_spec, self.kernels = cache_spec, kernels
+        kernels.prepare(embed.weight.shape[1], cache_spec.head_dim)
+
+    @torch.no_grad()
+    def forward(self, batch: StepBatch, on_layer: Callable[[], None] = lambda: None) -> Tensor | None:
+        """Writes the step's keys and values; the logits of `batch.sample_rows`, [sampled, vocab] float32, on rank 0.
+
+        Other ranks get None. All ranks must be given the same step. `on_layer` is called after each layer.
+        """
+        x = self.embed(batch.token_ids)
+        for block in self.blocks:
+            x = block(x, batch)
+            on_layer()
+        if not len(batch.sample_rows):
+            return x.new_empty((0, self.head.vocab_size), dtype=torch.float32) if self.head.tp.rank == 0 else None
+        return self.head(self.norm(x.index_select(0, batch.sample_rows)))

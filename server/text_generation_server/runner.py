@@ -1,0 +1,298 @@
+"""The step: admit, compute, sample, agree, advance, release. Knows neither gRPC nor protobuf."""
+
+import hashlib
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batch import StepBatch
+from .distributed import Group
+from .faults import Faults
+from .kernels.interface import KVCache
+from .sampling import processors
+from .sampling.constraint import Automaton, Constraint, GrammarError
+from .sampling.params import SamplingParams
+from .sampling.sampler import Draw, draw
+from .sequences import ProtocolError, RowFault, RowState, SequenceTable
+
+NUMERICAL, GRAMMAR, UNSUPPORTED = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A sequence to be taken into a row. `unsupported`: what it asks for and this shard does not serve."""
+
+    row: int
+    sequence: int
+    incarnation: int
+    tokens: Sequence[int]
+    num_prompt: int
+    cached_len: int
+    params: SamplingParams
+    automaton: str | None = None
+    unsupported: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one row is to compute: at most `max_query` positions; 1 to `max_ids` ids if that is not 0."""
+
+    row: int
+    incarnation: int
+    max_query: int
+    max_ids: int
+    new_blocks: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step."""
+
+    epoch: int
+    step: int
+    release: Sequence[int]
+    admit: Sequence[Admission]
+    work: Sequence[Work]
+
+
+@dataclass
+class RowResult:
+    """What one row yielded."""
+
+    row: int
+    incarnation: int
+    computed: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: tuple[list[int], list[float]] | None = None
+    fault: RowFault | None = None
+
+
+@dataclass
+class Result:
+    """The answer to a plan. `rows` is empty on all ranks but the first."""
+
+    epoch: int
+    step: int
+    table_digest: int
+    rows: list[RowResult]
+    forward_us: int
+    sample_us: int
+    total_us: int
+
+
+class Model(Protocol):
+    """The part of a decoder that a step needs."""
+
+    def __call__(self, batch: StepBatch) -> Tensor | None:
+        """Logits [sampled, vocab] float32 on rank 0, None elsewhere."""
+        ...
+
+
+class LogitsDigests:
+    """Debugging: a line for every sampled id, `<digest of the log before it> <digest of its raw logits>`."""
+
+    def __init__(self, directory: Path, process_id: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / f"{process_id}.txt").open("a", buffering=1 << 16)
+
+    def note(self, log: NDArray[np.int32], logits: Tensor) -> None:
+        def digest(data: bytes) -> str:
+            return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+        self._file.write(f"{digest(log.tobytes())} {digest(logits.numpy().tobytes())}\n")
+
+    def flush(self) -> None:
+        """What is written survives the process, however it ends."""
+        self._file.flush()
+
+
+class Runner:
+    """Runs the plans of one epoch on one rank."""
+
+    def __init__(
+        self,
+        model: Model,
+        group: Group,
+        cache: KVCache,
+        table: SequenceTable,
+        eos_token_ids: Sequence[int],
+        faults: Faults,
+        digests: LogitsDigests | None = None,
+    ) -> None:
+        self.model, self.group, self.cache, self.table = model, group, cache, table
+        self.eos_token_ids, self.faults, self.digests = eos_token_ids, faults, digests
+
+    def step(self, plan: Plan) -> Result:
+        """Computes a plan. Raises ProtocolError if it does not fit what this rank holds."""
+        started = time.monotonic_ns()
+        self.faults.look()
+        self.faults.reach("step")
+        for admission in plan.admit:
+            self.admit(admission)
+        if len({work.row for work in plan.work}) != len(plan.work):
+            raise ProtocolError(f"step {plan.step} has two works for one row: {[work.row for work in plan.work]}")
+        for work in plan.work:
+            self.table.check_row(work.row, work.incarnation)
+            self.table.add_blocks(work.row, work.new_blocks)
+        alive = [work for work in plan.work if work.row not in self.table.faults]
+        sampling = [work.row for work in alive if work.max_ids > 0]
+        logits, forwarded = None, started
+        if alive:
+            logits = self.model(make_batch(self.table, alive, self.cache))
+            forwarded = time.monotonic_ns()
+            advance(self.table, alive)
+        drawn = self.sample(sampling, logits)
+        sampled = time.monotonic_ns()
+        rows = self.results(plan.work, sampling, drawn) if self.group.rank == 0 else []
+        digest = self.digest(plan)
+        for row in plan.release:
+            self.table.release(row)
+        ended = time.monotonic_ns()
+        micros = [(b - a) // 1000 for a, b in ((started, forwarded), (forwarded, sampled), (started, ended))]
+        return Result(plan.epoch, plan.step, digest, rows, *micros)
+
+    def admit(self, a: Admission) -> None:
+        """Takes a sequence; what it asks for and cannot get is an error of its row alone."""
+        table = self.table
+        table.admit(a.row, a.sequence, a.incarnation, a.tokens, a.num_prompt, a.cached_len)
+        state = table.states[a.row] = RowState(a.params)
+        if a.unsupported is not None:
+            table.faults[a.row] = RowFault(UNSUPPORTED, f"{a.unsupported} is not served by this shard")
+            return
+        if any(token_id >= table.vocab_size for token_id, _ in a.params.logit_bias):
+            table.faults[a.row] = RowFault(UNSUPPORTED, f"logit_bias names an id beyond {table.vocab_size - 1}")
+            return
+        if a.params.counts_ids and self.group.rank == 0:
+            state.counts = table.count_ids(a.row)
+        if a.automaton is not None:
+            try:
+                state.constraint = self.constraint(a.automaton, a.tokens[a.num_prompt :])
+            except GrammarError as error:
+                table.faults[a.row] = RowFault(GRAMMAR, str(error))
+
+    def constraint(self, source: str, generated: Sequence[int]) -> Constraint:
+        """The state after the ids generated so far."""
+        constraint = Automaton(source, self.eos_token_ids, self.table.vocab_size)
+        for token_id in generated:
+            constraint.advance(token_id)
+        return constraint
+
+    def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
+        """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
+        if not rows:
+            return None
+        drawn, told = None, torch.empty(len(rows), 2, dtype=torch.int64)
+        if self.group.rank == 0:
+            assert logits is not None and len(logits) == len(rows)
+            if self.faults.reach("sample"):
+                logits[0, 0] = float("nan")
+            drawn = self.draw(rows, logits)
+            told[:, 0] = torch.from_numpy(drawn.ids)
+            told[:, 1] = torch.from_numpy(drawn.is_finite.astype(np.int64))
+        self.group.broadcast(told)
+        for row, (token_id, is_finite) in zip(rows, told.tolist(), strict=True):
+            if not is_finite:
+                self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
+                continue
+            self.table.append(row, token_id)
+            constraint = self.table.states[row].constraint
+            if constraint is not None:
+                constraint.advance(token_id)
+        return drawn
+
+    def draw(self, rows: list[int], raw: Tensor) -> Draw:
+        """Processes a copy of the logits of those rows that ask for it, and draws."""
+        states = [self.table.states[row] for row in rows]
+        params = [state.params for state in states]
+        if self.digests is not None:
+            for row, logits in zip(rows, raw, strict=True):
+                self.digests.note(self.table.log(row), logits)
+            self.digests.flush()
+        processed = raw
+        special = [i for i, s in enumerate(states) if s.params.counts_ids or s.params.logit_bias or s.constraint]
+        if special:
+            processed = raw.clone()
+            self.process(processed, rows, states, special)
+        return draw(raw, processed, params, self.table.length[rows])
+
+    def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
+        """Penalties, biases and constraints of the `special` rows of `logits`, in place."""
+        counting = [i for i in special if states[i].params.counts_ids]
+        if counting:
+            counts = torch.stack([c for i in counting if (c := states[i].counts) is not None])  # [rows, 2, vocab]
+            lengths = torch.from_numpy(self.table.length[[rows[i] for i in counting]].astype(np.float32))
+            part = logits[counting]
+            processors.penalize(part, counts[:, 0], counts[:, 1], lengths, [states[i].params for i in counting])
+            logits[counting] = part
+        for i in special:
+            if states[i].params.logit_bias:
+                processors.bias(logits[i], states[i].params.logit_bias)
+            if (constraint := states[i].constraint) is not None:
+                processors.constrain(logits[i], constraint)
+
+    def results(self, asked: Sequence[Work], sampling: list[int], drawn: Draw | None) -> list[RowResult]:
+        """One for each work, in order."""
+        at = {row: i for i, row in enumerate(sampling)}
+        results = []
+        for work in asked:
+            result = RowResult(work.row, work.incarnation, int(self.table.computed[work.row]))
+            result.fault = self.table.faults.get(work.row)
+            if result.fault is None and drawn is not None and work.row in at:
+                i = at[work.row]
+                result.ids, result.logprobs = [int(drawn.ids[i])], [float(drawn.logprobs[i])]
+                result.top = drawn.top[i] if drawn.top[i][0] else None
+            results.append(result)
+        return results
+
+    def digest(self, plan: Plan) -> int:
+        """Of what this rank's own table says of the rows of the plan."""
+        rows = np.array([work.row for work in plan.work], np.int64)
+        facts = struct.pack("<QQ", plan.epoch, plan.step) + self.table.facts(rows, plan.step)
+        return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little")
+
+
+def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache) -> StepBatch:
+    """The rows' next tokens and their places in the cache."""
+    rows = np.array([work.row for work in works], np.int64)
+    known = table.length[rows] - table.computed[rows]
+    asked = np.array([work.max_query for work in works], np.int64)
+    samples = np.array([work.max_ids > 0 for work in works], np.bool_)
+    counts = np.minimum(known, asked)
+    if (counts < 1).any() or ((counts == known) != samples).any():
+        raise ProtocolError(f"rows {rows.tolist()}: {known.tolist()} known ids, asked for {asked.tolist()}")
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    owner = np.repeat(np.arange(len(rows)), counts)
+    positions = table.computed[rows][owner] + np.arange(starts[-1]) - starts[owner]
+    ends = table.computed[rows] + counts
+    if (ends > table.num_blocks[rows] * table.block_size).any():
+        raise ProtocolError(f"rows {rows.tolist()} have no room for {counts.tolist()} more positions")
+    tables = table.block_table[rows, : max(1, int(table.num_blocks[rows].max()))].astype(np.int64)
+    slots = tables[owner, positions // table.block_size] * table.block_size + positions % table.block_size
+    return StepBatch(
+        token_ids=torch.from_numpy(table.tokens[rows[owner], positions].astype(np.int64)),
+        positions=torch.from_numpy(positions),
+        starts=starts.tolist(),
+        context_lengths=ends.tolist(),
+        slots=torch.from_numpy(slots),
+        block_tables=torch.from_numpy(tables),
+        sample_rows=torch.from_numpy(starts[1:][samples] - 1),
+        kv_cache=cache,
+    )
+
+
+def advance(table: SequenceTable, works: Sequence[Work]) -> None:
+    """Takes note of what a step has computed."""
+    for work in works:
+        known = int(table.length[work.row] - table.computed[work.row])
+        table.computed[work.row] += min(known, work.max_query)
+
+

@@ -1,0 +1,428 @@
+"""gRPC in front of a shard. gRPC's threads move messages through queues; one step thread does everything else.
+
+`Health` answers from the first moment, before torch is imported, and whatever the step thread is doing.
+"""
+
+import ctypes
+import faulthandler
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from loguru import logger
+
+from . import __version__
+from .config import ServeConfig
+from .errors import ConfigError, ShardError
+from .health import Health, Phase
+from .planning import ModelPlan, plan_model
+from .pb import shard_pb2 as pb
+
+if TYPE_CHECKING:
+    from .runner import Admission, Plan, Result, RowResult
+    from .shard import Shard
+
+MAX_MESSAGE_BYTES = 256 << 20
+MAX_QUEUED = 16
+# Long enough for the other ranks' step threads to come out of a collective, and to import nothing.
+JOIN_TIMEOUT_S = 60.0
+PR_SET_PDEATHSIG = 1
+
+
+class Stream:
+    """One Run call: plans that the step thread has not taken, and results that gRPC has not sent."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.results: queue.Queue[bytes | Exception | None] = queue.Queue(MAX_QUEUED)
+        self.is_closed = False
+
+    def put(self, result: bytes | Exception) -> None:
+        """Hands a result to gRPC. Waits for a router that reads slowly, not for one that is gone."""
+        while not self.is_closed:
+            try:
+                return self.results.put(result, timeout=0.5)
+            except queue.Full:
+                continue
+        return None
+
+
+class StepThread(threading.Thread):
+    """Loads the model, then works off commands in order."""
+
+    def __init__(self, config: ServeConfig, health: Health, on_end: Callable[[int], None]) -> None:
+        super().__init__(name="step", daemon=True)
+        self.config, self.health, self.on_end = config, health, on_end
+        self.commands: queue.Queue[Callable[[Shard], None]] = queue.Queue(4 * MAX_QUEUED)
+        self.shard: Shard | None = None
+        self.stream: Stream | None = None
+
+    def run(self) -> None:
+        try:
+            # What cannot be served is refused before torch is imported, which takes seconds.
+            plan = plan_config(self.config)
+            from .shard import Shard
+
+            self.shard = shard = Shard(self.config, plan, self.health)
+        except ShardError as error:
+            self.health.enter(Phase.FAILED, str(error))
+            logger.error("{}", error)
+            self.on_end(1)
+            return
+        except BaseException as error:  # noqa: BLE001 - the process ends, whatever it was
+            self.health.enter(Phase.FAILED, f"{type(error).__name__}: {error}")
+            logger.opt(exception=True).error("cannot load the model: {}: {}", type(error).__name__, error)
+            self.on_end(1)
+            return
+        while True:
+            command = self.commands.get()
+            self.health.busy = True
+            command(shard)
+            self.health.busy = not self.commands.empty()
+
+    def call(self, work: Callable[["Shard"], Any], context: grpc.ServicerContext) -> Any:
+        """Runs `work` on the step thread and waits. Errors become a status that tells what happened."""
+        future: Future[Any] = Future()
+
+        def command(shard: "Shard") -> None:
+            try:
+                future.set_result(work(shard))
+            except BaseException as error:  # noqa: BLE001 - whoever asked is answered
+                future.set_exception(error)
+
+        self.commands.put(command)
+        try:
+            return future.result()
+        except ShardError as error:
+            return context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)[:1000])
+        except Exception as error:  # noqa: BLE001 - the one place where exceptions become statuses
+            logger.warning("{}: {}", type(error).__name__, error)
+            return context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
+
+    def step(self, stream: Stream, message: bytes) -> None:
+        """Queues a plan. What follows a failed step on the same stream is dropped."""
+
+        def command(shard: "Shard") -> None:
+            if stream.is_closed or stream is not self.stream:
+                return
+            try:
+                stream.put(run_plan(shard, stream, message))
+            except Exception as error:  # noqa: BLE001 - the stream ends with it; the process lives for the next Join
+                logger.warning("step failed: {}: {}", type(error).__name__, error)
+                stream.put(error)
+                self.close(shard, stream)
+
+        self.commands.put(command)
+
+    def end(self, stream: Stream) -> None:
+        """Queues the end of a stream: the router is gone, or has given up on this epoch."""
+        stream.is_closed = True
+        self.commands.put(lambda shard: self.close(shard, stream))
+
+    def close(self, shard: "Shard", stream: Stream) -> None:
+        stream.is_closed = True
+        if self.stream is stream:
+            self.stream = None
+            shard.leave()
+            shard.health.enter(Phase.LOADED, "the router's stream ended, waiting for the next")
+
+
+class Service:
+    """The methods of proto/shard.proto."""
+
+    def __init__(self, config: ServeConfig, health: Health, thread: StepThread) -> None:
+        self.config, self.health, self.thread = config, health, thread
+        self.highest_epoch = 0
+        self.lock = threading.Lock()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """How gRPC finds the methods. Plans and results stay bytes until the step thread takes them."""
+
+        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(method, request.FromString, lambda reply: reply.SerializeToString())
+
+        return grpc.method_handlers_generic_handler(
+            "text_generation.shard.v1.Shard",
+            {
+                "Describe": unary(self.describe, pb.DescribeRequest),
+                "Join": unary(self.join, pb.JoinRequest),
+                "Warmup": unary(self.warmup, pb.WarmupRequest),
+                "Health": unary(self.answer_health, pb.HealthRequest),
+                "Run": grpc.stream_stream_rpc_method_handler(self.run),
+            },
+        )
+
+    def loaded(self, context: grpc.ServicerContext) -> "Shard":
+        """The shard, or UNAVAILABLE while it loads."""
+        shard = self.thread.shard
+        if shard is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"not loaded yet: {self.health.detail}")
+        assert shard is not None
+        return shard
+
+    def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        shard = self.loaded(context)
+        settings = shard.plan.settings
+        return pb.Description(
+            model_type=settings.model_type,
+            architecture=settings.architecture,
+            vocab_size=settings.vocab_size,
+            eos_token_ids=shard.plan.eos_token_ids,
+            max_positions=settings.max_positions,
+            dtype=shard.plan.dtype,
+            device=self.config.device,
+            kv_bytes_per_token=shard.model.cache_spec.bytes_per_token,
+            num_cache_groups=1,
+            max_drafts=0,
+            row_stable=shard.kernels.row_stable,
+            version=__version__,
+            rank=self.config.rank,
+            world_size=self.config.world_size,
+        )
+
+    def join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:
+        self.loaded(context)
+        if (request.rank, request.world_size) != (self.config.rank, self.config.world_size):
+            context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"this is rank {self.config.rank} of {self.config.world_size}, not {request.rank} of {request.world_size}",
+            )
+        with self.lock:
+            if request.epoch <= self.highest_epoch:
+                context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION, f"epoch {request.epoch} is not above {self.highest_epoch}"
+                )
+            self.highest_epoch = request.epoch
+        # Told at once, so that a router that asks takes a higher one even if this join never ends.
+        self.health.epoch = request.epoch
+        # Plans of the old epoch are not worth computing any more.
+        if (old := self.thread.stream) is not None:
+            old.is_closed = True
+
+        def work(shard: "Shard") -> None:
+            self.thread.stream = None
+            if request.epoch == self.highest_epoch:
+                shard.join(request.epoch, request.rendezvous, JOIN_TIMEOUT_S)
+            else:
+                raise RuntimeError(f"epoch {request.epoch} was overtaken by {self.highest_epoch}")
+
+        self.thread.call(work, context)
+        return pb.JoinReply(epoch=request.epoch)
+
+    def warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:
+        self.loaded(context)
+        self.check_epoch(request.epoch, context)
+
+        def work(shard: "Shard") -> int:
+            if request.num_blocks == 0:
+                return shard.measure_blocks(
+                    request.block_size, request.max_running, request.max_step_tokens, request.max_total_tokens
+                )
+            shard.allocate(request.num_blocks, request.block_size, request.max_running, request.max_total_tokens)
+            return int(request.num_blocks)
+
+        return pb.WarmupReply(num_blocks=self.thread.call(work, context))
+
+    def check_epoch(self, epoch: int, context: grpc.ServicerContext) -> None:
+        if epoch != self.highest_epoch:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {epoch} is not {self.highest_epoch}, the current one")
+
+    def run(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Results in the order of the plans, until the router ends the stream or a step fails."""
+        shard = self.loaded(context)
+        if shard.runner is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Run comes after Join and Warmup")
+        stream = Stream(self.highest_epoch)
+        self.thread.stream = stream
+
+        def read() -> None:
+            try:
+                for message in messages:
+                    self.thread.step(stream, message)
+            except Exception as error:  # noqa: BLE001 - gRPC raises bare exceptions when the peer is gone
+                logger.debug("the router's stream broke: {}", error)
+            stream.is_closed = True
+            # Wakes the generator below, which may wait for a result that nobody computes.
+            try:
+                stream.results.put_nowait(None)
+            except queue.Full:
+                logger.debug("the router left results unread")
+
+        context.add_callback(lambda: self.thread.end(stream))
+        threading.Thread(target=read, name="plans", daemon=True).start()
+        while (result := stream.results.get()) is not None:
+            if isinstance(result, Exception):
+                context.abort(grpc.StatusCode.INTERNAL, f"{type(result).__name__}: {result}"[:1000])
+            yield result
+
+    def answer_health(self, request: pb.HealthRequest, context: grpc.ServicerContext) -> pb.HealthReply:
+        health = self.health
+        return pb.HealthReply(
+            phase=pb.HealthReply.Phase.ValueType(health.phase),
+            detail=health.detail[:1000],
+            done=health.done,
+            total=health.total,
+            epoch=health.epoch,
+            step=health.step,
+            progress=health.progress,
+            busy=health.busy,
+            num_rows=health.num_rows,
+            rank=self.config.rank,
+            process_id=os.getpid(),
+        )
+
+
+def plan_config(config: ServeConfig) -> ModelPlan:
+    """What would be loaded. Raises ShardError if it cannot be served."""
+    return plan_model(
+        config.model_dir,
+        world_size=config.world_size,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        device=config.device,
+    )
+
+
+def run_plan(shard: "Shard", stream: Stream, message: bytes) -> bytes:
+    """Parses, computes, serializes."""
+    plan = parse_plan(pb.StepPlan.FromString(message))
+    if plan.epoch != stream.epoch:
+        raise RuntimeError(f"a plan of epoch {plan.epoch} on a stream of epoch {stream.epoch}")
+    return result_message(shard.step(plan)).SerializeToString()
+
+
+def parse_plan(message: pb.StepPlan) -> "Plan":
+    """The wire's plan as values of the runner."""
+    from .runner import Plan, Work
+
+    works = []
+    for work in message.work:
+        (blocks,) = work.new_blocks or [pb.Blocks()]
+        works.append(Work(work.row, work.incarnation, work.max_query, work.max_ids, blocks.ids))
+    admissions = [parse_admission(admit) for admit in message.admit]
+    return Plan(message.epoch, message.step, list(message.release), admissions, works)
+
+
+def parse_admission(admit: pb.Admit) -> "Admission":
+    """The wire's admission; what it asks for and is not served is named in `unsupported`."""
+    from .runner import Admission
+    from .sampling.params import SamplingParams
+
+    s = admit.sampling
+    params = SamplingParams(
+        do_sample=s.do_sample,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        typical_p=s.typical_p,
+        repetition_penalty=s.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        logit_bias=tuple((b.token, b.bias) for b in s.logit_bias),
+        seed=s.seed,
+        branch=s.branch,
+        top_n=s.top_n,
+    )
+    kind = admit.grammar.kind
+    asked = {
+        "an adapter": bool(admit.adapter),
+        "an input that is not text": len(admit.spans) > 0,
+        "the log-probabilities of the prompt": admit.HasField("prompt_logprobs_from"),
+        "a JSON or regex grammar": kind in (pb.Grammar.JSON_SCHEMA, pb.Grammar.REGEX),
+        "a temperature of zero or less": s.do_sample and not s.temperature > 0,
+    }
+    return Admission(
+        row=admit.row,
+        sequence=admit.sequence,
+        incarnation=admit.incarnation,
+        tokens=admit.tokens,
+        num_prompt=admit.num_prompt,
+        cached_len=admit.cached_len,
+        params=params,
+        automaton=admit.grammar.source if kind == pb.Grammar.AUTOMATON else None,
+        unsupported=next((what for what, is_asked in asked.items() if is_asked), None),
+    )
+
+
+def result_message(result: "Result") -> pb.StepResult:
+    """The runner's result as the wire's."""
+    return pb.StepResult(
+        epoch=result.epoch,
+        step=result.step,
+        table_digest=result.table_digest,
+        rows=[row_message(row) for row in result.rows],
+        timings=pb.Timings(forward_us=result.forward_us, sample_us=result.sample_us, total_us=result.total_us),
+    )
+
+
+def row_message(row: "RowResult") -> pb.RowResult:
+    message = pb.RowResult(
+        row=row.row, incarnation=row.incarnation, computed=row.computed, ids=row.ids, logprobs=row.logprobs
+    )
+    if row.top is not None:
+        message.top.add(ids=row.top[0], logprobs=row.top[1])
+    if row.fault is not None:
+        message.error.kind = pb.RowError.Kind.ValueType(row.fault.kind)
+        message.error.message = row.fault.message[:500]
+    return message
+
+
+def run(config: ServeConfig) -> NoReturn:
+    """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process.
+
+    Raises ConfigError if the socket cannot be made.
+    """
+    ended: queue.Queue[int] = queue.Queue()
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.put(0))
+    if config.exit_with_stdin:
+        threading.Thread(target=watch_lifeline, name="lifeline", daemon=True).start()
+    health = Health()
+    thread = StepThread(config, health, ended.put)
+    server = grpc.server(
+        ThreadPoolExecutor(16, thread_name_prefix="grpc"),
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    server.add_generic_rpc_handlers((Service(config, health, thread).handlers(),))
+    if not config.uds_path.parent.is_dir():
+        raise ConfigError(f"--uds-path {config.uds_path}: {config.uds_path.parent} is not a folder")
+    # Whoever may connect may compute: the socket is the owner's alone.
+    os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{config.uds_path}")
+    except RuntimeError as error:
+        raise ConfigError(f"--uds-path {config.uds_path}: cannot listen there: {str(error).split(';')[0]}") from None
+    server.start()
+    os.umask(0o077)
+    thread.start()
+    code = ended.get()
+    server.stop(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A step thread in a collective would keep the interpreter from ending.
+    os._exit(code)
+
+
+def watch_lifeline() -> None:
+    """Standard input is a pipe that the launcher holds open as long as it lives."""
+    while os.read(0, 4096):
+        continue
+    os._exit(0)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, if it can be asked to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,162 @@
+"""The state of one rank between steps: a loaded model, and in each epoch a group, a cache and a table.
+
+Everything here runs on the step thread. Imports torch.
+"""
+
+import os
+import resource
+
+from pathlib import Path
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from .batch import StepBatch
+from .config import ServeConfig
+from .distributed import Group
+from .errors import ConfigError
+from .faults import Faults
+from .health import Health, Phase
+from .kernels.interface import KVCache
+from .kernels.select import select_kernels
+from .loading import TensorParallel
+from .models.registry import load_model
+from .planning import ModelPlan
+from .runner import LogitsDigests, Plan, Result, Runner, Work, make_batch
+from .sequences import SequenceTable
+
+# The probe of the warm-up runs at most so many tokens; what it needs is scaled to the real size of a step.
+MAX_PROBE_TOKENS = 512
+
+
+class Shard:
+    """One rank."""
+
+    def __init__(self, config: ServeConfig, plan: ModelPlan, health: Health) -> None:
+        self.config, self.plan, self.health = config, plan, health
+        self.faults = Faults(config.fault_file, config.rank)
+        self.faults.look()
+        self.faults.reach("load")
+        torch.set_num_threads(config.num_threads)
+        torch.set_grad_enabled(False)
+        self.group = Group(config.rank, config.world_size, self.faults)
+        kernels = select_kernels(config.device)
+        health.total = self.plan.weight_bytes_per_rank
+        health.enter(Phase.LOADING, "loading weights")
+        report = Reporter(health)
+        tp = TensorParallel(config.rank, config.world_size, self.group)
+        self.model = load_model(self.plan, tp, kernels, report.on_read)
+        self.kernels = kernels
+        self.cache: KVCache | None = None
+        self.runner: Runner | None = None
+        self.digests = None
+        if config.logits_digest_dir is not None and config.rank == 0:
+            self.digests = LogitsDigests(config.logits_digest_dir, os.getpid())
+        health.done = health.total
+        health.enter(Phase.LOADED, "loaded, waiting for the router")
+        logger.info(
+            "loaded {} ({}, {} parameters, {:.1f} MB on this rank) with {} threads",
+            self.plan.settings.architecture, self.plan.dtype, self.plan.num_parameters,
+            self.plan.weight_bytes_per_rank / 1e6, config.num_threads,
+        )  # fmt: skip
+
+    def leave(self) -> None:
+        """Drops the epoch: sequences, cache and group. Peers that wait for this rank get an error."""
+        self.runner = self.cache = None
+        self.health.num_rows = 0
+        self.group.close()
+
+    def join(self, epoch: int, rendezvous: str, timeout_s: float) -> None:
+        """Forms the group of an epoch."""
+        self.leave()
+        self.health.enter(Phase.JOINING, f"joining epoch {epoch}")
+        self.group.form(rendezvous, timeout_s)
+        self.health.epoch = epoch
+
+    def forward(self, batch: StepBatch) -> Tensor | None:
+        """The model, counting layers for the watchdog."""
+        return self.model.forward(batch, self._on_layer)
+
+    def _on_layer(self) -> None:
+        self.health.progress += 1
+
+    def measure_blocks(self, block_size: int, max_running: int, max_step_tokens: int, max_total_tokens: int) -> int:
+        """How many blocks fit beside the weights and what a step needs, but no more than the limits can use."""
+        self.health.enter(Phase.WARMING_UP, "measuring how much fits")
+        before = peak_rss_bytes()
+        num_tokens = min(max_step_tokens, MAX_PROBE_TOKENS, max_total_tokens)
+        self.probe(num_tokens, block_size)
+        activations = max(0, peak_rss_bytes() - before) * max(1, -(-max_step_tokens // num_tokens))
+        free = self.config.memory_bytes - rss_bytes() - activations
+        block_bytes = self.model.cache_spec.bytes_per_token * block_size
+        useful = max_running * -(-max_total_tokens // block_size)
+        blocks = max(0, min(free // block_bytes, useful))
+        logger.info(
+            "memory: {:.1f} MB for this rank, {:.1f} MB used, {:.1f} MB for a step, {} blocks of {} tokens ({:.1f} MB)",
+            self.config.memory_bytes / 1e6, rss_bytes() / 1e6, activations / 1e6, blocks, block_size,
+            blocks * block_bytes / 1e6,
+        )  # fmt: skip
+        return blocks
+
+    def probe(self, num_tokens: int, block_size: int) -> None:
+        """Computes one prompt of that length, and forgets it."""
+        num_blocks = -(-num_tokens // block_size)
+        cache = self.kernels.new_kv_cache(self.model.cache_spec, num_blocks, block_size)
+        table = SequenceTable(1, num_tokens + 1, block_size, self.plan.settings.vocab_size)
+        table.admit(0, 0, 1, [0] * num_tokens, num_tokens, 0)
+        table.add_blocks(0, range(num_blocks))
+        self.forward(make_batch(table, [Work(0, 1, num_tokens, 1, ())], cache))
+
+    def allocate(self, num_blocks: int, block_size: int, max_running: int, max_total_tokens: int) -> None:
+        """The cache and the table of this epoch."""
+        block_bytes = self.model.cache_spec.bytes_per_token * block_size
+        if num_blocks * block_bytes + self.plan.weight_bytes_per_rank > self.config.memory_bytes:
+            raise ConfigError(
+                f"{num_blocks} blocks of {block_bytes} bytes and {self.plan.weight_bytes_per_rank} bytes of weights do "
+                f"not fit in the {self.config.memory_bytes} bytes of rank {self.config.rank}; lower the limits"
+            )
+        self.health.enter(Phase.WARMING_UP, "allocating the cache")
+        self.cache = self.kernels.new_kv_cache(self.model.cache_spec, num_blocks, block_size)
+        # Releases take effect after a step's work, so a plan may admit while it releases as many.
+        table = SequenceTable(2 * max_running, max_total_tokens, block_size, self.plan.settings.vocab_size)
+        self.runner = Runner(
+            self.forward, self.group, self.cache, table, self.plan.eos_token_ids, self.faults, self.digests
+        )
+        self.health.enter(Phase.SERVING, "serving")
+
+    def step(self, plan: Plan) -> Result:
+        """Runs a plan of this epoch."""
+        assert self.runner is not None
+        result = self.runner.step(plan)
+        self.health.num_rows = self.runner.table.num_held
+        self.health.step = plan.step
+        return result
+
+
+class Reporter:
+    """Counts what was loaded, and logs each tenth of it."""
+
+    def __init__(self, health: Health) -> None:
+        self._health, self._next = health, 0.1
+
+    def on_read(self, num_bytes: int) -> None:
+        health = self._health
+        health.done += num_bytes
+        health.progress += 1
+        if health.total and health.done >= self._next * health.total:
+            logger.debug("loading: {:.0f} % of {:.1f} MB", 100 * health.done / health.total, health.total / 1e6)
+            self._next += 0.1
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes() -> int:
+    """The most that was resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
