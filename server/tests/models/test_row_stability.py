@@ -187,7 +187,7 @@ class PlantedLinear(CpuKernels):
 
 
 class PlantedTail(CpuKernels):
-    """An activation whose last elements, as behind a vector loop, are rounded otherwise; torch's own silu is like that."""
+    """An activation whose last elements, as behind a vector loop, are rounded otherwise, as in torch's own silu."""
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         y = super().silu_and_mul(gate_up)
