@@ -1,11 +1,11 @@
-"""One rank of test_collectives.py: reads commands from standard input, answers on standard output."""
+"""One rank of test_collectives.py: does what it is told through a pipe, and answers."""
 
-import argparse
 import json
 import os
-import sys
 import time
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from text_generation_server.faults import Fault, Faults
 
 
 def part(rank: int, shape: list[int], dtype: str) -> torch.Tensor:
+    """What a rank contributes: its own random numbers."""
     generator = torch.Generator().manual_seed(rank)
     return (torch.randn(shape, generator=generator) * 3).to(getattr(torch, dtype))
 
@@ -41,7 +42,8 @@ class Rank:
         x = part(self.rank, shape, dtype)
         arguments = (0,) if operation == "all_gather" else ()
         result = getattr(self.group, operation)(x, *arguments)
-        torch.save(x if operation == "broadcast" else result, f"{out}-{self.rank}")
+        tensor = x if operation == "broadcast" else result
+        Path(f"{out}-{self.rank}").write_bytes(b"" if tensor is None else tensor.view(torch.uint8).numpy().tobytes())
 
     def compare_rows(self, shape: list[int], dtype: str, rows: list[int]) -> bool:
         x = part(self.rank, shape, dtype)
@@ -99,31 +101,26 @@ def refuse(*_: object) -> None:
     raise OSError("no memory on demand")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rank", type=int)
-    parser.add_argument("size", type=int)
-    parser.add_argument("--gloo", action="store_true")
-    parser.add_argument("--timeout", type=float)
-    parser.add_argument("--core", type=int)
-    parser.add_argument("--without-memory-on", type=int)
-    flags = parser.parse_args()
+def serve(
+    rank: int,
+    size: int,
+    pipe: Connection,
+    gloo: bool = False,
+    timeout_s: float = 60,
+    core: int | None = None,
+    without_memory_on: int | None = None,
+) -> None:
+    """Works until the pipe is closed."""
     torch.set_num_threads(1)
-    if flags.gloo:
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=timeout_s)
+    if gloo:
         shared_memory.is_supported = lambda: False
-    if flags.timeout is not None:
-        distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=flags.timeout)
-    if flags.core is not None:
-        os.sched_setaffinity(0, {flags.core})
-    if flags.without_memory_on == flags.rank:
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    if without_memory_on == rank:
         shared_memory._map = refuse
-    rank = Rank(flags.rank, flags.size)
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        answer = getattr(rank, arguments.pop("command"))(**arguments)
-        print(json.dumps(answer), flush=True)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    member = Rank(rank, size)
+    while True:
+        arguments = json.loads(pipe.recv_bytes())
+        answer = getattr(member, arguments.pop("command"))(**arguments)
+        pipe.send_bytes(json.dumps(answer).encode())

@@ -105,17 +105,17 @@ class Group:
             return
         self.close()
         timeout = timedelta(seconds=timeout_s)
-        store = dist.FileStore(rendezvous, self.size)
+        store = dist.FileStore(rendezvous, self.size)  # type: ignore[attr-defined]
         store.set_timeout(timeout)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         segment = None
         if shared_memory.is_supported():
             segment = Segment.meet(store, self.rank, self.size, COLLECTIVE_TIMEOUT)
         self._transport = Gloo() if segment is None else SharedMemory(segment)
-        # Whoever gets through has heard of every process after it was opened: it is the rank, not a successor of its id.
+        # Every process answers here after it was opened by its id: so it was the rank, and not a successor of that id.
         dist.barrier()
         # Only meeting is bounded that tightly: a step may take long.
-        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, dist.group.WORLD)  # type: ignore[attr-defined]
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, dist.group.WORLD)
 
     def close(self) -> None:
         """Leaves the group. Whoever waits for this rank in a collective gets an error."""
@@ -168,7 +168,7 @@ class Group:
 
     def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
         most = self._formed.most_elements(flat.dtype)
-        return (flat,) if len(flat) <= most else flat.split(most)
+        return (flat,) if len(flat) <= most else torch.split(flat, most)
 
     def _gather(self, piece: Tensor, receives: bool = True) -> list[Tensor]:
         return self._formed.gather(piece, receives, self._contributed)

@@ -2,8 +2,8 @@
 
 A line for each rank holds the number of collectives that it has contributed to, and whether it has left. Behind the
 lines are two buffers, used in turn, with a slot for each rank. A rank writes its slot, then its number; the others look
-at the number for a moment, then sleep on it (futex), then read. Whoever contributes to collective n has finished reading n - 1, so a buffer is free again as soon
-as everybody has contributed to the collective after it.
+at the number for a moment, then sleep on it (futex), then read. Whoever contributes to collective n has finished reading
+n - 1, so a buffer is free again as soon as everybody has contributed to the collective after it.
 
 Correct where stores are seen in the order in which they were made (x86-64). The memory has no name: it is gone with the
 last process that maps it, however that ends, and ranks of another epoch cannot reach it.
@@ -58,7 +58,9 @@ class Futex:
     def wait(self, word: int, seen: int, timeout_s: float) -> None:
         """Sleeps until woken, unless the word is no longer what was seen. May return early."""
         timeout = _TimeSpec(0, int(timeout_s * 1e9))
-        self._syscall(SYS_FUTEX, self._address + 8 * word, FUTEX_WAIT, seen & 0xFFFFFFFF, ctypes.byref(timeout), None, 0)
+        self._syscall(
+            SYS_FUTEX, self._address + 8 * word, FUTEX_WAIT, seen & 0xFFFFFFFF, ctypes.byref(timeout), None, 0
+        )
 
     def wake(self, word: int) -> None:
         """Wakes all who sleep on the word."""
@@ -69,7 +71,7 @@ class Segment:
     """One rank's view of the shared memory of an epoch."""
 
     def __init__(self, memory: mmap.mmap, rank: int, peers: dict[int, int], timeout: timedelta) -> None:
-        """`peers`: a pidfd of each other rank, which this object closes. `timeout`: the longest that a wait may take."""
+        """`peers`: a pidfd of each other rank, closed by this object. `timeout`: the longest that a wait may take."""
         self.rank, self.size = rank, len(peers) + 1
         self._words = memoryview(memory).cast("Q")
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
