@@ -1,9 +1,9 @@
 """Memory that the ranks of one epoch share, and how they take turns in it. Knows tensors, but no arithmetic.
 
 A line for each rank holds the number of collectives that it has contributed to, and whether it has left. Behind the
-lines are two buffers, used in turn, with a slot for each rank. A rank writes its slot, then its number; the others look
-at the number for a moment, then sleep on it (futex), then read. Whoever contributes to collective n has finished reading
-n - 1, so a buffer is free again as soon as everybody has contributed to the collective after it.
+lines are two buffers, used in turn, with a slot for each rank. A rank writes its slot, then its number; the others
+look at the number for a moment, then sleep on it (futex), then read. Whoever contributes to collective n has finished
+reading n - 1, so a buffer is free again as soon as everybody has contributed to the collective after it.
 
 Correct where stores are seen in the order in which they were made (x86-64). The memory has no name: it is gone with the
 last process that maps it, however that ends, and ranks of another epoch cannot reach it.
@@ -15,12 +15,12 @@ import os
 import platform
 import select
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
-import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
 
@@ -39,6 +39,14 @@ SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # of x86-64
 
 class PeerLost(RuntimeError):
     """A rank died, left the epoch, or did not come in time: the group cannot go on."""
+
+
+class Store(Protocol):
+    """Where the ranks of one epoch leave each other notes. `get` waits, and raises if nothing comes."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
 
 
 class _TimeSpec(ctypes.Structure):
@@ -85,28 +93,26 @@ class Segment:
         self._number = 0
 
     @classmethod
-    def meet(cls, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Self | None:
+    def meet(cls, store: Store, rank: int, size: int, timeout: timedelta) -> Self | None:
         """Shares memory with all ranks that meet in `store`; None on every rank if it cannot be had on one of them."""
-        peers: dict[int, int] = {}
-        memory, problem, descriptor = None, "", -1
         store.set(f"process/{rank}", str(os.getpid()))
-        try:
-            if rank == 0:
-                descriptor = _offer(store, size)
-            memory = _map(store, size)
-            for peer in range(size):
-                if peer != rank:
+        peers: dict[int, int] = {}
+        memory, problem = None, ""
+        with ExitStack() as if_it_fails, ExitStack() as in_any_case:
+            try:
+                if rank == 0:
+                    in_any_case.callback(os.close, _offer(store, size))
+                memory = _map(store, size)
+                for peer in {*range(size)} - {rank}:
                     peers[peer] = os.pidfd_open(int(store.get(f"process/{peer}")))
-        except (OSError, ValueError) as error:
-            problem = f"rank {rank}: {error}"
-        store.set(f"mapped/{rank}", problem)
-        problems = [text for r in range(size) if (text := store.get(f"mapped/{r}").decode())]
-        if descriptor >= 0:
-            os.close(descriptor)
-        if not problems and memory is not None:
-            return cls(memory, rank, peers, timeout)
-        for pidfd in peers.values():
-            os.close(pidfd)
+                    if_it_fails.callback(os.close, peers[peer])
+            except (OSError, ValueError) as error:
+                problem = f"rank {rank}: {error}"
+            store.set(f"mapped/{rank}", problem)
+            problems = [text for r in range(size) if (text := store.get(f"mapped/{r}").decode())]
+            if not problems and memory is not None:
+                if_it_fails.pop_all()
+                return cls(memory, rank, peers, timeout)
         logger.warning("no shared memory between ranks, tensors go over TCP: {}", "; ".join(problems))
         return None
 
@@ -183,7 +189,7 @@ def _segment_bytes(size: int) -> int:
     return _header_bytes(size) + 2 * size * SLOT_BYTES
 
 
-def _offer(store: dist.Store, size: int) -> int:
+def _offer(store: Store, size: int) -> int:
     """Makes the memory and tells the others where it is. Returns its descriptor, which they open through /proc."""
     mark, descriptor = int.from_bytes(os.urandom(8), "little"), -1
     try:
@@ -195,7 +201,7 @@ def _offer(store: dist.Store, size: int) -> int:
     return descriptor
 
 
-def _map(store: dist.Store, size: int) -> mmap.mmap:
+def _map(store: Store, size: int) -> mmap.mmap:
     process, descriptor, mark = map(int, store.get("memory").decode().split())
     path = Path(f"/proc/{process}/fd/{descriptor}")
     opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
