@@ -138,6 +138,8 @@ class Runner:
         self.faults.reach("step")
         for admission in plan.admit:
             self.admit(admission)
+        if len({work.row for work in plan.work}) != len(plan.work):
+            raise ProtocolError(f"step {plan.step} has two works for one row: {[work.row for work in plan.work]}")
         for work in plan.work:
             self.table.check_row(work.row, work.incarnation)
             self.table.add_blocks(work.row, work.new_blocks)
@@ -199,7 +201,7 @@ class Runner:
         self.group.broadcast(told)
         for row, (token_id, is_finite) in zip(rows, told.tolist(), strict=True):
             if not is_finite:
-                self.table.faults[row] = RowFault(NUMERICAL, "the model's logits are not finite")
+                self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
             self.table.append(row, token_id)
             constraint = self.table.states[row].constraint
@@ -254,7 +256,7 @@ class Runner:
     def digest(self, plan: Plan) -> int:
         """Of what this rank's own table says of the rows of the plan."""
         rows = np.array([work.row for work in plan.work], np.int64)
-        facts = struct.pack("<QQ", plan.epoch, plan.step) + self.table.facts(rows)
+        facts = struct.pack("<QQ", plan.epoch, plan.step) + self.table.facts(rows, plan.step)
         return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little")
 
 

@@ -19,8 +19,9 @@ from loguru import logger
 
 from . import __version__
 from .config import ServeConfig
-from .errors import ShardError
+from .errors import ConfigError, ShardError
 from .health import Health, Phase
+from .planning import ModelPlan, plan_model
 from .pb import shard_pb2 as pb
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class StepThread(threading.Thread):
 
     def run(self) -> None:
         try:
+            # What cannot be served is refused before torch is imported, which takes seconds.
+            plan = plan_config(self.config)
             from .shard import Shard
 
-            self.shard = shard = Shard(self.config, self.health)
+            self.shard = shard = Shard(self.config, plan, self.health)
         except ShardError as error:
             self.health.enter(Phase.FAILED, str(error))
             logger.error("{}", error)
@@ -170,9 +173,9 @@ class Service:
             model_type=settings.model_type,
             architecture=settings.architecture,
             vocab_size=settings.vocab_size,
-            eos_token_ids=shard.eos_token_ids,
+            eos_token_ids=shard.plan.eos_token_ids,
             max_positions=settings.max_positions,
-            dtype=shard.dtype,
+            dtype=shard.plan.dtype,
             device=self.config.device,
             kv_bytes_per_token=shard.model.cache_spec.bytes_per_token,
             num_cache_groups=1,
@@ -275,6 +278,17 @@ class Service:
         )
 
 
+def plan_config(config: ServeConfig) -> ModelPlan:
+    """What would be loaded. Raises ShardError if it cannot be served."""
+    return plan_model(
+        config.model_dir,
+        world_size=config.world_size,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        device=config.device,
+    )
+
+
 def run_plan(shard: "Shard", stream: Stream, message: bytes) -> bytes:
     """Parses, computes, serializes."""
     plan = parse_plan(pb.StepPlan.FromString(message))
@@ -360,7 +374,10 @@ def row_message(row: "RowResult") -> pb.RowResult:
 
 
 def run(config: ServeConfig) -> NoReturn:
-    """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process."""
+    """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process.
+
+    Raises ConfigError if the socket cannot be made.
+    """
     ended: queue.Queue[int] = queue.Queue()
     die_with_parent()
     faulthandler.enable()
@@ -380,9 +397,14 @@ def run(config: ServeConfig) -> NoReturn:
         ],
     )
     server.add_generic_rpc_handlers((Service(config, health, thread).handlers(),))
+    if not config.uds_path.parent.is_dir():
+        raise ConfigError(f"--uds-path {config.uds_path}: {config.uds_path.parent} is not a folder")
     # Whoever may connect may compute: the socket is the owner's alone.
     os.umask(0o177)
-    server.add_insecure_port(f"unix:{config.uds_path}")
+    try:
+        server.add_insecure_port(f"unix:{config.uds_path}")
+    except RuntimeError as error:
+        raise ConfigError(f"--uds-path {config.uds_path}: cannot listen there: {str(error).split(';')[0]}") from None
     server.start()
     os.umask(0o077)
     thread.start()

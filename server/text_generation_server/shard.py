@@ -13,17 +13,16 @@ from loguru import logger
 from torch import Tensor
 
 from .batch import StepBatch
-from .checkpoint.model_config import read_eos_token_ids
 from .config import ServeConfig
 from .distributed import Group
 from .errors import ConfigError
 from .faults import Faults
 from .health import Health, Phase
 from .kernels.interface import KVCache
-from .kernels.select import compute_dtype, select_kernels
+from .kernels.select import select_kernels
 from .loading import TensorParallel
 from .models.registry import load_model
-from .planning import plan_model
+from .planning import ModelPlan
 from .runner import LogitsDigests, Plan, Result, Runner, Work, make_batch
 from .sequences import SequenceTable
 
@@ -34,18 +33,13 @@ MAX_PROBE_TOKENS = 512
 class Shard:
     """One rank."""
 
-    def __init__(self, config: ServeConfig, health: Health) -> None:
-        self.config, self.health = config, health
+    def __init__(self, config: ServeConfig, plan: ModelPlan, health: Health) -> None:
+        self.config, self.plan, self.health = config, plan, health
         self.faults = Faults(config.fault_file, config.rank)
         self.faults.look()
-        health.enter(Phase.LOADING, "reading the configuration")
         self.faults.reach("load")
         torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
-        self.dtype = compute_dtype(config.device, config.dtype)
-        self.plan = plan_model(
-            config.model_dir, world_size=config.world_size, dtype=self.dtype, quantize=config.quantize
-        )
         self.group = Group(config.rank, config.world_size, self.faults)
         kernels = select_kernels(config.device)
         health.total = self.plan.weight_bytes_per_rank
@@ -54,7 +48,6 @@ class Shard:
         tp = TensorParallel(config.rank, config.world_size, self.group)
         self.model = load_model(self.plan, tp, kernels, report.on_read)
         self.kernels = kernels
-        self.eos_token_ids = read_eos_token_ids(config.model_dir, self.plan.settings.vocab_size)
         self.cache: KVCache | None = None
         self.runner: Runner | None = None
         self.digests = None
@@ -64,7 +57,7 @@ class Shard:
         health.enter(Phase.LOADED, "loaded, waiting for the router")
         logger.info(
             "loaded {} ({}, {} parameters, {:.1f} MB on this rank) with {} threads",
-            self.plan.settings.architecture, self.dtype, self.plan.num_parameters,
+            self.plan.settings.architecture, self.plan.dtype, self.plan.num_parameters,
             self.plan.weight_bytes_per_rank / 1e6, config.num_threads,
         )  # fmt: skip
 
@@ -128,7 +121,7 @@ class Shard:
         # Releases take effect after a step's work, so a plan may admit while it releases as many.
         table = SequenceTable(2 * max_running, max_total_tokens, block_size, self.plan.settings.vocab_size)
         self.runner = Runner(
-            self.forward, self.group, self.cache, table, self.eos_token_ids, self.faults, self.digests
+            self.forward, self.group, self.cache, table, self.plan.eos_token_ids, self.faults, self.digests
         )
         self.health.enter(Phase.SERVING, "serving")
 
