@@ -31,7 +31,7 @@ MOST_SHAPES = 1024
 LINE_WORDS = 16
 NUMBER, LEFT, MARK = 0, 1, 2
 
-# About what it costs to fall asleep and be woken. Longer would take the core from others: from a rank on the same one.
+# Looking that long costs about as much as falling asleep and being woken. The core is offered to others after each look.
 SPIN_S = 50e-6
 # How long a rank sleeps before it looks whether its peers live.
 NAP_S = 5e-3
@@ -154,7 +154,9 @@ class Segment:
                 self._slots.clear()
             raw = self._bytes[_header_bytes(self.size) :].view(2, self.size, SLOT_BYTES)
             raw = raw[..., : x.numel() * x.element_size()]
-            slots = self._slots[x.dtype, x.shape] = [[slot.view(x.dtype).view(x.shape) for slot in half] for half in raw]
+            slots = self._slots[x.dtype, x.shape] = [
+                [slot.view(x.dtype).view(x.shape) for slot in half] for half in raw
+            ]
         return slots[self._number & 1]
 
     def _wait(self, rank: int, number: int) -> None:
@@ -166,6 +168,7 @@ class Segment:
         while time.monotonic() - began < SPIN_S:
             if words[at] >= number:
                 return
+            os.sched_yield()
         while (seen := words[at]) < number:
             self._check_peers(rank, time.monotonic() - began)
             self._futex.wait(at, seen, NAP_S)
