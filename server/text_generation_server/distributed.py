@@ -20,7 +20,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Transport(Protocol):
-    """How tensors get from rank to rank. x: [elements], contiguous, of the same length and dtype on every rank."""
+    """How tensors get from rank to rank. x is contiguous, and of the same shape and dtype on every rank."""
 
     def gather(self, x: Tensor, receives: bool, contributed: Callable[[], object]) -> list[Tensor]:
         """x of every rank, for the ranks that receive (rank 0 always does); valid until the next operation.
@@ -34,7 +34,7 @@ class Transport(Protocol):
         ...
 
     def most_elements(self, dtype: torch.dtype) -> int:
-        """How long x may be."""
+        """How large x may be."""
         ...
 
     def close(self) -> None:
@@ -129,35 +129,26 @@ class Group:
         """The sum over ranks, added in rank order in float32. May overwrite and return `x`."""
         if self.size == 1:
             return x
-        flat = x.contiguous().view(-1)
-        for piece in self._pieces(flat):
-            first, *others = self._gather(piece)
-            if x.dtype == torch.float32:
-                torch.add(first, others[0], out=piece)
-                for other in others[1:]:
-                    piece += other
-            else:
-                total = first.float()
-                for other in others:
-                    total += other
-                piece.copy_(total)
-        return flat.view(x.shape)
+        x = x.contiguous()
+        for piece in self._pieces(x):
+            add_up(self._formed.gather(piece, True, self._contributed), piece)
+        return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks concatenated along `dim`, on every rank."""
-        return x if self.size == 1 else torch.cat(self._gather_whole(x, receives=True), dim)
+        return x if self.size == 1 else torch.cat(self._gather(x, receives=True), dim)
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         """The tensors of all ranks concatenated along the last axis, on rank 0; None on the others."""
         if self.size == 1:
             return x
-        parts = self._gather_whole(x, receives=self.rank == 0)
+        parts = self._gather(x, receives=self.rank == 0)
         return torch.cat(parts, -1) if parts else None
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrites `x`, which is contiguous, with that of rank 0."""
         if self.size > 1:
-            for piece in self._pieces(x.view(-1)):
+            for piece in self._pieces(x):
                 self._formed.broadcast(piece, self._contributed)
 
     @property
@@ -166,23 +157,21 @@ class Group:
             raise RuntimeError("the group of this epoch is gone")
         return self._transport
 
-    def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
-        most = self._formed.most_elements(flat.dtype)
-        return (flat,) if len(flat) <= most else torch.split(flat, most)
+    def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Views of x that the transport can take."""
+        most = self._formed.most_elements(x.dtype)
+        return (x,) if x.numel() <= most else torch.split(x.view(-1), most)
 
-    def _gather(self, piece: Tensor, receives: bool = True) -> list[Tensor]:
-        return self._formed.gather(piece, receives, self._contributed)
-
-    def _gather_whole(self, x: Tensor, receives: bool) -> list[Tensor]:
+    def _gather(self, x: Tensor, receives: bool) -> list[Tensor]:
         """`x` of every rank, of any size."""
-        flat = x.contiguous().view(-1)
-        pieces = self._pieces(flat)
+        x = x.contiguous()
+        pieces = self._pieces(x)
         if len(pieces) == 1:
-            return [part.view(x.shape) for part in self._gather(flat, receives)]
-        wholes = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size * receives)]
+            return self._formed.gather(x, receives, self._contributed)
+        wholes = [torch.empty_like(x) for _ in range(self.size * receives)]
         begin = 0
         for piece in pieces:
-            for whole, part in zip(wholes, self._gather(piece, receives), strict=True):
+            for whole, part in zip(wholes, self._formed.gather(piece, receives, self._contributed), strict=True):
                 whole.view(-1)[begin : begin + len(piece)] = part
             begin += len(piece)
         return wholes
@@ -190,3 +179,16 @@ class Group:
     def _contributed(self) -> None:
         # Between contributing and receiving: the worst moment to die.
         self._faults.reach("all_reduce")
+
+
+def add_up(parts: list[Tensor], out: Tensor) -> None:
+    """The sum in the order of `parts`, in float32, rounded once."""
+    if out.dtype == torch.float32:
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out += part
+    else:
+        total = parts[0].float()
+        for part in parts[1:]:
+            total += part
+        out.copy_(total)

@@ -26,11 +26,12 @@ from torch import Tensor
 
 SLOT_BYTES = 1 << 20
 PAGE_BYTES = 4096
+MOST_SHAPES = 1024
 # 64-bit words from one rank's line to the next. Processors fetch pairs of 64-byte cache lines.
 LINE_WORDS = 16
 NUMBER, LEFT, MARK = 0, 1, 2
 
-# About what it costs to fall asleep and be woken. Longer would take the core from others: from a rank on the same one.
+# Looking that long costs about as much as falling asleep and being woken. The core is offered to others after each look.
 SPIN_S = 50e-6
 # How long a rank sleeps before it looks whether its peers live.
 NAP_S = 5e-3
@@ -84,7 +85,7 @@ class Segment:
         self._words = memoryview(memory).cast("Q")
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._futex = Futex(self._bytes.data_ptr())
-        self._slots: dict[torch.dtype, Tensor] = {}
+        self._slots: dict[tuple[torch.dtype, torch.Size], list[list[Tensor]]] = {}
         self._peers = peers
         self._poll = select.poll()
         for descriptor in peers.values():
@@ -121,20 +122,20 @@ class Segment:
         return SLOT_BYTES // dtype.itemsize
 
     def contribute(self, x: Tensor | None) -> None:
-        """Begins a collective. x: [elements], at most a slot; None: this rank only takes part."""
+        """Begins a collective. x: at most a slot; None: this rank only takes part."""
         self._number += 1
         for peer in self._peers:
             self._wait(peer, self._number - 1)
         if x is not None:
-            self._slot(self.rank, x).copy_(x)
+            self._slots_like(x)[self.rank].copy_(x)
         self._words[self.rank * LINE_WORDS + NUMBER] = self._number
         self._futex.wake(self.rank * LINE_WORDS + NUMBER)
 
     def take(self, rank: int, like: Tensor) -> Tensor:
-        """What `rank` contributed, of the dtype and number of elements of `like`. Valid until the next `contribute`."""
+        """What `rank` contributed, of the dtype and shape of `like`. Valid until the next `contribute`."""
         if rank != self.rank:
             self._wait(rank, self._number)
-        return self._slot(rank, like)
+        return self._slots_like(like)[rank]
 
     def close(self) -> None:
         """Leaves: whoever waits for this rank gets an error. The memory goes with the last one that uses it."""
@@ -144,12 +145,19 @@ class Segment:
             os.close(pidfd)
         self._peers = {}
 
-    def _slot(self, rank: int, like: Tensor) -> Tensor:
-        slots = self._slots.get(like.dtype)
+    def _slots_like(self, x: Tensor) -> list[Tensor]:
+        """Every rank's slot in this collective's buffer."""
+        # Making a view takes longer than an addition; decoding uses few shapes.
+        slots = self._slots.get((x.dtype, x.shape))
         if slots is None:
-            slots = self._bytes[_header_bytes(self.size) :].view(like.dtype).view(2, self.size, -1)
-            self._slots[like.dtype] = slots
-        return slots[self._number & 1, rank, : len(like)]
+            if len(self._slots) == MOST_SHAPES:
+                self._slots.clear()
+            raw = self._bytes[_header_bytes(self.size) :].view(2, self.size, SLOT_BYTES)
+            raw = raw[..., : x.numel() * x.element_size()]
+            slots = self._slots[x.dtype, x.shape] = [
+                [slot.view(x.dtype).view(x.shape) for slot in half] for half in raw
+            ]
+        return slots[self._number & 1]
 
     def _wait(self, rank: int, number: int) -> None:
         """Returns once `rank` has contributed to collective `number`."""
@@ -160,6 +168,7 @@ class Segment:
         while time.monotonic() - began < SPIN_S:
             if words[at] >= number:
                 return
+            os.sched_yield()
         while (seen := words[at]) < number:
             self._check_peers(rank, time.monotonic() - began)
             self._futex.wait(at, seen, NAP_S)
