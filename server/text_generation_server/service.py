@@ -177,10 +177,10 @@ class Service:
         self.highest_epoch = 0
         self.lock = threading.Lock()
 
-    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """How gRPC finds the methods. Plans and results stay bytes until the step thread takes them."""
 
-        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> "grpc.RpcMethodHandler[Any, Any]":
             return grpc.unary_unary_rpc_method_handler(
                 method, request.FromString, lambda reply: reply.SerializeToString()
             )
