@@ -10,6 +10,9 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
+/// Levels of nested lists and objects: as many as serde reads.
+const MAX_DEPTH: usize = 127;
+
 /// Characters of one stop string.
 const MAX_STOP_CHARS: usize = 256;
 
@@ -201,6 +204,9 @@ fn read(body: &[u8]) -> Result<Body, Refused> {
     let malformed = |cause: &str| Refused::Malformed(format!("the body is not valid JSON: {cause}"));
     let text = std::str::from_utf8(body).map_err(|_| malformed("it is not UTF-8"))?;
     serde_json::from_str::<IgnoredAny>(text).map_err(|error| malformed(&short(&error)))?;
+    if depth(text) > MAX_DEPTH {
+        return Err(malformed(&format!("it is nested deeper than {MAX_DEPTH} levels")));
+    }
     if !text.trim_start().starts_with('{') {
         return Err(invalid("the body must be a JSON object"));
     }
@@ -211,6 +217,23 @@ fn read(body: &[u8]) -> Result<Body, Refused> {
         let is_field = path.iter().next().is_some();
         invalid(if is_field { format!("`{path}`: {cause}") } else { cause })
     })
+}
+
+/// How deep lists and objects are nested in a text that is JSON.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest, mut is_string, mut is_escaped) = (0_usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = true,
+            b'"' => is_string = !is_string,
+            b'[' | b'{' if !is_string => depth += 1,
+            b']' | b'}' if !is_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
 }
 
 /// What serde says, without what the client has sent.

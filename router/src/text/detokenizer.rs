@@ -47,6 +47,14 @@ impl Detokenizer {
         }
     }
 
+    /// Whether `finish` would bring nothing: the text does not end inside a character.
+    pub fn is_complete(&self) -> bool {
+        match &self.state {
+            State::Spelled(spelled) => spelled.characters.begun.is_empty(),
+            State::Decoded(window) => window.ids.len() == window.num_clean,
+        }
+    }
+
     /// What is left: an incomplete character, as U+FFFD.
     pub fn finish(&mut self) -> String {
         match &mut self.state {
