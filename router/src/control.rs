@@ -3,9 +3,16 @@
 //! The launcher listens, the router connects, at start and again after it was restarted. Only the launcher spawns and
 //! kills; the router only reports what it sees. A *generation* is a set of shard processes, one for each rank.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+use tracing::warn;
 
 /// One process of a generation.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -82,4 +89,86 @@ pub enum ToLauncher {
         /// In words, for people: what, found, expected, what to do.
         reason: String,
     },
+}
+
+/// Messages that may wait, either way.
+const BUFFER: usize = 64;
+
+/// The longest line that is read: thousands of ranks.
+const MAX_LINE_BYTES: u64 = 1 << 20;
+
+/// How long the launcher may take to accept.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The router's end of the control socket.
+#[derive(Debug)]
+pub struct Link {
+    /// From the launcher; closed when the launcher is gone.
+    pub incoming: mpsc::Receiver<ToRouter>,
+    /// To the launcher.
+    pub outgoing: mpsc::Sender<ToLauncher>,
+}
+
+/// The launcher's end of a link within one process.
+#[derive(Debug)]
+pub struct LauncherLink {
+    /// To the router.
+    pub outgoing: mpsc::Sender<ToRouter>,
+    /// From the router; closed when the router has ended.
+    pub incoming: mpsc::Receiver<ToLauncher>,
+}
+
+impl Link {
+    /// A link without a socket, for tests.
+    pub fn pair() -> (Self, LauncherLink) {
+        let (to_router, from_launcher) = mpsc::channel(BUFFER);
+        let (to_launcher, from_router) = mpsc::channel(BUFFER);
+        let link = Self { incoming: from_launcher, outgoing: to_launcher };
+        (link, LauncherLink { outgoing: to_router, incoming: from_router })
+    }
+
+    /// Connects to the launcher's socket.
+    pub async fn connect(socket: &Path) -> io::Result<Self> {
+        let stream = tokio::time::timeout(CONNECT_DEADLINE, UnixStream::connect(socket)).await??;
+        let (reader, writer) = stream.into_split();
+        let (link, LauncherLink { outgoing, incoming }) = Self::pair();
+        tokio::spawn(read_lines(reader, outgoing));
+        tokio::spawn(write_lines(writer, incoming));
+        Ok(link)
+    }
+}
+
+/// Ends, and with it the channel, at the end of the stream or at the first line that is not understood: launcher and
+/// router are of one version, so such a line means that something else speaks.
+async fn read_lines(reader: OwnedReadHalf, messages: mpsc::Sender<ToRouter>) {
+    let mut reader = BufReader::new(tokio::io::AsyncReadExt::take(reader, MAX_LINE_BYTES));
+    let mut line = String::new();
+    loop {
+        line.clear();
+        reader.get_mut().set_limit(MAX_LINE_BYTES);
+        match reader.read_line(&mut line).await {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) => return warn!(%error, "the control socket broke"),
+        }
+        let message = match serde_json::from_str(&line) {
+            Ok(message) => message,
+            Err(error) => {
+                return warn!(%error, line = line.trim(), "the launcher said something that is not understood");
+            }
+        };
+        if messages.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn write_lines(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<ToLauncher>) {
+    while let Some(message) = messages.recv().await {
+        let mut line = serde_json::to_vec(&message).expect("a message without maps is always JSON");
+        line.push(b'\n');
+        if let Err(error) = writer.write_all(&line).await {
+            return warn!(%error, "the launcher does not hear");
+        }
+    }
 }

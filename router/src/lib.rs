@@ -7,6 +7,7 @@
 //!      ◀─────────────────── TokenStream ◀─── detokenize, stop strings ◀──────────────┘
 //! ```
 
+pub mod admin;
 pub mod args;
 pub mod control;
 pub mod engine;

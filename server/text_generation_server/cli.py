@@ -69,10 +69,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve one rank of a model on a Unix socket."""
-    from .config import ServeConfig
+    from .config import ServeConfig, prepare_environment
     from .logs import set_up
     from .service import run
 
+    prepare_environment()
     try:
         set_up(logger_level, json_output, rank)
         config = ServeConfig(

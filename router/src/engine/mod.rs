@@ -6,6 +6,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::request::ValidRequest;
 
+mod clients;
+pub mod driver;
+pub mod fake;
+mod faults;
+pub mod limits;
+mod measure;
+mod outbox;
+mod start;
+mod text_state;
+
+pub use driver::{Config, Driver, Ended, Observer, Snapshot};
+
 /// Outputs buffered per stream before the driver counts the client as stalled.
 pub const STREAM_BUFFER: usize = 256;
 
@@ -175,6 +187,7 @@ pub struct Submission {
 pub struct Engine {
     submissions: mpsc::Sender<Submission>,
     permits: Arc<Semaphore>,
+    num_permits: usize,
     status: watch::Receiver<Status>,
 }
 
@@ -189,12 +202,18 @@ impl Engine {
         max_concurrent_requests: usize,
         status: watch::Receiver<Status>,
     ) -> Self {
-        Self { submissions, permits: Arc::new(Semaphore::new(max_concurrent_requests)), status }
+        let permits = Arc::new(Semaphore::new(max_concurrent_requests));
+        Self { submissions, permits, num_permits: max_concurrent_requests, status }
     }
 
     /// Takes a permit, or says at once that there is none.
     pub fn permit(&self) -> Result<Permit, GenerateError> {
         Arc::clone(&self.permits).try_acquire_owned().map(Permit).map_err(|_| GenerateError::Overloaded)
+    }
+
+    /// Permits, taken or not.
+    pub fn num_permits(&self) -> usize {
+        self.num_permits
     }
 
     /// Permits not taken.

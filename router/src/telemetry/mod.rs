@@ -1,1 +1,4 @@
-//! telemetry
+//! What operators see: metrics in Prometheus' format, under TGI's names, and logs.
+
+pub mod metrics;
+pub mod tracing;

@@ -1,0 +1,168 @@
+//! The one map from what went wrong to a status and a JSON body.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::engine::GenerateError;
+use crate::request::Refused;
+use crate::text::tokenizer::TokenizerError;
+
+/// Seconds after which a client may try again.
+const RETRY_AFTER_S: u32 = 1;
+
+/// Characters of an error's text.
+const MAX_TEXT: usize = 300;
+
+/// The body of every rejection, and the error event of a stream.
+#[derive(Clone, Debug, Serialize)]
+pub struct ErrorBody {
+    /// What went wrong, in words.
+    pub error: String,
+    /// One of a fixed list of kinds.
+    pub error_type: &'static str,
+}
+
+/// A rejection.
+#[derive(Clone, Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    body: ErrorBody,
+    /// Why `tgi_request_failure` counts it; `None`: it does not.
+    pub reason: Option<&'static str>,
+    /// The connection is not fit for another request.
+    closes: bool,
+}
+
+impl ApiError {
+    /// A rejection that no request for tokens has caused.
+    pub fn new(status: StatusCode, error_type: &'static str, error: impl Into<String>) -> Self {
+        let mut error = error.into();
+        if let Some((end, _)) = error.char_indices().nth(MAX_TEXT) {
+            error.truncate(end);
+        }
+        Self { status, body: ErrorBody { error, error_type }, reason: None, closes: false }
+    }
+
+    /// The same, as the last answer on its connection.
+    pub fn closing(mut self) -> Self {
+        self.closes = true;
+        self
+    }
+
+    /// A head that is no HTTP, or too much of it.
+    pub fn unreadable(status: StatusCode) -> Self {
+        let (error_type, error) = match status {
+            StatusCode::URI_TOO_LONG => ("uri_too_long", "the path is too long"),
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
+                ("headers_too_large", "the headers are more than 100, or longer than 65536 bytes")
+            }
+            _ => ("bad_request", "the request is not valid HTTP"),
+        };
+        Self::new(status, error_type, error).closing()
+    }
+
+    /// A handler panicked, or a part of it.
+    pub fn internal(error: &'static str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
+    }
+
+    fn counted(mut self, reason: &'static str) -> Self {
+        self.reason = Some(reason);
+        self
+    }
+
+    /// The model is not loaded yet, or its shards are being replaced.
+    pub fn unhealthy() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "healthcheck", "unhealthy")
+    }
+
+    /// No shard has ever been ready: nothing is known about the model.
+    pub fn not_ready() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "the model is not loaded yet").counted("overloaded")
+    }
+
+    /// The server ends.
+    pub fn draining() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "the server is shutting down")
+            .counted("overloaded")
+            .closing()
+    }
+
+    /// The driver has ended a stream without a last token.
+    pub fn incomplete() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "incomplete_generation", "Incomplete generation")
+            .counted("incomplete")
+    }
+
+    /// The same in a stream, whose status is sent.
+    pub fn incomplete_stream() -> Self {
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        Self::new(status, "incomplete_generation_stream", "Incomplete generation stream").counted("incomplete")
+    }
+
+    /// The body, for an event of a stream whose status is sent.
+    pub fn body(&self) -> &ErrorBody {
+        &self.body
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> Self {
+        let status = match refused {
+            Refused::Malformed(_) => StatusCode::BAD_REQUEST,
+            Refused::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        };
+        Self::new(status, "validation", refused.to_string()).counted("validation")
+    }
+}
+
+impl From<TokenizerError> for ApiError {
+    fn from(error: TokenizerError) -> Self {
+        match error {
+            TokenizerError::Text => Self::from(Refused::Invalid(error.to_string())),
+            TokenizerError::Ended => Self::draining(),
+            TokenizerError::Panicked | TokenizerError::File { .. } => {
+                Self::internal("the tokenizer failed on this text").counted("validation")
+            }
+        }
+    }
+}
+
+impl From<GenerateError> for ApiError {
+    fn from(error: GenerateError) -> Self {
+        let generation = |text: String| {
+            let error = format!("Request failed during generation: {text}");
+            Self::new(StatusCode::FAILED_DEPENDENCY, "generation", error).counted("generation")
+        };
+        match error {
+            GenerateError::Overloaded | GenerateError::QueueTimeout { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", error.to_string()).counted("overloaded")
+            }
+            GenerateError::ShuttingDown { reason } => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", reason).counted("generation").closing()
+            }
+            GenerateError::TooLong { .. } => Self::from(Refused::Invalid(error.to_string())),
+            GenerateError::Row { kind: "numerical", message } => Self {
+                body: ErrorBody { error_type: "numerical", ..generation(message).body },
+                ..generation(String::new())
+            },
+            GenerateError::Row { kind: _, message } => Self::from(Refused::Invalid(message)),
+            GenerateError::KilledShards | GenerateError::Stalled => generation(error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(&self.body)).into_response();
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        if self.closes {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
