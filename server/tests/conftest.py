@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 
 

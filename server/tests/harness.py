@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from text_generation_server.batch import StepBatch
 from text_generation_server.kernels.interface import Kernels
 from text_generation_server.loading import Alone, Collectives, TensorParallel
 from text_generation_server.models.decoder import Decoder
 from text_generation_server.models.registry import load_model
 from text_generation_server.planning import plan_model
+from torch import Tensor
 
 MODELS = Path(__file__).parents[2] / "models"
 LLAMA, QWEN2 = MODELS / "docs-llama-7m", MODELS / "docs-qwen2-4m"

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
-
 from text_generation_server.pb import shard_pb2 as pb
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "proto" / "examples"

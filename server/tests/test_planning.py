@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from harness import LLAMA, QWEN2
 from safetensors.torch import load_file, save_file
-
 from text_generation_server.checkpoint.tensors import Checkpoint
 from text_generation_server.errors import CheckpointError, ConfigError, ShardError
 from text_generation_server.planning import plan_model

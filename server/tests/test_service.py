@@ -21,7 +21,11 @@ SAMPLED = pb.Sampling(
 )  # fmt: skip
 PLAIN = pb.Sampling(do_sample=True, temperature=0.9, top_p=1, typical_p=1, repetition_penalty=1, seed=77)
 # Two ids after each other, and after the second one perhaps the end.
-LETTERS = {"start": 0, "transitions": [[0, 20, 1], [0, 21, 1], [1, 30, 0], [1, 31, 2], [1, 32, 0], [2, 9, 0]], "final": [2]}
+LETTERS = {
+    "start": 0,
+    "transitions": [[0, 20, 1], [0, 21, 1], [1, 30, 0], [1, 31, 2], [1, 32, 0], [2, 9, 0]],
+    "final": [2],
+}
 TOY = pb.Grammar(kind=pb.Grammar.AUTOMATON, source=json.dumps(LETTERS))
 
 
@@ -110,7 +114,9 @@ def refused(call: Callable[[], Any], code: grpc.StatusCode, message: str) -> Non
 # --- numbers
 
 
-@pytest.mark.parametrize(("name", "model"), [("llama-1", LLAMA), ("llama-2", LLAMA), ("qwen2-1", QWEN2), ("qwen2-2", QWEN2)])
+@pytest.mark.parametrize(
+    ("name", "model"), [("llama-1", LLAMA), ("llama-2", LLAMA), ("qwen2-1", QWEN2), ("qwen2-2", QWEN2)]
+)
 def test_greedy_ids_and_logprobs_of_eight_mixed_sequences_are_those_of_transformers(fresh, name, model):
     references = json.loads((model / "reference.json").read_text())["greedy"]
     sequences = [Sequence_(row, r["prompt_ids"]) for row, r in enumerate(references)]
@@ -136,7 +142,9 @@ def test_chunks_neighbours_depth_and_preemption_change_no_bit(fresh, name):
     (chunked,) = [Sequence_(2, OTHERS[6], {"sampling": SAMPLED, "grammar": TOY})]
     steps = [chunked.admit()]
     for _ in range(len(OTHERS[6]) // 4):
-        (result,) = shards.run(admit=steps, work=[chunked.first(4, samples=False) if steps else chunked.next(4, samples=False)])
+        (result,) = shards.run(
+            admit=steps, work=[chunked.first(4, samples=False) if steps else chunked.next(4, samples=False)]
+        )
         chunked.take(result)
         steps = []
     (result,) = shards.run(work=[chunked.next(4)], release=[2])
@@ -196,7 +204,9 @@ def test_a_row_that_is_not_finite_ends_alone(fresh):
 )
 def test_what_is_not_served_is_an_error_of_its_row(fresh, other, kind, message):
     shards = fresh("llama-1")
-    rows = shards.run(admit=[admit(0, PROMPT, **other), admit(1, PROMPT)], work=[work(0, 9, [0]), work(1, 9, [1])], release=[0, 1])
+    rows = shards.run(
+        admit=[admit(0, PROMPT, **other), admit(1, PROMPT)], work=[work(0, 9, [0]), work(1, 9, [1])], release=[0, 1]
+    )
     assert (rows[0].error.kind, message in rows[0].error.message) == (kind, True), rows[0]
     assert len(rows[1].ids) == 1
     assert not rows[1].HasField("error")
@@ -355,7 +365,9 @@ def test_memory_bounds_the_blocks(fresh):
     refused(lambda: shards.warm_up(too_many), grpc.StatusCode.RESOURCE_EXHAUSTED, "do not fit in the")
 
 
-@pytest.mark.parametrize(("name", "model", "dtype"), [("qwen2-2", QWEN2, "float32"), ("llama-2-bfloat16", LLAMA, "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "model", "dtype"), [("qwen2-2", QWEN2, "float32"), ("llama-2-bfloat16", LLAMA, "bfloat16")]
+)
 def test_a_shard_describes_its_model(fresh, name, model, dtype):
     config = json.loads((model / "config.json").read_text())
     replies = fresh(name).all("Describe", [pb.DescribeRequest()] * 2)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "text_generation_server"
-FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "pb" not in p.relative_to(PACKAGE).parts)
+FILES = sorted(
+    p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "pb" not in p.relative_to(PACKAGE).parts
+)
 Rule = Callable[[str, str], list[str]]
 
 # Who may import whom, architecture §3. A room is a folder or a module; everybody may import these.
@@ -32,7 +34,9 @@ MAY_IMPORT = {
     "batch": {"kernels.interface"},
     "sampling": {"sampling"},
     "planning": {"checkpoint", "kernels.select", "quantization", "loading"},
-    "models": {"models", "layers", "batch", "loading", "planning", "quantization.registry", "checkpoint", "kernels.interface"},
+    "models": {
+        "models", "layers", "batch", "loading", "planning", "quantization.registry", "checkpoint", "kernels.interface",
+    },
     "layers": {"layers", "batch", "loading", "quantization.format", "kernels.interface", "checkpoint.model_config"},
     "quantization": {"quantization", "loading", "checkpoint", "kernels.interface"},
     "loading": {"checkpoint", "quantization.format", "kernels.interface"},
@@ -115,7 +119,9 @@ def devices(file: str, source: str) -> list[str]:
 def weight_formats(file: str, source: str) -> list[str]:
     """Models and layers know no weight format; formats know neither models nor ranks."""
     if room(file) in ("models", "layers"):
-        return words(file, source, r"(?i)(gptq|awq|bitsandbytes|marlin|exl2|eetq|fp8|int8|nf4|dense|qweight|qzeros|g_idx)")
+        return words(
+            file, source, r"(?i)(gptq|awq|bitsandbytes|marlin|exl2|eetq|fp8|int8|nf4|dense|qweight|qzeros|g_idx)"
+        )
     if room(file) == "quantization":
         return words(file, source, r"(?i)(llama|qwen|mistral|falcon|bloom|gemma|^rank$|world_size|tp_rank)")
     return []
@@ -128,7 +134,10 @@ def environment(file: str, source: str) -> list[str]:
 
 def pickles(file: str, source: str) -> list[str]:
     """Nothing executable is read, from a disk or a wire."""
-    tree, complaints = ast.parse(source), words(file, source, r"^(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)$")
+    tree, complaints = (
+        ast.parse(source),
+        words(file, source, r"^(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)$"),
+    )
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
@@ -181,7 +190,9 @@ def sizes(file: str, source: str) -> list[str]:
 def leftovers(file: str, source: str) -> list[str]:
     """Nothing is left for later, and nobody's machine is written down."""
     pattern = r"\b(TODO|FIXME|XXX|NotImplementedError)\b|/home/|/work/|/tmp/\w|set_var"
-    return [f"{file}:{i} says {line.strip()!r}" for i, line in enumerate(source.splitlines(), 1) if re.search(pattern, line)]
+    return [
+        f"{file}:{i} says {line.strip()!r}" for i, line in enumerate(source.splitlines(), 1) if re.search(pattern, line)
+    ]
 
 
 RULES: dict[str, tuple[Rule, list[tuple[str, str]]]] = {

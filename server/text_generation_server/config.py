@@ -45,6 +45,6 @@ class ServeConfig:
 
 def prepare_environment() -> None:
     """Settings of libraries that read the environment once, as they are loaded. A user's own setting wins."""
-    # Threads that spin at barriers steal the processor from other ranks, the router and each other: a step of 12 ms took
-    # 140 ms on two busy cores.
+    # Threads that spin at barriers steal the processor from other ranks, the router and each other: a step of 12 ms
+    # took 140 ms on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

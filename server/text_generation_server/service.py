@@ -21,8 +21,8 @@ from . import __version__
 from .config import ServeConfig
 from .errors import ConfigError, ShardError
 from .health import Health, Phase
-from .planning import plan_model
 from .pb import shard_pb2 as pb
+from .planning import plan_model
 
 if TYPE_CHECKING:
     from .runner import Admission, Plan, Result, RowResult
@@ -180,7 +180,9 @@ class Service:
     def handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """How gRPC finds the methods. Plans and results stay bytes until the step thread takes them."""
 
-        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> "grpc.RpcMethodHandler[Any, Any]":
+        def unary(
+            method: Callable[[Any, grpc.ServicerContext], Any], request: Any
+        ) -> "grpc.RpcMethodHandler[Any, Any]":
             return grpc.unary_unary_rpc_method_handler(
                 method, request.FromString, lambda reply: reply.SerializeToString()
             )

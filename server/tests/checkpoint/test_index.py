@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from text_generation_server.checkpoint.index import read_header, read_index
 from text_generation_server.checkpoint.tensors import Checkpoint
 from text_generation_server.errors import CheckpointError
@@ -64,7 +63,8 @@ def test_a_damaged_file_is_refused_naming_it(case: str, tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", header, data)
     with pytest.raises(CheckpointError) as error:
         read_index(tmp_path)
-    assert message in str(error.value) and "model.safetensors" in str(error.value)
+    assert message in str(error.value)
+    assert "model.safetensors" in str(error.value)
     assert len(str(error.value)) < 500
 
 
@@ -137,8 +137,10 @@ def test_only_the_bytes_of_a_slice_are_read(tmp_path: Path) -> None:
     seen: list[int] = []
     checkpoint = Checkpoint(read_index(tmp_path), seen.append)
     part = checkpoint["w"].read({0: range(2, 4), 1: range(4, 8)})
-    assert torch.equal(part, stored[2:4, 4:8]) and part.is_contiguous()
-    assert seen == [16] and checkpoint.bytes_read == 16
+    assert torch.equal(part, stored[2:4, 4:8])
+    assert part.is_contiguous()
+    assert seen == [16]
+    assert checkpoint.bytes_read == 16
 
 
 def test_a_tensor_that_nobody_stored_is_named() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import transformers
-
 from text_generation_server.checkpoint.model_config import FAMILIES, Rope, read_eos_token_ids, read_settings
 from text_generation_server.errors import CheckpointError, ConfigError
 
@@ -130,7 +129,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_value_that_no_code_implements_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_settings(write(tmp_path, changes))
-    assert message in str(error.value) and "config.json" in str(error.value)
+    assert message in str(error.value)
+    assert "config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "nul"])

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from text_generation_server.batch import StepBatch
 from text_generation_server.kernels.cpu import attention
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec, KVCache
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
+from torch import Tensor
 
 REFERENCE = ReferenceKernels()
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -28,7 +27,8 @@ def assert_close(found: Tensor, want: Tensor) -> None:
 def test_linear(rows: int, dtype: torch.dtype, kernels: CpuKernels) -> None:
     x, weight = random(rows, 48).to(dtype), random(80, 48, seed=1).to(dtype) / 7
     y = kernels.linear(weight)(x)
-    assert y.dtype == dtype and y.shape == (rows, 80)
+    assert y.dtype == dtype
+    assert y.shape == (rows, 80)
     assert_close(y, REFERENCE.linear(weight.double())(x.double()))
 
 

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
 from text_generation_server.checkpoint.model_config import Rope
 from text_generation_server.layers.rotary import inverse_frequencies
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from harness import LLAMA, QWEN2, Log, Shard, load, run_ranks
-from torch import Tensor
-
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import Matmul
 from text_generation_server.loading import Alone, TensorParallel
+from torch import Tensor
 
 PROMPT, LENGTH, BLOCK = 150, 166, 16
 BLOCKS_PER_LOG = -(-LENGTH // BLOCK)
@@ -122,10 +121,12 @@ def compute(setup: Setup, kernels: CpuKernels, ways: Sequence[Callable[[Shard], 
 def differing(setup: Setup, kernels: CpuKernels, names: Sequence[str] = tuple(WAYS)) -> list[str]:
     """The ways whose bits are not those of the first: prompt in one step, then one id at a time, alone."""
     first, *others = compute(setup, kernels, [decoded_alone, *(WAYS[name] for name in names)])
-    assert set(first) == set(range(PROMPT, LENGTH + 1)) and len(set(first.values())) == len(first)
+    assert set(first) == set(range(PROMPT, LENGTH + 1))
+    assert len(set(first.values())) == len(first)
     wrong = []
     for name, found in zip(names, others, strict=True):
-        assert found.keys() <= first.keys() and LENGTH in found
+        assert found.keys() <= first.keys()
+        assert LENGTH in found
         if any(found[length] != first[length] for length in found):
             wrong.append(name)
     return wrong
@@ -163,7 +164,8 @@ def test_a_sequence_of_unusable_numbers_leaves_its_neighbours_as_they_are(kernel
         return alone.logits[40], beside.logits[40], broken.logits[20]
 
     alone, beside, broken = work(TensorParallel(0, 1, Alone()))
-    assert torch.equal(alone, beside) and broken.isnan().all()
+    assert torch.equal(alone, beside)
+    assert broken.isnan().all()
 
 
 class Uneven:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers as hf
 from harness import LLAMA, QWEN2, Log, Shard, load, run_ranks
-
 from text_generation_server.checkpoint.model_config import FAMILIES
 from text_generation_server.checkpoint.tensors import Checkpoint
 from text_generation_server.kernels.cpu.kernels import CpuKernels
@@ -178,7 +177,8 @@ def test_a_step_without_sampled_rows_gives_no_logits(kernels: CpuKernels) -> Non
     decoder = run_ranks(1, lambda tp: load(QWEN2, tp, kernels))[0]
     log = Log([1, 5, 9], [3])
     Shard(decoder).step([(log, 2)], on_layer=lambda: calls.append(1))  # type: ignore[arg-type]
-    assert not log.logits and len(calls) == 4
+    assert not log.logits
+    assert len(calls) == 4
 
 
 def test_every_architecture_whose_settings_are_read_is_built() -> None:

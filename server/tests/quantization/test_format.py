@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
-
 from text_generation_server.errors import CheckpointError
 from text_generation_server.kernels.interface import Kernels, Matmul
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.quantization.dense import Dense
 from text_generation_server.quantization.format import Along, Axis, Merge, Part, Region, Stored, TensorSpec, read_weight
 from text_generation_server.quantization.registry import format_for
+from torch import Tensor
 
 IN, OUT = 64, 96
 

@@ -34,7 +34,7 @@ def test_many_counters_at_once_equal_each_alone():
 
 def test_a_number_is_the_first_53_bits_of_its_counter_and_key():
     # 64 bits of the published answer, of which Python's exact integers keep 53.
-    counter, key, answer = KNOWN_ANSWERS[0]
+    _, _, answer = KNOWN_ANSWERS[0]
     first, second, *_ = words(answer)[0].tolist()
     assert numbers(seed=0, positions=[0])[0] == ((first << 32 | second) >> 11) / 2**53
 

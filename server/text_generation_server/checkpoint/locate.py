@@ -52,7 +52,7 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
 
 
 def looks_like_hub_id(model_id: str) -> bool:
-    """Whether it is `name` or `owner/name` of letters, digits, `-`, `_` and `.`, none of them hidden or parent folders."""
+    """Whether it is `name` or `owner/name` of letters, digits, `-`, `_` and `.`, no part hidden or a parent folder."""
     parts = model_id.split("/")
     plain = all(part[:1].isalnum() and set(part) <= LETTERS for part in parts)
     return len(parts) in (1, 2) and plain and ".." not in model_id and len(model_id) <= 200

@@ -109,9 +109,7 @@ def _row_tiles(
             first = np.maximum(positions[:, 0] - window + 1, 0) // TILE_KEYS
         num_key_tiles = positions[:, -1] // TILE_KEYS + 1 - first
         order = np.argsort(-num_key_tiles, kind="stable")
-        yield _Tiles(
-            sequence[order], positions[order], query[order], real[order], first[order], num_key_tiles[order]
-        )
+        yield _Tiles(sequence[order], positions[order], query[order], real[order], first[order], num_key_tiles[order])
 
 
 def _cut(tiles: _Tiles, num_kv_heads: int) -> Iterator[tuple[int, int]]:
@@ -125,9 +123,7 @@ def _cut(tiles: _Tiles, num_kv_heads: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _slab(
-    batch: StepBatch, tiles: _Tiles, part: slice, rows: slice, num_kv_heads: int, window: int | None
-) -> Slab:
+def _slab(batch: StepBatch, tiles: _Tiles, part: slice, rows: slice, num_kv_heads: int, window: int | None) -> Slab:
     counts = tiles.num_key_tiles[part]
     level, tile = np.nonzero(np.arange(counts[0])[:, None] < counts)
     key_tile, sequence = tiles.first_key_tile[part][tile] + level, tiles.sequence[part][tile]
@@ -177,9 +173,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TilePlan, scale: f
     return values.index_select(0, plan.output_index).view(tokens, -1).to(q.dtype)
 
 
-def _attend_slab(
-    queries: Tensor, k_units: Tensor, v_units: Tensor, slab: Slab, values: Tensor, sums: Tensor
-) -> None:
+def _attend_slab(queries: Tensor, k_units: Tensor, v_units: Tensor, slab: Slab, values: Tensor, sums: Tensor) -> None:
     """Adds up the slab's weighted values [rows, head_dim] and sums [rows], which are zero at first."""
     rows, dim = slab.tile_rows, queries.shape[1]
     entries = len(slab.entry_tile)
