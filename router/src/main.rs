@@ -1,6 +1,6 @@
 //! The router process: reads its arguments, ties the parts together and ends with a meaningful code.
 
-use std::io::{IsTerminal, Read};
+use std::io::Read;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use text_generation_router::args::Args;
 use text_generation_router::control::Link;
 use text_generation_router::engine::{Config, Driver, Ended};
 use text_generation_router::shards::grpc::GrpcShards;
+use text_generation_router::telemetry::metrics::Exporter;
 use text_generation_router::text::tokenizer::Tokenizer;
 use text_generation_router::{admin, http, telemetry};
 use tokio::net::TcpListener;
@@ -33,7 +34,9 @@ fn main() -> ExitCode {
     if args.exit_with_stdin {
         std::thread::spawn(exit_with_stdin);
     }
-    init_logging(&args);
+    if let Err(error) = telemetry::tracing::init(&args.log_level, args.json_output) {
+        Args::command().error(clap::error::ErrorKind::ValueValidation, error).exit();
+    }
     match run(args) {
         Ok(code) => code,
         Err(error) => {
@@ -50,13 +53,6 @@ fn exit_with_stdin() {
     while stdin.read(&mut byte).is_ok_and(|read| read > 0) {}
     eprintln!("standard input was closed; ending");
     std::process::exit(1);
-}
-
-fn init_logging(args: &Args) {
-    let filter = tracing_subscriber::EnvFilter::new(&args.log_level);
-    let logs =
-        tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(std::io::stdout().is_terminal());
-    if args.json_output { logs.json().flatten_event(true).init() } else { logs.init() }
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -77,7 +73,7 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     let link = Link::connect(&args.control_socket)
         .await
         .with_context(|| format!("cannot connect to the launcher at {}", args.control_socket.display()))?;
-    let metrics = telemetry::metrics::install().context("cannot record metrics")?;
+    let metrics = Exporter::default();
     tokio::spawn(metrics.clone().upkeep());
     let (driver, engine, observer) =
         Driver::new(Config::from(&args), Arc::new(GrpcShards), link, Arc::clone(&tokenizer));
@@ -101,7 +97,7 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn http_config(args: Args, metrics: telemetry::metrics::Rendered) -> http::Config {
+fn http_config(args: Args, metrics: Exporter) -> http::Config {
     http::Config {
         model_id: args.model_id,
         revision: args.revision,
@@ -111,6 +107,7 @@ fn http_config(args: Args, metrics: telemetry::metrics::Rendered) -> http::Confi
         validation_workers: args.validation_workers,
         payload_limit: args.limits.payload_limit,
         cors_allow_origin: args.cors_allow_origin,
+        deadlines: http::Deadlines::default(),
         metrics,
     }
 }

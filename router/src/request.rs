@@ -2,9 +2,16 @@
 //!
 //! Two steps, with tokenizing between them: `parse` judges the body, `WireRequest::complete` the length of its prompt.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use rand::Rng;
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+
+/// Levels of nested lists and objects: as many as serde reads.
+const MAX_DEPTH: usize = 127;
 
 /// Characters of one stop string.
 const MAX_STOP_CHARS: usize = 256;
@@ -60,8 +67,8 @@ pub struct Limits {
     pub max_total_tokens: usize,
     /// Every id of a prompt is below it.
     pub vocab_size: u32,
-    /// No token spells more bytes of text.
-    pub max_token_bytes: usize,
+    /// No token stands for more bytes of text, where that is known.
+    pub max_token_bytes: Option<usize>,
     /// How the served model is called; beside it, `tgi` is a name for it.
     pub model_id: String,
 }
@@ -102,15 +109,40 @@ struct Parameters {
     decoder_input_details: Option<bool>,
     seed: Option<u64>,
     top_n_tokens: Option<u64>,
-    grammar: Option<Value>,
+    grammar: Option<IgnoredAny>,
     adapter_id: Option<String>,
     ignore_eos_token: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Body {
-    inputs: String,
+    inputs: Option<String>,
+    #[serde(default, deserialize_with = "object")]
+    parameters: Parameters,
     stream: Option<bool>,
+}
+
+/// Reads a JSON object, or `null` for one without fields. Left alone, serde takes a list of the fields' values as well.
+fn object<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    struct Object<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de> + Default> Visitor<'de> for Object<T> {
+        type Value = T;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a JSON object")
+        }
+
+        fn visit_unit<E>(self) -> Result<T, E> {
+            Ok(T::default())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+
+    deserializer.deserialize_any(Object(PhantomData))
 }
 
 /// A body whose parameters are within their limits; its prompt is still text.
@@ -133,16 +165,8 @@ pub struct WireRequest {
 
 /// Judges a body, all but the length of its prompt.
 pub fn parse(body: &[u8], limits: &Limits) -> Result<WireRequest, Refused> {
-    let value: Value = serde_json::from_slice(body).map_err(|error| Refused::Malformed(malformed(&error)))?;
-    let Value::Object(mut fields) = value else { return Err(invalid("the body must be a JSON object")) };
-    let parameters = match fields.remove("parameters") {
-        None | Some(Value::Null) => Parameters::default(),
-        Some(value @ Value::Object(_)) => {
-            Parameters::deserialize(value).map_err(|error| invalid(format!("`parameters`: {}", short(&error))))?
-        }
-        Some(_) => return Err(invalid("`parameters` must be a JSON object")),
-    };
-    let body = Body::deserialize(Value::Object(fields)).map_err(|error| invalid(short(&error)))?;
+    let Body { inputs, parameters, stream } = read(body)?;
+    let inputs = inputs.ok_or_else(|| invalid("missing field `inputs`"))?;
     refuse_what_is_not_served(&parameters, limits)?;
     let sampling = sampling(&parameters, limits)?;
     let max_new_tokens = parameters.max_new_tokens.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
@@ -151,7 +175,7 @@ pub fn parse(body: &[u8], limits: &Limits) -> Result<WireRequest, Refused> {
     }
     let stop = parameters.stop.unwrap_or_default();
     check_stops(&stop, limits)?;
-    if body.inputs.is_empty() {
+    if inputs.is_empty() {
         return Err(invalid("`inputs` cannot be empty"));
     }
     let truncate = parameters.truncate.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
@@ -160,8 +184,8 @@ pub fn parse(body: &[u8], limits: &Limits) -> Result<WireRequest, Refused> {
         return Err(invalid(format!("`truncate` must be strictly positive and less than {most}. Given: {given}")));
     }
     let request = WireRequest {
-        inputs: body.inputs,
-        stream: body.stream.unwrap_or(false),
+        inputs,
+        stream: stream.unwrap_or(false),
         details: parameters.details.unwrap_or(false),
         return_full_text: parameters.return_full_text,
         max_new_tokens,
@@ -174,8 +198,42 @@ pub fn parse(body: &[u8], limits: &Limits) -> Result<WireRequest, Refused> {
     Ok(request)
 }
 
-fn malformed(error: &serde_json::Error) -> String {
-    format!("the body is not valid JSON: {}", short(error))
+/// JSON to a body. First the whole is checked to be JSON, so that what is none is told from what asks for something odd;
+/// that needs no memory and no stack, however deep it is.
+fn read(body: &[u8]) -> Result<Body, Refused> {
+    let malformed = |cause: &str| Refused::Malformed(format!("the body is not valid JSON: {cause}"));
+    let text = std::str::from_utf8(body).map_err(|_| malformed("it is not UTF-8"))?;
+    serde_json::from_str::<IgnoredAny>(text).map_err(|error| malformed(&short(&error)))?;
+    if depth(text) > MAX_DEPTH {
+        return Err(malformed(&format!("it is nested deeper than {MAX_DEPTH} levels")));
+    }
+    if !text.trim_start().starts_with('{') {
+        return Err(invalid("the body must be a JSON object"));
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let cause = short(error.inner());
+        let path = error.path();
+        let is_field = path.iter().next().is_some();
+        invalid(if is_field { format!("`{path}`: {cause}") } else { cause })
+    })
+}
+
+/// How deep lists and objects are nested in a text that is JSON.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest, mut is_string, mut is_escaped) = (0_usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = true,
+            b'"' => is_string = !is_string,
+            b'[' | b'{' if !is_string => depth += 1,
+            b']' | b'}' if !is_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
 }
 
 /// What serde says, without what the client has sent.
@@ -193,11 +251,10 @@ fn refuse_what_is_not_served(parameters: &Parameters, limits: &Limits) -> Result
         Some(0) => return Err(invalid("`best_of` must be strictly positive")),
         Some(_) => return Err(invalid("`best_of` > 1 is not supported yet")),
     }
-    let is_grammar = parameters.grammar.as_ref().is_some_and(|grammar| !grammar.is_null());
     let refused = [
         ("watermark", parameters.watermark == Some(true)),
         ("decoder_input_details", parameters.decoder_input_details == Some(true)),
-        ("grammar", is_grammar),
+        ("grammar", parameters.grammar.is_some()),
     ];
     if let Some((name, _)) = refused.iter().find(|(_, is_asked)| *is_asked) {
         return Err(invalid(format!("`{name}` is not supported yet")));
@@ -243,11 +300,9 @@ fn sampling(parameters: &Parameters, limits: &Limits) -> Result<Sampling, Refuse
         let most = limits.max_top_n_tokens;
         return Err(invalid(format!("`top_n_tokens` must be >= 0 and <= {most}. Given: {top_n}")));
     }
-    let is_warped = parameters.temperature.is_some()
-        || parameters.top_k.is_some()
-        || parameters.top_p.is_some()
-        || parameters.typical_p.is_some();
+    let is_warped = temperature != 1.0 || top_k != 0 || parameters.top_p.is_some() || parameters.typical_p.is_some();
     Ok(Sampling {
+        // As in TGI, an option that is given but changes nothing (temperature 1) does not make it draw.
         do_sample: parameters.do_sample == Some(true) || is_warped,
         temperature,
         top_k,
@@ -298,7 +353,8 @@ impl WireRequest {
 
     /// Refuses a text that cannot fit whatever its tokens are, without tokenizing it.
     fn check_bytes(&self, limits: &Limits) -> Result<(), Refused> {
-        let least = self.inputs.len() / limits.max_token_bytes;
+        let Some(max_token_bytes) = limits.max_token_bytes else { return Ok(()) };
+        let least = self.inputs.len().div_ceil(max_token_bytes);
         if self.truncate.is_none() && least > limits.max_input_tokens {
             let most = limits.max_input_tokens;
             return Err(invalid(format!("`inputs` must have less than {most} tokens. Given: at least {least}")));
@@ -351,7 +407,7 @@ mod tests {
             max_input_tokens: 15,
             max_total_tokens: 20,
             vocab_size: 100,
-            max_token_bytes: 8,
+            max_token_bytes: Some(8),
             model_id: "m".into(),
         }
     }
@@ -371,10 +427,13 @@ mod tests {
 
     #[test]
     fn any_warper_turns_sampling_on() {
-        for parameters in [r#"{"do_sample":true}"#, r#"{"temperature":1.0}"#, r#"{"top_k":3}"#, r#"{"top_p":0.5}"#] {
+        for parameters in [r#"{"do_sample":true}"#, r#"{"temperature":0.9}"#, r#"{"top_k":3}"#, r#"{"top_p":0.5}"#] {
             assert!(with(parameters).unwrap().do_sample(), "{parameters}");
         }
-        assert!(!with(r#"{"repetition_penalty":1.2,"seed":4}"#).unwrap().do_sample());
+        for parameters in [r#"{"repetition_penalty":1.2,"seed":4}"#, r#"{"temperature":1.0}"#, r#"{"do_sample":null}"#]
+        {
+            assert!(!with(parameters).unwrap().do_sample(), "{parameters}");
+        }
     }
 
     #[test]

@@ -55,7 +55,9 @@ def test_the_help_names_every_command():
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize(("model", "dtype", "world_size"), [(LLAMA, "float32", 1), (LLAMA, "bfloat16", 2), (QWEN2, "float32", 2)])
+@pytest.mark.parametrize(
+    ("model", "dtype", "world_size"), [(LLAMA, "float32", 1), (LLAMA, "bfloat16", 2), (QWEN2, "float32", 2)]
+)
 def test_a_plan_is_one_json_object_of_plain_facts(model, dtype, world_size):
     done = run("plan", model, "--num-shard", world_size, "--dtype", dtype, "--json")
     facts = json.loads(done.stdout)
@@ -71,7 +73,11 @@ def test_a_plan_is_one_json_object_of_plain_facts(model, dtype, world_size):
     assert facts["num_parameters"] == sum(tensors)
     assert facts["weight_bytes"] == 2 * sum(tensors)
     assert facts["kv_bytes_per_token_per_rank"] == kv_numbers * width // world_size
-    assert sum(tensors) * width / world_size <= facts["weight_bytes_per_rank"] <= sum(tensors) * width * 1.01 / world_size + 40_000
+    assert (
+        sum(tensors) * width / world_size
+        <= facts["weight_bytes_per_rank"]
+        <= sum(tensors) * width * 1.01 / world_size + 40_000
+    )
     assert facts["vocab_size"] == config["vocab_size"]
     assert facts["eos_token_ids"] == [2, 6]
 
@@ -95,7 +101,9 @@ def test_a_plan_imports_no_torch_and_takes_less_than_two_seconds():
         "print('torch' in sys.modules, time.process_time() - started, file=sys.stderr)\n"
     )
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "server", capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "server", capture_output=True, text=True, check=True
+    )
     has_torch, seconds = done.stderr.split()
     assert has_torch == "False"
     assert float(seconds) < 1
@@ -164,13 +172,17 @@ def test_a_socket_that_cannot_be_made_ends_with_one_line(tmp_path):
     assert "absent/socket" in refusal(run("serve", LLAMA, "--uds-path", tmp_path / "absent" / "socket"))
 
 
-@pytest.mark.parametrize("flags", [[], ["--trust-remote-code"], ["--revision", "main", "--logger-level", "ERROR"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--trust-remote-code"], ["--revision", "main", "--logger-level", "ERROR"]], ids=str
+)
 def test_download_weights_passes_a_folder_through(flags):
     done = run("download-weights", LLAMA, *flags)
     assert (done.returncode, json.loads(done.stdout)) == (0, {"model_dir": str(LLAMA)})
 
 
-@pytest.mark.parametrize("model_id", ["", "a/b/c", "../secret", "a//b", "a b", "/nonexistent", ".hidden/x", "https://x/y"])
+@pytest.mark.parametrize(
+    "model_id", ["", "a/b/c", "../secret", "a//b", "a b", "/nonexistent", ".hidden/x", "https://x/y"]
+)
 def test_what_is_neither_a_folder_nor_an_id_is_refused(model_id):
     assert "not the form of a hub id" in refusal(run("download-weights", model_id))
 

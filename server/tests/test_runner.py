@@ -165,7 +165,9 @@ def test_logprobs_and_most_probable_ids_come_with_the_ids():
     np.testing.assert_allclose([*result.logprobs, *result.top[1]], expected.values[[0, 0, 1, 2]].numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SAMPLING, replace(SAMPLING, top_p=0.9, presence_penalty=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SAMPLING, replace(SAMPLING, top_p=0.9, presence_penalty=0.3)], ids=str
+)
 def test_a_log_admitted_again_at_any_point_goes_on_alike(params):
     whole = generate(runner(), 12, tokens=[5, 7, 9], params=params)
     for emitted in range(1, 12):
@@ -315,7 +317,9 @@ def test_a_line_is_written_for_every_sampled_id(tmp_path: Path):
         return hashlib.blake2b(data, digest_size=8).hexdigest()
 
     logs = [[5, 7, 9, *ids[:i]] for i in range(5)]
-    assert lines == [[digest(np.array(log, np.int32).tobytes()), digest(logits_after(log).numpy().tobytes())] for log in logs]
+    assert lines == [
+        [digest(np.array(log, np.int32).tobytes()), digest(logits_after(log).numpy().tobytes())] for log in logs
+    ]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -56,11 +56,11 @@ def test_a_held_row_is_refused_until_its_release():
 
 def test_a_release_forgets_everything_of_the_row():
     held = admitted()
-    held.states[0], held.faults[0] = RowState(SamplingParams()), RowFault(1, "broken")
+    held.states[0], held.faults[0] = RowState(SamplingParams()), RowFault("NUMERICAL", "broken")
     held.release(0)
     held.admit(0, 78, 1, [1], 1, 0)
     assert (held.num_held, held.num_blocks[0], held.computed[0]) == (1, 0, 0)
-    assert not held.states and not held.faults
+    assert (held.states, held.faults) == ({}, {})
 
 
 @pytest.mark.parametrize("row", [1, 4, -1])

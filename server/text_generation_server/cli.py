@@ -18,7 +18,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(envvar="MODEL_ID", help="Folder of the model, or its id on the hub.")]
 Revision = Annotated[str | None, typer.Option(envvar="REVISION", help="Branch, tag or commit on the hub.")]
-Quantize = Annotated[str | None, typer.Option(envvar="QUANTIZE", help="Weight format; found in the checkpoint if absent.")]
+Quantize = Annotated[
+    str | None, typer.Option(envvar="QUANTIZE", help="Weight format; found in the checkpoint if absent.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(envvar="DTYPE", help="float32, bfloat16 or float16; by default what the device computes natively."),
@@ -58,7 +60,9 @@ def serve(
     ] = False,
     logits_digest_dir: Annotated[
         Path | None,
-        typer.Option(envvar="LOGITS_DIGEST_DIR", help="Debugging: rank 0 writes a digest of every sampled row's logits here."),
+        typer.Option(
+            envvar="LOGITS_DIGEST_DIR", help="Debugging: rank 0 writes a digest of every sampled row's logits here."
+        ),
     ] = None,
     fault_file: Annotated[
         Path | None, typer.Option(envvar="FAULT_FILE", help="Debugging: faults on demand, see faults.py.")

@@ -23,7 +23,7 @@ from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
 
-NUMERICAL, GRAMMAR, UNSUPPORTED = 1, 2, 3
+NUMERICAL, GRAMMAR, UNSUPPORTED = "NUMERICAL", "GRAMMAR", "UNSUPPORTED"
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class Runner:
             return None
         drawn, told = None, torch.empty(len(rows), 2, dtype=torch.int64)
         if self.group.rank == 0:
-            assert logits is not None and len(logits) == len(rows)
+            assert logits is not None
+            assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
             drawn = self.draw(rows, logits)
@@ -294,5 +295,3 @@ def advance(table: SequenceTable, works: Sequence[Work]) -> None:
     for work in works:
         known = int(table.length[work.row] - table.computed[work.row])
         table.computed[work.row] += min(known, work.max_query)
-
-

@@ -21,9 +21,9 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class RowFault:
-    """Why a sequence cannot go on: `kind` is a value of the wire's RowError.Kind."""
+    """Why a sequence cannot go on: `kind` is the name of one of the wire's RowError.Kind."""
 
-    kind: int
+    kind: str
     message: str
 
 

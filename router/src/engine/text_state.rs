@@ -56,7 +56,8 @@ impl TextState {
         self.num_tokens += 1;
         let special = self.tokenizer.is_special(sampled.id);
         let piece = self.detokenizer.push(sampled.id);
-        let is_incomplete = !special && piece.is_empty();
+        // A piece may be whole characters and the beginning of another, which the next token completes or an end cuts off.
+        let is_incomplete = !special && !self.detokenizer.is_complete();
         let (mut text, is_stopped) = self.match_stops(&piece);
         let end = if is_stopped { Some(FinishReason::StopSequence) } else { end };
         if end.is_some() && !is_stopped {
@@ -199,5 +200,26 @@ mod tests {
         let finished = outputs.last().unwrap().finished.clone().unwrap();
         assert_eq!(finished.text, " big world war");
         assert_eq!(texts(&outputs[..ids.len()]).concat(), " big world war");
+    }
+
+    /// GPT-2 and its heirs have tokens like ` \xE2`: a whole character and the beginning of another.
+    #[test]
+    fn what_is_left_of_a_character_behind_whole_ones_is_not_lost_at_an_end_token() {
+        let text = std::fs::read_to_string(file()).unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+        let id = vocab.values().filter_map(serde_json::Value::as_u64).max().unwrap() + 1;
+        vocab.insert("\u{120}\u{e2}".into(), id.into());
+        let path = std::env::temp_dir().join(format!("text-state-{}.json", std::process::id()));
+        std::fs::write(&path, json.to_string()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_file(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        let mut state = state(&[]);
+        state.detokenizer = Detokenizer::new(Arc::clone(&tokenizer), &ids("hello"));
+        state.tokenizer = tokenizer;
+        let mut outputs = push(&mut state, u32::try_from(id).unwrap(), None);
+        outputs.extend(push(&mut state, END, Some(FinishReason::EosToken)));
+        let finished = outputs.last().unwrap().finished.clone().unwrap();
+        assert_eq!((texts(&outputs)[0], finished.text.as_str()), (" \u{FFFD}", " \u{FFFD}"));
     }
 }

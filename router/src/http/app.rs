@@ -1,7 +1,6 @@
 //! The routes, and what holds for all of them: limits of a body, panics, rejections as JSON, CORS.
 
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -10,20 +9,17 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use bytes::Bytes;
 use futures::FutureExt;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
+use hyper::body::Body as _;
 use tracing::error;
 
 use super::error::ApiError;
 use super::{State, generate, health};
 
-/// A client has so long to send the body of a request.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// All routes.
 pub(super) fn router(state: State) -> Router {
-    let cors = state.clone();
+    let (cors, draining) = (state.clone(), state.clone());
     Router::new()
         .route("/", get(health::health).post(generate::compat_generate))
         .route("/generate", post(generate::generate))
@@ -39,6 +35,7 @@ pub(super) fn router(state: State) -> Router {
         .method_not_allowed_fallback(no_such_method)
         .layer(middleware::from_fn(move |request, next| allow_origins(cors.clone(), request, next)))
         .layer(middleware::from_fn(catch_panics))
+        .layer(middleware::from_fn(move |request, next| say_goodbye(draining.clone(), request, next)))
         .with_state(state)
 }
 
@@ -56,9 +53,18 @@ async fn catch_panics(request: Request, next: Next) -> Response {
         Ok(response) => response,
         Err(_) => {
             error!("a handler panicked");
-            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "internal error").into_response()
+            ApiError::internal("internal error").into_response()
         }
     }
+}
+
+/// While the server ends, a client is not to send its next request here.
+async fn say_goodbye(state: State, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    if state.engine.status().borrow().is_draining {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// What a browser asks before it calls, and is told after. Methods GET and POST, header `content-type`, as in TGI.
@@ -88,24 +94,51 @@ async fn allow_origins(state: State, request: Request, next: Next) -> Response {
 }
 
 /// The whole body of a JSON request, within the limits of size and time.
-pub(super) async fn json_body(state: &State, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+pub(super) async fn json_body(state: &State, headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
-    let essence = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
-    if !(essence == "application/json" || essence.starts_with("application/") && essence.ends_with("+json")) {
-        let text = "expected `Content-Type: application/json`";
+    if !is_json(content_type) {
+        let text = "expected `Content-Type: application/json`, in UTF-8";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", text));
     }
-    let limit = state.config.payload_limit;
-    let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await;
-    match collected {
-        Err(_) => {
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not arrive in 30 seconds"))
-        }
-        Ok(Err(error)) if error.downcast_ref::<LengthLimitError>().is_some() => {
-            let text = format!("the body is longer than {limit} bytes");
-            Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", text))
-        }
-        Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, "bad_request", "the body is incomplete")),
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+    let (limit, deadline) = (state.config.payload_limit, state.config.deadlines.body);
+    let too_large = || {
+        let text = format!("the body is longer than {limit} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", text).closing()
+    };
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large());
     }
+    match tokio::time::timeout(deadline, collect(body, limit)).await {
+        Ok(Ok(collected)) => collected.ok_or_else(too_large),
+        Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, "bad_request", "the body cannot be read").closing()),
+        Err(_) => {
+            let text = format!("the body did not arrive within {} s", deadline.as_secs_f32());
+            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing())
+        }
+    }
+}
+
+/// `None`: it is longer than the limit. The chunks are copied together, as each keeps a whole buffer alive.
+async fn collect(mut body: Body, limit: usize) -> Result<Option<Vec<u8>>, axum::Error> {
+    let mut collected = vec![];
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        if collected.len() + data.len() > limit {
+            return Ok(None);
+        }
+        collected.extend_from_slice(&data);
+    }
+    Ok(Some(collected))
+}
+
+fn is_json(content_type: &str) -> bool {
+    let content_type = content_type.to_ascii_lowercase();
+    let mut parts = content_type.split(';').map(str::trim);
+    let essence = parts.next().unwrap_or("");
+    let is_json = essence == "application/json" || essence.starts_with("application/") && essence.ends_with("+json");
+    let is_utf8 = |part: &str| match part.split_once('=') {
+        Some(("charset", charset)) => matches!(charset.trim_matches('"'), "utf-8" | "utf8" | "us-ascii"),
+        _ => true,
+    };
+    is_json && parts.all(is_utf8)
 }

@@ -12,6 +12,9 @@ use crate::text::tokenizer::TokenizerError;
 /// Seconds after which a client may try again.
 const RETRY_AFTER_S: u32 = 1;
 
+/// Characters of an error's text.
+const MAX_TEXT: usize = 300;
+
 /// The body of every rejection, and the error event of a stream.
 #[derive(Clone, Debug, Serialize)]
 pub struct ErrorBody {
@@ -28,12 +31,41 @@ pub struct ApiError {
     body: ErrorBody,
     /// Why `tgi_request_failure` counts it; `None`: it does not.
     pub reason: Option<&'static str>,
+    /// The connection is not fit for another request.
+    closes: bool,
 }
 
 impl ApiError {
     /// A rejection that no request for tokens has caused.
     pub fn new(status: StatusCode, error_type: &'static str, error: impl Into<String>) -> Self {
-        Self { status, body: ErrorBody { error: error.into(), error_type }, reason: None }
+        let mut error = error.into();
+        if let Some((end, _)) = error.char_indices().nth(MAX_TEXT) {
+            error.truncate(end);
+        }
+        Self { status, body: ErrorBody { error, error_type }, reason: None, closes: false }
+    }
+
+    /// The same, as the last answer on its connection.
+    pub fn closing(mut self) -> Self {
+        self.closes = true;
+        self
+    }
+
+    /// A head that is no HTTP, or too much of it.
+    pub fn unreadable(status: StatusCode) -> Self {
+        let (error_type, error) = match status {
+            StatusCode::URI_TOO_LONG => ("uri_too_long", "the path is too long"),
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
+                ("headers_too_large", "the headers are more than 100, or longer than 65536 bytes")
+            }
+            _ => ("bad_request", "the request is not valid HTTP"),
+        };
+        Self::new(status, error_type, error).closing()
+    }
+
+    /// A handler panicked, or a part of it.
+    pub fn internal(error: &'static str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
     }
 
     fn counted(mut self, reason: &'static str) -> Self {
@@ -53,7 +85,9 @@ impl ApiError {
 
     /// The server ends.
     pub fn draining() -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "the server is shutting down").counted("overloaded")
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "the server is shutting down")
+            .counted("overloaded")
+            .closing()
     }
 
     /// The driver has ended a stream without a last token.
@@ -87,10 +121,10 @@ impl From<Refused> for ApiError {
 impl From<TokenizerError> for ApiError {
     fn from(error: TokenizerError) -> Self {
         match error {
-            TokenizerError::Text(_) => Self::from(Refused::Invalid(error.to_string())),
+            TokenizerError::Text => Self::from(Refused::Invalid(error.to_string())),
             TokenizerError::Ended => Self::draining(),
             TokenizerError::Panicked | TokenizerError::File { .. } => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "tokenizer", error.to_string()).counted("validation")
+                Self::internal("the tokenizer failed on this text").counted("validation")
             }
         }
     }
@@ -107,7 +141,7 @@ impl From<GenerateError> for ApiError {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", error.to_string()).counted("overloaded")
             }
             GenerateError::ShuttingDown { reason } => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", reason).counted("generation")
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", reason).counted("generation").closing()
             }
             GenerateError::TooLong { .. } => Self::from(Refused::Invalid(error.to_string())),
             GenerateError::Row { kind: "numerical", message } => Self {
@@ -126,7 +160,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::TOO_MANY_REQUESTS {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
         }
-        if self.body.error_type == "shutting_down" {
+        if self.closes {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response

@@ -1,5 +1,6 @@
 //! `/generate`, `/generate_stream` and the compatibility route `/`.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -9,13 +10,14 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use metrics::{counter, histogram};
 use serde::Serialize;
+use tokio::sync::watch;
 use tracing::info;
 
 use super::State;
 use super::app::json_body;
 use super::error::ApiError;
 use super::sse;
-use crate::engine::{FinishReason, Finished, ModelFacts, Output, Permit, Token, TokenStream, TopToken};
+use crate::engine::{FinishReason, Finished, ModelFacts, Output, Status, Token, TokenStream, TopToken};
 use crate::request::{self, Limits, ValidRequest, WireRequest};
 
 type Shared = extract::State<State>;
@@ -142,7 +144,9 @@ impl Request {
             input_tokens = self.input_length,
             generated_tokens = finished.num_tokens,
             reason = reason_name(finished.reason),
+            max_new_tokens = self.max_new_tokens,
             seed = self.seed(),
+            sampling = ?self.wire.sampling(),
             total_time = ?total,
             validation_time = ?validation,
             queue_time = ?queue,
@@ -210,7 +214,7 @@ pub(super) async fn generate_stream(
     body: Body,
 ) -> Result<Response, ApiError> {
     let (request, tokens) = counted(submit(&state, &headers, body, Route::GenerateStream).await)?;
-    Ok(stream(&state, request, tokens))
+    stream(&state, request, tokens).await
 }
 
 /// POST `/`: a list of one answer, or a stream, as the body says.
@@ -221,17 +225,52 @@ pub(super) async fn compat_generate(
 ) -> Result<Response, ApiError> {
     let (request, tokens) = counted(submit(&state, &headers, body, Route::Compat).await)?;
     if request.wire.stream {
-        return Ok(stream(&state, request, tokens));
+        return stream(&state, request, tokens).await;
     }
     let (headers, generated) = collect(request, tokens).await?;
     Ok((headers, Json([generated])).into_response())
 }
 
-fn stream(state: &State, request: Request, tokens: TokenStream) -> Response {
+/// A stream answers 200 with its first token, so that a request which is refused in the queue gets its true status. When
+/// nothing comes for long, or the shards are lost, the client is better told that it is waited for.
+async fn stream(state: &State, mut request: Request, mut tokens: TokenStream) -> Result<Response, ApiError> {
+    let mut status = state.engine.status();
+    let first = match first_output(&mut tokens, &mut status).await {
+        First::Output(output) => Some(output),
+        First::Pending => None,
+        First::Error(error) => {
+            request.failed(&error);
+            return Err(error);
+        }
+    };
     let headers = request.headers(None);
-    let mut response = sse::response(tokens, request, state.engine.status());
+    let mut response = sse::response(tokens, request, status, first);
     response.headers_mut().extend(headers);
-    response
+    Ok(response)
+}
+
+enum First {
+    Output(Output),
+    Error(ApiError),
+    Pending,
+}
+
+async fn first_output(tokens: &mut TokenStream, status: &mut watch::Receiver<Status>) -> First {
+    let until = tokio::time::Instant::now() + sse::KEEP_ALIVE;
+    loop {
+        let is_ready = status.borrow_and_update().is_ready;
+        tokio::select! {
+            biased;
+            output = tokens.next() => return match output {
+                Some(Ok(output)) => First::Output(output),
+                Some(Err(error)) => First::Error(error.into()),
+                None => First::Error(ApiError::incomplete_stream()),
+            },
+            () = tokio::time::sleep_until(until) => return First::Pending,
+            () = std::future::ready(()), if !is_ready => return First::Pending,
+            changed = status.changed() => if changed.is_err() { return First::Pending },
+        }
+    }
 }
 
 fn counted<T>(submitted: Result<T, ApiError>) -> Result<T, ApiError> {
@@ -246,7 +285,8 @@ enum Route {
     Compat,
 }
 
-/// Reads and judges a request, and queues it. A permit is taken before any work is done for it.
+/// Reads and judges a request, and queues it. The permit is taken before its prompt is tokenized, but not while a client
+/// takes its time to send the body.
 async fn submit(
     state: &State,
     headers: &HeaderMap,
@@ -254,16 +294,16 @@ async fn submit(
     route: Route,
 ) -> Result<(Request, TokenStream), ApiError> {
     let arrived = Instant::now();
-    let (model, permit) = admit(state)?;
+    let model = admit(state)?;
     let body = json_body(state, headers, body).await?;
     let limits = limits(state, &model);
     let wire = request::parse(&body, &limits)?;
+    let permit = state.engine.permit()?;
     let ids = state.pool.encode(wire.inputs.clone()).await?;
     let valid = wire.complete(ids, &limits)?;
-    let request = under_way(wire, &valid, &model, arrived, route);
+    let mut request = under_way(wire, &valid, &model, arrived, route);
     histogram!("tgi_request_input_length").record(request.input_length as f64);
     histogram!("tgi_request_max_new_tokens").record(request.max_new_tokens as f64);
-    let mut request = request;
     match state.engine.generate(valid, permit).await {
         Ok(tokens) => Ok((request, tokens)),
         Err(error) => {
@@ -273,14 +313,11 @@ async fn submit(
     }
 }
 
-fn admit(state: &State) -> Result<(std::sync::Arc<ModelFacts>, Permit), ApiError> {
-    let status = state.engine.status();
-    let status = status.borrow();
-    if status.is_draining {
+fn admit(state: &State) -> Result<Arc<ModelFacts>, ApiError> {
+    if state.engine.status().borrow().is_draining {
         return Err(ApiError::draining());
     }
-    let model = status.model.clone().ok_or_else(ApiError::not_ready)?;
-    Ok((model, state.engine.permit()?))
+    state.model().ok_or_else(ApiError::not_ready)
 }
 
 fn limits(state: &State, model: &ModelFacts) -> Limits {

@@ -60,7 +60,7 @@ pub(super) struct Info {
 
 /// The model and its limits.
 pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, ApiError> {
-    let model = state.engine.status().borrow().model.clone().ok_or_else(ApiError::not_ready)?;
+    let model = state.model().ok_or_else(ApiError::not_ready)?;
     let config = &state.config;
     Ok(Json(Info {
         model_id: config.model_id.clone(),
@@ -84,5 +84,7 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
 
 /// In the text format of Prometheus.
 pub(super) async fn metrics(extract::State(state): Shared) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.config.metrics.text()).into_response()
+    // Buckets depend on the model: nothing is recorded before it is known.
+    state.model();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.config.metrics.text()).into_response()
 }

@@ -6,14 +6,16 @@ mod error;
 mod generate;
 mod health;
 mod sse;
+mod wire;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 
-use crate::engine::Engine;
-use crate::telemetry::metrics::Rendered;
-use crate::text::tokenizer::{Tokenizer, TokenizerPool};
+use crate::engine::{Engine, ModelFacts};
+use crate::telemetry::metrics::Exporter;
+use crate::text::tokenizer::{Encode, TokenizerPool};
 
 /// What the routes must know beside the engine.
 #[derive(Clone, Debug)]
@@ -34,8 +36,30 @@ pub struct Config {
     pub payload_limit: usize,
     /// Origins that browsers may call from; empty: any.
     pub cors_allow_origin: Vec<String>,
+    /// How long clients may take.
+    pub deadlines: Deadlines,
     /// The text of `/metrics`.
-    pub metrics: Rendered,
+    pub metrics: Exporter,
+}
+
+/// How long clients may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// For the head of a request, from its first byte on; on a new connection, from the start.
+    pub head: Duration,
+    /// For the next request on a connection that is kept alive.
+    pub idle: Duration,
+    /// For the body of a request.
+    pub body: Duration,
+    /// To read anything at all of what is written to them.
+    pub write: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        let [head, idle, body, write] = [10, 75, 30, 30].map(Duration::from_secs);
+        Self { head, idle, body, write }
+    }
 }
 
 /// Everything that a handler needs. Cheap to clone.
@@ -43,8 +67,17 @@ pub struct Config {
 pub(crate) struct State {
     config: Arc<Config>,
     engine: Engine,
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Arc<dyn Encode>,
     pool: TokenizerPool,
+}
+
+impl State {
+    /// The model, once it is known.
+    fn model(&self) -> Option<Arc<ModelFacts>> {
+        let model = self.engine.status().borrow().model.clone()?;
+        self.config.metrics.install(model.max_input_tokens, model.max_total_tokens);
+        Some(model)
+    }
 }
 
 /// Serves until `shutdown`, then lets open connections finish what they are answering.
@@ -52,10 +85,11 @@ pub async fn serve(
     listener: TcpListener,
     config: Config,
     engine: Engine,
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Arc<dyn Encode>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let pool = TokenizerPool::new(Arc::clone(&tokenizer), config.validation_workers);
+    let pool = TokenizerPool::new(&tokenizer, config.validation_workers)?;
+    let deadlines = config.deadlines;
     let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool });
-    connection::accept(listener, app, shutdown).await
+    connection::accept(listener, app, deadlines, shutdown).await
 }

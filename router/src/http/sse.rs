@@ -17,7 +17,7 @@ use super::generate::{Request, StreamDetails, TokenJson};
 use crate::engine::{Output, Status, TokenStream};
 
 /// An idle stream is told at this interval that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The same while the shards are being replaced.
 const KEEP_ALIVE_WHILE_LOST: Duration = Duration::from_secs(1);
 
@@ -44,6 +44,8 @@ struct Open {
     tokens: TokenStream,
     request: Request,
     status: watch::Receiver<Status>,
+    /// Came before the answer was begun.
+    first: Option<Output>,
     index: u32,
     /// When something was last sent.
     sent: Instant,
@@ -51,8 +53,13 @@ struct Open {
 }
 
 /// The answer that streams these tokens. Dropping its body aborts the sequence.
-pub(super) fn response(tokens: TokenStream, request: Request, status: watch::Receiver<Status>) -> Response {
-    let open = Open { tokens, request, status, index: 0, sent: Instant::now(), is_over: false };
+pub(super) fn response(
+    tokens: TokenStream,
+    request: Request,
+    status: watch::Receiver<Status>,
+    first: Option<Output>,
+) -> Response {
+    let open = Open { tokens, request, status, first, index: 0, sent: Instant::now(), is_over: false };
     let body = Body::from_stream(stream::unfold(open, |mut open| async move {
         let bytes = open.next().await?;
         Some((Ok::<_, Infallible>(bytes), open))
@@ -69,6 +76,9 @@ impl Open {
     async fn next(&mut self) -> Option<Bytes> {
         if self.is_over {
             return None;
+        }
+        if let Some(output) = self.first.take() {
+            return Some(self.event(output));
         }
         let bytes = loop {
             let is_ready = self.status.borrow_and_update().is_ready;

@@ -1,3 +1,4 @@
-//! What operators see: metrics in Prometheus' format, under TGI's names.
+//! What operators see: metrics in Prometheus' format, under TGI's names, and logs.
 
 pub mod metrics;
+pub mod tracing;

@@ -36,8 +36,8 @@ impl StopMatcher {
         // Only an end shorter than the longest stop string can be its beginning.
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let first = self.held.len().saturating_sub(longest);
-        let starts = self.held.char_indices().map(|(at, _)| at).skip_while(|at| *at < first);
-        let keep = starts.filter(|at| may_begin(at)).min().unwrap_or(self.held.len());
+        let mut starts = self.held.char_indices().map(|(at, _)| at).skip_while(|at| *at < first);
+        let keep = starts.find(may_begin).unwrap_or(self.held.len());
         let kept = self.held.split_off(keep);
         Matched { text: std::mem::replace(&mut self.held, kept), is_end: false }
     }

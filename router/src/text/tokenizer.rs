@@ -1,11 +1,17 @@
 //! `tokenizer.json`, read by the `tokenizers` library, and a bounded pool of threads that encode with it.
 
 use std::collections::HashSet;
+use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use serde_json::Value;
+use tokenizers::models::ModelWrapper;
 use tokio::sync::{mpsc, oneshot};
+use tracing::warn;
+
+use super::pieces::Pieces;
 
 /// Texts that wait for a thread, beyond one for each.
 const MAX_WAITING: usize = 64;
@@ -22,8 +28,8 @@ pub enum TokenizerError {
         reason: String,
     },
     /// The library refuses the text.
-    #[error("the text cannot be tokenized: {0}")]
-    Text(String),
+    #[error("`inputs` cannot be tokenized")]
+    Text,
     /// The library panicked on the text.
     #[error("the tokenizer failed on this text")]
     Panicked,
@@ -32,12 +38,22 @@ pub enum TokenizerError {
     Ended,
 }
 
+/// Turns text into ids. A tokenizer, or what stands for one in a test.
+pub trait Encode: Debug + Send + Sync + 'static {
+    /// The ids of a text, with the special tokens that the model expects around it if `add_special`.
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError>;
+
+    /// No token stands for more bytes of text; `None` where that cannot be said.
+    fn max_token_bytes(&self) -> Option<usize>;
+}
+
 /// A model's tokenizer. Cheap to share, behind an `Arc`.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: HashSet<u32>,
-    max_token_bytes: usize,
+    pieces: Option<Pieces>,
+    max_token_bytes: Option<usize>,
 }
 
 impl Tokenizer {
@@ -45,7 +61,12 @@ impl Tokenizer {
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
         let file = |reason: String| TokenizerError::File { path: path.to_owned(), reason };
         let bytes = std::fs::read(path).map_err(|error| file(error.to_string()))?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| file(error.to_string()))?;
+        Self::from_bytes(&bytes).map_err(file)
+    }
+
+    /// Reads what `tokenizer.json` holds; the library's words if it is no tokenizer.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
         Ok(Self::new(inner))
     }
 
@@ -55,14 +76,17 @@ impl Tokenizer {
         inner.with_padding(None);
         let special =
             inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
-        // A character of the vocabulary's own spelling stands for at least one byte of text.
-        let longest = inner.get_vocab(true).keys().map(|token| token.len()).max();
-        Self { inner, special, max_token_bytes: longest.unwrap_or(1).max(1) }
+        let pieces = Pieces::read(&inner);
+        let max_token_bytes = pieces.as_ref().and_then(|pieces| max_token_bytes(&inner, pieces));
+        Self { inner, special, pieces, max_token_bytes }
     }
 
     /// The ids of a text, with the special tokens that the model expects around it if `add_special`.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| TokenizerError::Text(e.to_string()))?;
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|error| {
+            warn!(%error, "a text cannot be tokenized");
+            TokenizerError::Text
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -71,9 +95,17 @@ impl Tokenizer {
         self.inner.decode(ids, skip_special).unwrap_or_default()
     }
 
-    /// The text of one id alone.
+    /// What every id spells, where that can be said of an id alone.
+    pub(super) fn pieces(&self) -> Option<&Pieces> {
+        self.pieces.as_ref()
+    }
+
+    /// The text of one id alone, as it reads inside a text.
     pub fn decode_one(&self, id: u32) -> String {
-        self.decode(&[id], false)
+        match &self.pieces {
+            Some(pieces) => String::from_utf8_lossy(pieces.piece(id).bytes).into_owned(),
+            None => self.decode(&[id], false),
+        }
     }
 
     /// Whether an id is a special token.
@@ -85,11 +117,65 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+}
 
-    /// No token spells more bytes of text than this.
-    pub fn max_token_bytes(&self) -> usize {
+impl Encode for Tokenizer {
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.encode(text, add_special)
+    }
+
+    fn max_token_bytes(&self) -> Option<usize> {
         self.max_token_bytes
     }
+}
+
+/// The bound, where the tokenizer neither drops text, nor joins what it does not know, nor absorbs spaces.
+fn max_token_bytes(inner: &tokenizers::Tokenizer, pieces: &Pieces) -> Option<usize> {
+    let ModelWrapper::BPE(model) = inner.get_model() else { return None };
+    let as_json = |part: serde_json::Result<Value>| part.ok();
+    let normalizer = as_json(serde_json::to_value(inner.get_normalizer()))?;
+    let pre_tokenizer = as_json(serde_json::to_value(inner.get_pre_tokenizer()))?;
+    let absorbs = inner.get_added_tokens_decoder().values().any(|token| token.lstrip || token.rstrip);
+    let spells_bytes = model.byte_fallback || is_part(&pre_tokenizer, "ByteLevel");
+    let keeps = spells_bytes && pieces.has_all_bytes() && !absorbs && keeps_text(&pre_tokenizer);
+    Some(pieces.longest() * shrinks_by(&normalizer)?).filter(|bound| keeps && *bound > 0)
+}
+
+/// `{"type": "Sequence", …: [parts]}`, or a part alone.
+fn parts(part: &Value) -> &[Value] {
+    let listed = ["pretokenizers", "normalizers"].iter().find_map(|key| part[key].as_array());
+    listed.map_or(std::slice::from_ref(part), Vec::as_slice)
+}
+
+fn is_part(whole: &Value, name: &str) -> bool {
+    parts(whole).iter().any(|part| part["type"] == name)
+}
+
+fn keeps_text(pre_tokenizer: &Value) -> bool {
+    pre_tokenizer.is_null()
+        || parts(pre_tokenizer).iter().all(|part| match part["type"].as_str() {
+            Some("ByteLevel" | "Metaspace" | "Digits") => true,
+            Some("Split" | "Punctuation") => part["behavior"] != "Removed",
+            _ => false,
+        })
+}
+
+/// How many bytes of a text become one at most; `None` where that is unknown.
+fn shrinks_by(normalizer: &Value) -> Option<usize> {
+    if normalizer.is_null() {
+        return Some(1);
+    }
+    let factors = parts(normalizer).iter().map(|part| match part["type"].as_str()? {
+        // Three jamos of three bytes each make one syllable; the Kelvin sign makes a letter.
+        "NFC" => Some(3),
+        "Prepend" => Some(1),
+        "Replace" => {
+            let (from, to) = (part["pattern"]["String"].as_str()?, part["content"].as_str()?);
+            (to.len() >= from.len()).then_some(1)
+        }
+        _ => None,
+    });
+    factors.product()
 }
 
 /// A text on its way to a thread.
@@ -105,23 +191,15 @@ pub struct TokenizerPool {
 }
 
 impl TokenizerPool {
-    /// A pool of that many threads.
-    pub fn new(tokenizer: Arc<Tokenizer>, num_threads: usize) -> Self {
-        Self::with_encoder(num_threads, move |text| tokenizer.encode(text, true))
-    }
-
-    /// A pool that encodes with `encode`.
-    fn with_encoder(
-        num_threads: usize,
-        encode: impl Fn(&str) -> Result<Vec<u32>, TokenizerError> + Clone + Send + 'static,
-    ) -> Self {
+    /// A pool of that many threads; they end when the last clone of the pool is dropped.
+    pub fn new(encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<Self> {
         let (jobs, waiting) = mpsc::channel(MAX_WAITING);
         let waiting = Arc::new(Mutex::new(waiting));
-        for _ in 0..num_threads {
-            let (waiting, encode) = (Arc::clone(&waiting), encode.clone());
-            std::thread::spawn(move || work(&waiting, encode));
+        for n in 0..num_threads {
+            let (waiting, encoder) = (Arc::clone(&waiting), Arc::clone(encoder));
+            std::thread::Builder::new().name(format!("tokenize-{n}")).spawn(move || work(&waiting, &*encoder))?;
         }
-        Self { jobs }
+        Ok(Self { jobs })
     }
 
     /// The ids of a text, special tokens included. Waits for a thread; a caller that is gone by then costs nothing.
@@ -132,14 +210,15 @@ impl TokenizerPool {
     }
 }
 
-fn work(waiting: &Mutex<mpsc::Receiver<Job>>, encode: impl Fn(&str) -> Result<Vec<u32>, TokenizerError>) {
+fn work(waiting: &Mutex<mpsc::Receiver<Job>>, encoder: &dyn Encode) {
     loop {
         let next = waiting.lock().expect("nothing panics while it holds the lock").blocking_recv();
         let Some(job) = next else { return };
         if job.reply.is_closed() {
             continue;
         }
-        let ids = catch_unwind(AssertUnwindSafe(|| encode(&job.text))).unwrap_or(Err(TokenizerError::Panicked));
+        let ids = catch_unwind(AssertUnwindSafe(|| encoder.encode(&job.text, true)));
+        let ids = ids.unwrap_or(Err(TokenizerError::Panicked));
         // Whoever asked may be gone.
         let _ = job.reply.send(ids);
     }
@@ -147,6 +226,8 @@ fn work(waiting: &Mutex<mpsc::Receiver<Job>>, encode: impl Fn(&str) -> Result<Ve
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn shipped() -> Tokenizer {
@@ -177,14 +258,59 @@ mod tests {
         assert_eq!(tokenizer.vocab_size(), 4096);
     }
 
+    #[test]
+    fn no_text_has_fewer_tokens_than_its_bytes_allow() {
+        let tokenizer = shipped();
+        let most = tokenizer.max_token_bytes.unwrap();
+        for text in ["\n".repeat(5000), " ".repeat(5000), "a".repeat(5000), "é🙂".repeat(500), "<|end|>".repeat(500)]
+        {
+            let num_tokens = tokenizer.encode(&text, false).unwrap().len();
+            assert!(num_tokens >= text.len().div_ceil(most), "{num_tokens} tokens, at most {most} bytes each");
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_that_may_drop_text_gives_no_bound() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m/tokenizer.json");
+        let shipped: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let bound = |change: &dyn Fn(&mut Value)| {
+            let mut changed = shipped.clone();
+            change(&mut changed);
+            Tokenizer::from_bytes(changed.to_string().as_bytes()).unwrap().max_token_bytes
+        };
+        let plain = bound(&|_| {}).unwrap();
+        assert_eq!(bound(&|t| t["normalizer"] = json!({"type": "NFC"})), Some(3 * plain));
+        assert_eq!(bound(&|t| t["normalizer"] = json!({"type": "NFKC"})), None);
+        assert_eq!(
+            bound(&|t| t["normalizer"] = json!({"type": "Strip", "strip_left": true, "strip_right": true})),
+            None
+        );
+        assert_eq!(bound(&|t| t["pre_tokenizer"]["pretokenizers"][0]["behavior"] = json!("Removed")), None);
+        assert_eq!(bound(&|t| t["added_tokens"][6]["rstrip"] = json!(true)), None);
+    }
+
+    /// Panics on one text.
+    #[derive(Debug)]
+    struct Moody;
+
+    impl Encode for Moody {
+        fn encode(&self, text: &str, _add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+            assert_ne!(text, "bad");
+            Ok(vec![7])
+        }
+
+        fn max_token_bytes(&self) -> Option<usize> {
+            None
+        }
+    }
+
     #[tokio::test]
     async fn a_text_that_makes_the_library_panic_fails_alone() {
-        std::panic::set_hook(Box::new(|_| {}));
-        let pool = TokenizerPool::with_encoder(1, |text| if text == "bad" { panic!("oh") } else { Ok(vec![7]) });
+        let encoder: Arc<dyn Encode> = Arc::new(Moody);
+        let pool = TokenizerPool::new(&encoder, 1).unwrap();
         for _ in 0..3 {
             assert!(matches!(pool.encode("bad".into()).await, Err(TokenizerError::Panicked)));
             assert_eq!(pool.encode("good".into()).await.unwrap(), [7]);
         }
-        let _ = std::panic::take_hook();
     }
 }

@@ -186,13 +186,14 @@ class PlantedLinear(CpuKernels):
         return Uneven(super().linear(weight), weight)
 
 
-class PlantedSilu(CpuKernels):
-    """torch's own silu, whose vector tails have other bits."""
+class PlantedTail(CpuKernels):
+    """An activation whose last elements, as behind a vector loop, are rounded otherwise, as in torch's own silu."""
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up[:, :-6].chunk(2, -1)  # no multiple of a vector's width
-        y = torch.nn.functional.silu(gate.float().contiguous()) * up
-        return torch.nn.functional.pad(y, (0, 3)).to(gate_up.dtype)
+        y = super().silu_and_mul(gate_up)
+        tail = y.view(-1)[-7:]
+        tail.copy_(torch.nextafter(tail, torch.zeros_like(tail)))
+        return y
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -203,4 +204,4 @@ def test_a_planted_linear_that_reduces_some_rows_differently_is_caught(dtype: st
 
 def test_a_planted_activation_with_vector_tails_is_caught() -> None:
     torch.set_num_threads(1)
-    assert "in one prefill" in differing(Setup(QWEN2, "float32"), PlantedSilu())
+    assert {"in one prefill", "among 31 others"} <= set(differing(Setup(QWEN2, "float32"), PlantedTail()))

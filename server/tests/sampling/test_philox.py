@@ -40,7 +40,9 @@ def test_a_number_is_the_first_53_bits_of_its_counter_and_key():
 
 
 def test_high_bits_of_seed_and_position_matter():
-    draws = {float(numbers(seed=seed, positions=[at])[0]) for seed in (1, 1 + 2**32, 1 + 2**63) for at in (5, 5 + 2**32)}
+    draws = {
+        float(numbers(seed=seed, positions=[at])[0]) for seed in (1, 1 + 2**32, 1 + 2**63) for at in (5, 5 + 2**32)
+    }
     assert len(draws) == 6
 
 
@@ -56,7 +58,8 @@ def test_numbers_are_uniform_along_every_input(varied):
     assert 53 < statistic < 161
     # Neighbours do not predict each other: five standard deviations of the correlation of independent numbers.
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 5 / np.sqrt(count)
-    assert draws.min() >= 0 and draws.max() < 1
+    assert draws.min() >= 0
+    assert draws.max() < 1
 
 
 @pytest.mark.parametrize("other", [{"seed": 8}, {"branch": 1}, {"positions": range(100, 200)}, {"purpose": 1}], ids=str)

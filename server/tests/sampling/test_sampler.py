@@ -108,7 +108,9 @@ def test_the_first_of_equal_ids_are_kept_by_top_p():
     assert ids.tolist() == list(range(250))
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"typical_p": 0.8}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"typical_p": 0.8}, {"temperature": 0.5}], ids=str
+)
 def test_drawn_frequencies_are_the_probabilities(options):
     count, vocab = 20_000, 50
     logits = random_logits(vocab, scale=1.5, seed=3)
@@ -202,7 +204,9 @@ def test_a_constraint_leaves_the_allowed_ids_alone_and_no_other():
     assert logits.tolist() == [before[i] if i in (4, 9) else float("-inf") for i in range(10)]
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"typical_p": 0.9}, {"temperature": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"typical_p": 0.9}, {"temperature": 1e-3}], ids=str
+)
 def test_an_impossible_id_is_never_drawn(options):
     raw = random_logits(4096, scale=1.0, rows=200)
     processed = torch.full_like(raw, float("-inf"))
@@ -271,7 +275,9 @@ def test_a_row_that_is_not_finite_is_told_and_its_neighbours_are_as_ever(bad, pl
     after = draw(broken, broken, params, np.arange(9))
     assert before.is_finite.all()
     assert after.is_finite.tolist() == [i not in (1, 4) for i in range(9)]
-    assert [bits(after, i) for i in range(9) if i not in (1, 4)] == [bits(before, i) for i in range(9) if i not in (1, 4)]
+    assert [bits(after, i) for i in range(9) if i not in (1, 4)] == [
+        bits(before, i) for i in range(9) if i not in (1, 4)
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -298,4 +304,6 @@ def test_more_most_probable_ids_than_there_are_is_all_of_them():
 
 def test_most_probable_ids_are_told_only_to_rows_that_ask():
     logits = random_logits(10, scale=1.0, rows=2)
-    assert [len(ids) for ids, _ in draw(logits, logits, [SamplingParams(), SamplingParams(top_n=2)], np.array([1, 1])).top] == [0, 2]
+    assert [
+        len(ids) for ids, _ in draw(logits, logits, [SamplingParams(), SamplingParams(top_n=2)], np.array([1, 1])).top
+    ] == [0, 2]

@@ -1,9 +1,11 @@
 """From what a user calls a model to the folder that holds it: a local folder, or an id on the hub."""
 
 from pathlib import Path
+from string import ascii_letters, digits
 
 from ..errors import CheckpointError
 
+LETTERS = frozenset(ascii_letters + digits + "-_.")
 # What a server reads; never pickles, never code.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja")
 
@@ -52,5 +54,5 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
 def looks_like_hub_id(model_id: str) -> bool:
     """Whether it is `name` or `owner/name` of letters, digits, `-`, `_` and `.`, none of them hidden or parent folders."""
     parts = model_id.split("/")
-    plain = all(part and part[0].isalnum() and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts)
+    plain = all(part[:1].isalnum() and set(part) <= LETTERS for part in parts)
     return len(parts) in (1, 2) and plain and ".." not in model_id and len(model_id) <= 200

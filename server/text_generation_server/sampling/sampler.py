@@ -77,7 +77,7 @@ def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], l
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Draws from softmax(logits / temperature) after top_k, top_p and typical_p. logits: [rows, vocab]. Returns [rows]."""
+    """One id per row, from softmax(logits / temperature) after top_k, top_p and typical_p. logits: [rows, vocab]."""
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
     # Weights in float64, relative to the most probable id: a tiny temperature leaves that one.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
@@ -113,10 +113,11 @@ def pick(cumulative: NDArray[np.float64], number: float) -> int:
 Look = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def candidates_of(
-    scaled: Tensor, params: SamplingParams, look: Look
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Ids that may be drawn, ascending, and their weights. scaled: [vocab], the highest is 0; `look`: its highest ones."""
+def candidates_of(scaled: Tensor, params: SamplingParams, look: Look) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Ids that may be drawn, ascending, and their weights.
+
+    scaled: [vocab], the highest is 0; `look`: its highest ones.
+    """
     if params.top_k == 0 and params.top_p >= 1.0:
         values, ids = scaled.numpy(), np.arange(len(scaled))
     else:

@@ -1,0 +1,55 @@
+//! `/metrics`. A process has one recorder, so this is one test in a process of its own.
+
+mod http_common;
+
+use http_common::*;
+use text_generation_router::engine::FinishReason;
+
+#[tokio::test]
+async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
+    let mut server = start().await;
+    for path in ["/generate", "/generate_stream"] {
+        let asked = tokio::spawn({
+            let address = server.address;
+            async move { ask(address, &post(path, r#"{"inputs":"a"}"#)).await }
+        });
+        answer(server.submission().await, outputs(&["x", "y"], FinishReason::Length)).await;
+        asked.await.unwrap();
+    }
+    ask(server.address, &post("/generate", r#"{"inputs":""}"#)).await.check_error(422, "validation");
+    let mut gone = Client::connect(server.address).await;
+    gone.send(&post("/generate", r#"{"inputs":"a"}"#)).await;
+    let submission = server.submission().await;
+    drop(gone);
+    submission.outputs.closed().await;
+    let asked = tokio::spawn({
+        let address = server.address;
+        async move { ask(address, &post("/generate", r#"{"inputs":"a"}"#)).await }
+    });
+    drop(server.submission().await);
+    asked.await.unwrap().check_error(500, "incomplete_generation");
+
+    let answer = ask(server.address, &get("/metrics")).await;
+    assert!(answer.headers["content-type"].starts_with("text/plain"));
+    let lines: Vec<&str> = answer.body.lines().collect();
+    let has = |line: &str| assert!(lines.contains(&line), "{line}: {}", answer.body);
+    has("tgi_request_count 5");
+    has("tgi_request_success 2");
+    has(r#"tgi_request_failure{err="validation"} 1"#);
+    has(r#"tgi_request_failure{err="dropped"} 1"#);
+    has(r#"tgi_request_failure{err="incomplete"} 1"#);
+    has("tgi_request_generated_tokens_sum 4");
+    has("tgi_request_generated_tokens_count 2");
+    // A hundred steps up to 64 tokens, and two tokens in the fourth.
+    has(r#"tgi_request_generated_tokens_bucket{le="64"} 2"#);
+    has(r#"tgi_request_generated_tokens_bucket{le="1.92"} 0"#);
+    has(r#"tgi_request_generated_tokens_bucket{le="2.56"} 2"#);
+    has(r#"tgi_request_duration_bucket{le="0.00015"} 0"#);
+    for name in
+        ["duration", "validation_duration", "queue_duration", "inference_duration", "mean_time_per_token_duration"]
+    {
+        has(&format!("tgi_request_{name}_count 2"));
+    }
+    has("tgi_request_input_length_count 4");
+    has("tgi_request_max_new_tokens_count 4");
+}
