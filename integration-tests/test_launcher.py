@@ -108,7 +108,7 @@ def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (("--num-shard", "3"), 1, ["num_attention_heads", "4", "3"]),
+        (("--num-shard", "3"), 1, ["4 attention heads", "3 shards"]),
         (("--num-shard", "0"), 2, ["num-shard"]),
         (("--max-input-tokens", "10", "--max-total-tokens", "5"), 2, ["max-input-tokens"]),
         (("--max-concurrent-requests", "0"), 2, ["max-concurrent-requests"]),

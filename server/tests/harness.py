@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from text_generation_server.batch import StepBatch
 from text_generation_server.kernels.interface import Kernels
 from text_generation_server.loading import Alone, Collectives, TensorParallel
 from text_generation_server.models.decoder import Decoder
 from text_generation_server.models.registry import load_model
 from text_generation_server.planning import plan_model
-from torch import Tensor
 
 MODELS = Path(__file__).parents[2] / "models"
 LLAMA, QWEN2 = MODELS / "docs-llama-7m", MODELS / "docs-qwen2-4m"
@@ -89,7 +90,7 @@ def load(path: Path, tp: TensorParallel, kernels: Kernels, dtype: str = "float32
 
 
 @dataclass
-class Sequence_:
+class Log:
     """A log of ids and how far it is computed."""
 
     ids: list[int]
@@ -105,7 +106,9 @@ class Shard:
         self.decoder, self.size = decoder, block_size
         self.cache = decoder.kernels.new_kv_cache(decoder.cache_spec, num_blocks, block_size)
 
-    def step(self, work: Sequence[tuple[Sequence_, int]], sample_all: bool = False) -> None:
+    def step(
+        self, work: Sequence[tuple[Log, int]], sample_all: bool = False, on_layer: Callable[[], None] = lambda: None
+    ) -> None:
         """Computes the next positions of each sequence, so many; keeps the logits of rows at the end of their log."""
         starts, ids, positions, slots, sampled, owners = [0], [], [], [], [], []
         for sequence, count in work:
@@ -130,7 +133,7 @@ class Shard:
             sample_rows=torch.tensor(sampled, dtype=torch.int64),
             kv_cache=self.cache,
         )
-        logits = self.decoder.forward(batch)
+        logits = self.decoder.forward(batch, on_layer)
         if logits is not None:
-            for (sequence, length), row in zip(owners, logits):
+            for (sequence, length), row in zip(owners, logits, strict=True):
                 sequence.logits[length] = row.clone()

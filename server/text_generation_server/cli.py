@@ -18,12 +18,17 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(envvar="MODEL_ID", help="Folder of the model, or its id on the hub.")]
 Revision = Annotated[str | None, typer.Option(envvar="REVISION", help="Branch, tag or commit on the hub.")]
-Quantize = Annotated[str | None, typer.Option(envvar="QUANTIZE", help="Weight format; found in the checkpoint if absent.")]
+Quantize = Annotated[
+    str | None, typer.Option(envvar="QUANTIZE", help="Weight format; found in the checkpoint if absent.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(envvar="DTYPE", help="float32, bfloat16 or float16; by default what the device computes natively."),
 ]
 Level = Annotated[str, typer.Option(envvar="LOGGER_LEVEL", help="TRACE, DEBUG, INFO, WARNING or ERROR.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
+]
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
 
 
@@ -47,9 +52,7 @@ def serve(
     quantize: Quantize = None,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu; cuda is not served yet.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
     exit_with_stdin: Annotated[
@@ -57,19 +60,22 @@ def serve(
     ] = False,
     logits_digest_dir: Annotated[
         Path | None,
-        typer.Option(envvar="LOGITS_DIGEST_DIR", help="Debugging: rank 0 writes a digest of every sampled row's logits here."),
+        typer.Option(
+            envvar="LOGITS_DIGEST_DIR", help="Debugging: rank 0 writes a digest of every sampled row's logits here."
+        ),
     ] = None,
     fault_file: Annotated[
         Path | None, typer.Option(envvar="FAULT_FILE", help="Debugging: faults on demand, see faults.py.")
     ] = None,
 ) -> None:
     """Serve one rank of a model on a Unix socket."""
-    from .config import ServeConfig
+    from .config import ServeConfig, prepare_environment
     from .logs import set_up
     from .service import run
 
-    set_up(logger_level, json_output, rank)
+    prepare_environment()
     try:
+        set_up(logger_level, json_output, rank)
         config = ServeConfig(
             model_dir=local_folder(model_id, revision),
             rank=rank,
@@ -84,9 +90,9 @@ def serve(
             logits_digest_dir=logits_digest_dir,
             fault_file=fault_file,
         )
+        run(config)
     except ShardError as error:
         refuse(error)
-    run(config)
 
 
 @app.command()
@@ -99,34 +105,33 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what would be loaded, from the configuration and the headers of the weights alone."""
-    from dataclasses import asdict
-
     from .planning import plan_model
 
     try:
-        found = plan_model(local_folder(model_id, revision), world_size=num_shard, dtype=dtype, quantize=quantize)
+        folder = local_folder(model_id, revision)
+        facts = plan_model(folder, world_size=num_shard, dtype=dtype, quantize=quantize).summary()
     except ShardError as error:
         refuse(error)
-    facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(found).items()}
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         for key, value in facts.items():
-            typer.echo(f"{key:32} {value}")
+            typer.echo(f"{key:<28} {value}")
 
 
 @app.command()
 def download_weights(
     model_id: Model,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
 ) -> None:
     """Bring a model from the hub into the local cache. The last line printed is JSON that names its folder."""
     from .logs import set_up
 
-    set_up(logger_level, json_output, None)
     try:
+        set_up(logger_level, json_output, None)
         folder = local_folder(model_id, revision, download=True)
     except ShardError as error:
         refuse(error)

@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .kernels.interface import Kernels
 
 if TYPE_CHECKING:
-    from .checkpoint.index import Checkpoint
+    from .checkpoint.tensors import Checkpoint
     from .quantization.format import WeightFormat
 
 

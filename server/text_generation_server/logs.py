@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from .config import LEVELS
+from .errors import ConfigError
+
 if TYPE_CHECKING:
     from loguru import Record
 
 
 def set_up(level: str, json_output: bool, rank: int | None) -> None:
-    """Sends log lines of at least `level` to standard output, one line each, whatever a message holds."""
+    """Sends log lines of at least `level` to standard error, one line each, whatever a message holds.
+
+    Standard output is for answers. Raises ConfigError if there is no such level.
+    """
+    if level.upper() not in LEVELS:
+        raise ConfigError(f"--logger-level is {level!r}, expected one of {', '.join(LEVELS)}")
     prefix = "" if rank is None else f"rank {rank}: "
 
     def as_json(record: "Record") -> str:
@@ -31,4 +39,4 @@ def set_up(level: str, json_output: bool, rank: int | None) -> None:
         return "{time:YYYY-MM-DDTHH:mm:ss.SSS} {level: <7} {extra[line]}\n"
 
     logger.remove()
-    logger.add(sys.stdout, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)
+    logger.add(sys.stderr, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)

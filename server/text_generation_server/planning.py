@@ -142,19 +142,19 @@ def check_shards(settings: ModelSettings, world_size: int) -> None:
     for name, count in (("attention heads", settings.num_heads), ("intermediate features", settings.intermediate_size)):
         if world_size < 1 or count % world_size:
             raise ConfigError(
-                f"{count} {name} do not divide over {world_size} shards; expected a number of shards that divides {count}"
+                f"{count} {name} do not divide over {world_size} shards; expected a number that divides {count}"
             )
     kv = settings.num_kv_heads
     if kv % world_size and world_size % kv:
         raise ConfigError(
-            f"{kv} key/value heads cannot be shared out to {world_size} shards; expected a divisor or a multiple of {kv}"
+            f"{kv} key/value heads cannot be shared out to {world_size} shards; expected a divisor or multiple of {kv}"
         )
 
 
 def check_tensors(
     index: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], settings: ModelSettings, where: Path
 ) -> None:
-    """Refuses a checkpoint that lacks a tensor, or has one of another shape or dtype, or one that nothing would read."""
+    """Refuses a checkpoint that lacks a tensor, has one of another shape or dtype, or one that nothing would read."""
     for name, shape in expected.items():
         if name not in index:
             raise CheckpointError(f"{where}: tensor {name} is missing; expected it with shape {list(shape)}")

@@ -23,7 +23,7 @@ from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
 
-NUMERICAL, GRAMMAR, UNSUPPORTED = 1, 2, 3
+NUMERICAL, GRAMMAR, UNSUPPORTED = "NUMERICAL", "GRAMMAR", "UNSUPPORTED"
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class Runner:
         self.faults.reach("step")
         for admission in plan.admit:
             self.admit(admission)
+        if len({work.row for work in plan.work}) != len(plan.work):
+            raise ProtocolError(f"step {plan.step} has two works for one row: {[work.row for work in plan.work]}")
         for work in plan.work:
             self.table.check_row(work.row, work.incarnation)
             self.table.add_blocks(work.row, work.new_blocks)
@@ -190,7 +192,8 @@ class Runner:
             return None
         drawn, told = None, torch.empty(len(rows), 2, dtype=torch.int64)
         if self.group.rank == 0:
-            assert logits is not None and len(logits) == len(rows)
+            assert logits is not None
+            assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
             drawn = self.draw(rows, logits)
@@ -199,7 +202,7 @@ class Runner:
         self.group.broadcast(told)
         for row, (token_id, is_finite) in zip(rows, told.tolist(), strict=True):
             if not is_finite:
-                self.table.faults[row] = RowFault(NUMERICAL, "the model's logits are not finite")
+                self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
             self.table.append(row, token_id)
             constraint = self.table.states[row].constraint
@@ -254,7 +257,7 @@ class Runner:
     def digest(self, plan: Plan) -> int:
         """Of what this rank's own table says of the rows of the plan."""
         rows = np.array([work.row for work in plan.work], np.int64)
-        facts = struct.pack("<QQ", plan.epoch, plan.step) + self.table.facts(rows)
+        facts = struct.pack("<QQ", plan.epoch, plan.step) + self.table.facts(rows, plan.step)
         return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little")
 
 
@@ -292,5 +295,3 @@ def advance(table: SequenceTable, works: Sequence[Work]) -> None:
     for work in works:
         known = int(table.length[work.row] - table.computed[work.row])
         table.computed[work.row] += min(known, work.max_query)
-
-

@@ -21,9 +21,9 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class RowFault:
-    """Why a sequence cannot go on: `kind` is a value of the wire's RowError.Kind."""
+    """Why a sequence cannot go on: `kind` is the name of one of the wire's RowError.Kind."""
 
-    kind: int
+    kind: str
     message: str
 
 
@@ -128,9 +128,16 @@ class SequenceTable:
         self.faults.pop(row, None)
         self.states.pop(row, None)
 
-    def facts(self, rows: NDArray[np.int64]) -> bytes:
-        """What all ranks must agree on about these rows, as bytes."""
+    def facts(self, rows: NDArray[np.int64], step: int) -> bytes:
+        """What all ranks must agree on about these rows, as bytes.
+
+        Beside the digest of the block ids as they came, one entry of each row's table and log as it stands, another one
+        in each step: all of them would be work that grows with the context.
+        """
+        spot = (step * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 33
         last = self.tokens[rows, np.maximum(self.length[rows] - 1, 0)]
+        block = self.block_table[rows, spot % np.maximum(self.num_blocks[rows], 1)]
+        earlier = self.tokens[rows, spot % np.maximum(self.length[rows], 1)]
         columns = (
             rows,
             self.sequence[rows].view(np.int64),
@@ -140,5 +147,7 @@ class SequenceTable:
             self.num_blocks[rows],
             self.blocks_digest[rows].view(np.int64),
             last.astype(np.int64),
+            block.astype(np.int64),
+            earlier.astype(np.int64),
         )
         return np.stack(columns).tobytes()

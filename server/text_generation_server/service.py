@@ -11,45 +11,64 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 from loguru import logger
 
 from . import __version__
 from .config import ServeConfig
-from .errors import ShardError
+from .errors import ConfigError, ShardError
 from .health import Health, Phase
+from .planning import plan_model
 from .pb import shard_pb2 as pb
 
 if TYPE_CHECKING:
     from .runner import Admission, Plan, Result, RowResult
     from .shard import Shard
 
+T = TypeVar("T")
+
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_QUEUED = 16
-# Long enough for the other ranks' step threads to come out of a collective, and to import nothing.
+# How late the end of a stream or of a call may be noticed by a thread that waits for something else.
+POLL_S = 0.5
+# Long enough for the other ranks' step threads to come out of a collective.
 JOIN_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 
-class Stream:
-    """One Run call: plans that the step thread has not taken, and results that gRPC has not sent."""
+class EpochError(RuntimeError):
+    """A call that belongs to another epoch than the current one, or comes too early or too late in it."""
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.results: queue.Queue[bytes | Exception | None] = queue.Queue(MAX_QUEUED)
+
+class Stream:
+    """One Run call: the results that gRPC has not sent, and whether anybody still wants them."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.results: queue.Queue[bytes | Exception] = queue.Queue(MAX_QUEUED)
         self.is_closed = False
 
     def put(self, result: bytes | Exception) -> None:
         """Hands a result to gRPC. Waits for a router that reads slowly, not for one that is gone."""
         while not self.is_closed:
             try:
-                return self.results.put(result, timeout=0.5)
+                return self.results.put(result, timeout=POLL_S)
             except queue.Full:
                 continue
         return None
+
+    def get(self) -> bytes | Exception | None:
+        """The next result; None if the stream has been closed and no result is left."""
+        while True:
+            was_closed = self.is_closed
+            try:
+                return self.results.get(timeout=POLL_S)
+            except queue.Empty:
+                if was_closed:
+                    return None
 
 
 class StepThread(threading.Thread):
@@ -64,43 +83,63 @@ class StepThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            from .shard import Shard
-
-            self.shard = shard = Shard(self.config, self.health)
+            self.shard = shard = self.load()
+            while True:
+                command = self.commands.get()
+                self.health.busy = True
+                command(shard)
+                self.health.busy = not self.commands.empty()
         except ShardError as error:
             self.health.enter(Phase.FAILED, str(error))
             logger.error("{}", error)
-            self.on_end(1)
-            return
-        except BaseException as error:  # noqa: BLE001 - the process ends, whatever it was
+        except BaseException as error:  # the process ends, whatever it was
             self.health.enter(Phase.FAILED, f"{type(error).__name__}: {error}")
-            logger.opt(exception=True).error("cannot load the model: {}: {}", type(error).__name__, error)
-            self.on_end(1)
-            return
-        while True:
-            command = self.commands.get()
-            self.health.busy = True
-            command(shard)
-            self.health.busy = not self.commands.empty()
+            logger.opt(exception=True).error("the step thread ended: {}: {}", type(error).__name__, error)
+        self.on_end(1)
 
-    def call(self, work: Callable[["Shard"], Any], context: grpc.ServicerContext) -> Any:
+    def load(self) -> "Shard":
+        """The model. Raises ShardError if it cannot be served."""
+        config = self.config
+        # What cannot be served is refused before torch is imported, which takes seconds.
+        plan = plan_model(
+            config.model_dir,
+            world_size=config.world_size,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            device=config.device,
+        )
+        from .shard import Shard
+
+        return Shard(config, plan, self.health)
+
+    def call(self, work: Callable[["Shard"], T], context: grpc.ServicerContext) -> T:
         """Runs `work` on the step thread and waits. Errors become a status that tells what happened."""
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
 
         def command(shard: "Shard") -> None:
-            try:
-                future.set_result(work(shard))
-            except BaseException as error:  # noqa: BLE001 - whoever asked is answered
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(shard))
+                except Exception as error:  # whoever asked is answered
+                    future.set_exception(error)
 
         self.commands.put(command)
+        # Nobody waits for whoever hung up: the threads that wait are those that answer Health.
+        while not wait([future], timeout=POLL_S).done:
+            if not context.is_active():
+                future.cancel()
+                break
         try:
-            return future.result()
+            return future.result(timeout=0)
         except ShardError as error:
-            return context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)[:1000])
-        except Exception as error:  # noqa: BLE001 - the one place where exceptions become statuses
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+        except EpochError as error:
+            abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
+        except (CancelledError, TimeoutError) as error:
+            abort(context, grpc.StatusCode.CANCELLED, error)
+        except Exception as error:  # the one place where exceptions become statuses
             logger.warning("{}: {}", type(error).__name__, error)
-            return context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
+            abort(context, grpc.StatusCode.INTERNAL, error)
 
     def step(self, stream: Stream, message: bytes) -> None:
         """Queues a plan. What follows a failed step on the same stream is dropped."""
@@ -110,7 +149,7 @@ class StepThread(threading.Thread):
                 return
             try:
                 stream.put(run_plan(shard, stream, message))
-            except Exception as error:  # noqa: BLE001 - the stream ends with it; the process lives for the next Join
+            except Exception as error:  # the stream ends with it; the process lives for the next Join
                 logger.warning("step failed: {}: {}", type(error).__name__, error)
                 stream.put(error)
                 self.close(shard, stream)
@@ -138,11 +177,13 @@ class Service:
         self.highest_epoch = 0
         self.lock = threading.Lock()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """How gRPC finds the methods. Plans and results stay bytes until the step thread takes them."""
 
-        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> grpc.RpcMethodHandler:
-            return grpc.unary_unary_rpc_method_handler(method, request.FromString, lambda reply: reply.SerializeToString())
+        def unary(method: Callable[[Any, grpc.ServicerContext], Any], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+            return grpc.unary_unary_rpc_method_handler(
+                method, request.FromString, lambda reply: reply.SerializeToString()
+            )
 
         return grpc.method_handlers_generic_handler(
             "text_generation.shard.v1.Shard",
@@ -159,8 +200,7 @@ class Service:
         """The shard, or UNAVAILABLE while it loads."""
         shard = self.thread.shard
         if shard is None:
-            context.abort(grpc.StatusCode.UNAVAILABLE, f"not loaded yet: {self.health.detail}")
-        assert shard is not None
+            abort(context, grpc.StatusCode.UNAVAILABLE, f"not loaded yet: {self.health.detail}")
         return shard
 
     def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
@@ -170,9 +210,9 @@ class Service:
             model_type=settings.model_type,
             architecture=settings.architecture,
             vocab_size=settings.vocab_size,
-            eos_token_ids=shard.eos_token_ids,
+            eos_token_ids=shard.plan.eos_token_ids,
             max_positions=settings.max_positions,
-            dtype=shard.dtype,
+            dtype=shard.plan.dtype,
             device=self.config.device,
             kv_bytes_per_token=shard.model.cache_spec.bytes_per_token,
             num_cache_groups=1,
@@ -185,16 +225,14 @@ class Service:
 
     def join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:
         self.loaded(context)
-        if (request.rank, request.world_size) != (self.config.rank, self.config.world_size):
-            context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"this is rank {self.config.rank} of {self.config.world_size}, not {request.rank} of {request.world_size}",
-            )
+        here = (self.config.rank, self.config.world_size)
+        if (request.rank, request.world_size) != here:
+            what = f"this is rank {here[0]} of {here[1]}, not {request.rank} of {request.world_size}"
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, what)
         with self.lock:
             if request.epoch <= self.highest_epoch:
-                context.abort(
-                    grpc.StatusCode.FAILED_PRECONDITION, f"epoch {request.epoch} is not above {self.highest_epoch}"
-                )
+                what = f"epoch {request.epoch} is not above {self.highest_epoch}"
+                abort(context, grpc.StatusCode.FAILED_PRECONDITION, what)
             self.highest_epoch = request.epoch
         # Told at once, so that a router that asks takes a higher one even if this join never ends.
         self.health.epoch = request.epoch
@@ -202,66 +240,66 @@ class Service:
         if (old := self.thread.stream) is not None:
             old.is_closed = True
 
+        def is_wanted() -> bool:
+            return request.epoch == self.highest_epoch and context.is_active()
+
         def work(shard: "Shard") -> None:
             self.thread.stream = None
-            if request.epoch == self.highest_epoch:
-                shard.join(request.epoch, request.rendezvous, JOIN_TIMEOUT_S)
-            else:
-                raise RuntimeError(f"epoch {request.epoch} was overtaken by {self.highest_epoch}")
+            if not is_wanted() or not shard.join(request.epoch, request.rendezvous, JOIN_TIMEOUT_S, is_wanted):
+                raise EpochError(f"epoch {request.epoch} was overtaken by {self.highest_epoch}, or given up")
 
         self.thread.call(work, context)
         return pb.JoinReply(epoch=request.epoch)
 
     def warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:
         self.loaded(context)
-        self.check_epoch(request.epoch, context)
 
         def work(shard: "Shard") -> int:
+            if shard.epoch is None or request.epoch != shard.epoch:
+                raise EpochError(f"Warmup of epoch {request.epoch}, but this rank has joined {shard.epoch}")
+            limits = Limits(request.block_size, request.max_running, request.max_step_tokens, request.max_total_tokens)
             if request.num_blocks == 0:
-                return shard.measure_blocks(
-                    request.block_size, request.max_running, request.max_step_tokens, request.max_total_tokens
-                )
-            shard.allocate(request.num_blocks, request.block_size, request.max_running, request.max_total_tokens)
+                return shard.measure_blocks(limits)
+            shard.allocate(request.num_blocks, limits)
             return int(request.num_blocks)
+
+        from .shard import Limits
 
         return pb.WarmupReply(num_blocks=self.thread.call(work, context))
 
-    def check_epoch(self, epoch: int, context: grpc.ServicerContext) -> None:
-        if epoch != self.highest_epoch:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {epoch} is not {self.highest_epoch}, the current one")
-
     def run(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Results in the order of the plans, until the router ends the stream or a step fails."""
-        shard = self.loaded(context)
-        if shard.runner is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Run comes after Join and Warmup")
-        stream = Stream(self.highest_epoch)
-        self.thread.stream = stream
+        self.loaded(context)
+        stream = Stream()
+
+        def work(shard: "Shard") -> None:
+            if shard.epoch is None or shard.runner is None:
+                raise EpochError("Run comes after Join and Warmup")
+            if self.thread.stream is not None:
+                raise EpochError(f"epoch {shard.epoch} has a stream already")
+            stream.epoch, self.thread.stream = shard.epoch, stream
 
         def read() -> None:
             try:
                 for message in messages:
                     self.thread.step(stream, message)
-            except Exception as error:  # noqa: BLE001 - gRPC raises bare exceptions when the peer is gone
+            except Exception as error:  # gRPC raises bare exceptions when the peer is gone
                 logger.debug("the router's stream broke: {}", error)
             stream.is_closed = True
-            # Wakes the generator below, which may wait for a result that nobody computes.
-            try:
-                stream.results.put_nowait(None)
-            except queue.Full:
-                logger.debug("the router left results unread")
 
-        context.add_callback(lambda: self.thread.end(stream))
+        self.thread.call(work, context)
+        if not context.add_callback(lambda: self.thread.end(stream)):
+            self.thread.end(stream)
         threading.Thread(target=read, name="plans", daemon=True).start()
-        while (result := stream.results.get()) is not None:
+        while (result := stream.get()) is not None:
             if isinstance(result, Exception):
-                context.abort(grpc.StatusCode.INTERNAL, f"{type(result).__name__}: {result}"[:1000])
+                abort(context, grpc.StatusCode.INTERNAL, result)
             yield result
 
     def answer_health(self, request: pb.HealthRequest, context: grpc.ServicerContext) -> pb.HealthReply:
         health = self.health
         return pb.HealthReply(
-            phase=pb.HealthReply.Phase.ValueType(health.phase),
+            phase=health.phase.name,
             detail=health.detail[:1000],
             done=health.done,
             total=health.total,
@@ -273,6 +311,13 @@ class Service:
             rank=self.config.rank,
             process_id=os.getpid(),
         )
+
+
+def abort(context: grpc.ServicerContext, code: grpc.StatusCode, why: Exception | str) -> NoReturn:
+    """Ends the call with a status; an error of ours with its name."""
+    named = isinstance(why, Exception) and not isinstance(why, ShardError | EpochError)
+    context.abort(code, (f"{type(why).__name__}: {why}" if named else str(why))[:1000])
+    raise AssertionError("abort raises")
 
 
 def run_plan(shard: "Shard", stream: Stream, message: bytes) -> bytes:
@@ -354,13 +399,15 @@ def row_message(row: "RowResult") -> pb.RowResult:
     if row.top is not None:
         message.top.add(ids=row.top[0], logprobs=row.top[1])
     if row.fault is not None:
-        message.error.kind = pb.RowError.Kind.ValueType(row.fault.kind)
-        message.error.message = row.fault.message[:500]
+        message.error.CopyFrom(pb.RowError(kind=row.fault.kind, message=row.fault.message[:500]))
     return message
 
 
 def run(config: ServeConfig) -> NoReturn:
-    """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process."""
+    """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process.
+
+    Raises ConfigError if the socket cannot be made.
+    """
     ended: queue.Queue[int] = queue.Queue()
     die_with_parent()
     faulthandler.enable()
@@ -380,9 +427,14 @@ def run(config: ServeConfig) -> NoReturn:
         ],
     )
     server.add_generic_rpc_handlers((Service(config, health, thread).handlers(),))
+    if not config.uds_path.parent.is_dir():
+        raise ConfigError(f"--uds-path {config.uds_path}: {config.uds_path.parent} is not a folder")
     # Whoever may connect may compute: the socket is the owner's alone.
     os.umask(0o177)
-    server.add_insecure_port(f"unix:{config.uds_path}")
+    try:
+        server.add_insecure_port(f"unix:{config.uds_path}")
+    except RuntimeError as error:
+        raise ConfigError(f"--uds-path {config.uds_path}: cannot listen there: {str(error).split(';')[0]}") from None
     server.start()
     os.umask(0o077)
     thread.start()

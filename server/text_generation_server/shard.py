@@ -5,7 +5,8 @@ Everything here runs on the step thread. Imports torch.
 
 import os
 import resource
-
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,39 +14,46 @@ from loguru import logger
 from torch import Tensor
 
 from .batch import StepBatch
-from .checkpoint.model_config import read_eos_token_ids
 from .config import ServeConfig
 from .distributed import Group
 from .errors import ConfigError
 from .faults import Faults
 from .health import Health, Phase
 from .kernels.interface import KVCache
-from .kernels.select import compute_dtype, select_kernels
+from .kernels.select import select_kernels
 from .loading import TensorParallel
+from .meeting import meet, part
 from .models.registry import load_model
-from .planning import plan_model
+from .planning import ModelPlan
 from .runner import LogitsDigests, Plan, Result, Runner, Work, make_batch
 from .sequences import SequenceTable
 
 # The probe of the warm-up runs at most so many tokens; what it needs is scaled to the real size of a step.
 MAX_PROBE_TOKENS = 512
+# Ranks that have met are all there: connecting them takes no time.
+FORM_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an epoch may be asked for at most. `block_size` and the last two in tokens."""
+
+    block_size: int
+    max_running: int
+    max_step_tokens: int
+    max_total_tokens: int
 
 
 class Shard:
     """One rank."""
 
-    def __init__(self, config: ServeConfig, health: Health) -> None:
-        self.config, self.health = config, health
+    def __init__(self, config: ServeConfig, plan: ModelPlan, health: Health) -> None:
+        self.config, self.plan, self.health = config, plan, health
         self.faults = Faults(config.fault_file, config.rank)
         self.faults.look()
-        health.enter(Phase.LOADING, "reading the configuration")
         self.faults.reach("load")
         torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
-        self.dtype = compute_dtype(config.device, config.dtype)
-        self.plan = plan_model(
-            config.model_dir, world_size=config.world_size, dtype=self.dtype, quantize=config.quantize
-        )
         self.group = Group(config.rank, config.world_size, self.faults)
         kernels = select_kernels(config.device)
         health.total = self.plan.weight_bytes_per_rank
@@ -54,9 +62,9 @@ class Shard:
         tp = TensorParallel(config.rank, config.world_size, self.group)
         self.model = load_model(self.plan, tp, kernels, report.on_read)
         self.kernels = kernels
-        self.eos_token_ids = read_eos_token_ids(config.model_dir, self.plan.settings.vocab_size)
         self.cache: KVCache | None = None
         self.runner: Runner | None = None
+        self.epoch: int | None = None
         self.digests = None
         if config.logits_digest_dir is not None and config.rank == 0:
             self.digests = LogitsDigests(config.logits_digest_dir, os.getpid())
@@ -64,22 +72,27 @@ class Shard:
         health.enter(Phase.LOADED, "loaded, waiting for the router")
         logger.info(
             "loaded {} ({}, {} parameters, {:.1f} MB on this rank) with {} threads",
-            self.plan.settings.architecture, self.dtype, self.plan.num_parameters,
+            self.plan.settings.architecture, self.plan.dtype, self.plan.num_parameters,
             self.plan.weight_bytes_per_rank / 1e6, config.num_threads,
         )  # fmt: skip
 
     def leave(self) -> None:
         """Drops the epoch: sequences, cache and group. Peers that wait for this rank get an error."""
-        self.runner = self.cache = None
+        self.runner = self.cache = self.epoch = None
         self.health.num_rows = 0
         self.group.close()
 
-    def join(self, epoch: int, rendezvous: str, timeout_s: float) -> None:
-        """Forms the group of an epoch."""
+    def join(self, epoch: int, rendezvous: str, timeout_s: float, is_wanted: Callable[[], bool]) -> bool:
+        """Forms the group of an epoch. Returns False if it was no longer wanted while other ranks were missing."""
         self.leave()
         self.health.enter(Phase.JOINING, f"joining epoch {epoch}")
-        self.group.form(rendezvous, timeout_s)
-        self.health.epoch = epoch
+        if not meet(rendezvous, self.config.rank, self.config.world_size, timeout_s, is_wanted):
+            self.health.enter(Phase.LOADED, f"gave up joining epoch {epoch}, waiting for the next")
+            return False
+        self.group.form(rendezvous, FORM_TIMEOUT_S)
+        part(rendezvous, self.config.rank)
+        self.epoch = epoch
+        return True
 
     def forward(self, batch: StepBatch) -> Tensor | None:
         """The model, counting layers for the watchdog."""
@@ -88,20 +101,20 @@ class Shard:
     def _on_layer(self) -> None:
         self.health.progress += 1
 
-    def measure_blocks(self, block_size: int, max_running: int, max_step_tokens: int, max_total_tokens: int) -> int:
+    def measure_blocks(self, limits: Limits) -> int:
         """How many blocks fit beside the weights and what a step needs, but no more than the limits can use."""
         self.health.enter(Phase.WARMING_UP, "measuring how much fits")
         before = peak_rss_bytes()
-        num_tokens = min(max_step_tokens, MAX_PROBE_TOKENS, max_total_tokens)
-        self.probe(num_tokens, block_size)
-        activations = max(0, peak_rss_bytes() - before) * max(1, -(-max_step_tokens // num_tokens))
+        num_tokens = min(limits.max_step_tokens, MAX_PROBE_TOKENS, limits.max_total_tokens)
+        self.probe(num_tokens, limits.block_size)
+        activations = max(0, peak_rss_bytes() - before) * max(1, -(-limits.max_step_tokens // num_tokens))
         free = self.config.memory_bytes - rss_bytes() - activations
-        block_bytes = self.model.cache_spec.bytes_per_token * block_size
-        useful = max_running * -(-max_total_tokens // block_size)
+        block_bytes = self.model.cache_spec.bytes_per_token * limits.block_size
+        useful = limits.max_running * -(-limits.max_total_tokens // limits.block_size)
         blocks = max(0, min(free // block_bytes, useful))
         logger.info(
             "memory: {:.1f} MB for this rank, {:.1f} MB used, {:.1f} MB for a step, {} blocks of {} tokens ({:.1f} MB)",
-            self.config.memory_bytes / 1e6, rss_bytes() / 1e6, activations / 1e6, blocks, block_size,
+            self.config.memory_bytes / 1e6, rss_bytes() / 1e6, activations / 1e6, blocks, limits.block_size,
             blocks * block_bytes / 1e6,
         )  # fmt: skip
         return blocks
@@ -115,20 +128,22 @@ class Shard:
         table.add_blocks(0, range(num_blocks))
         self.forward(make_batch(table, [Work(0, 1, num_tokens, 1, ())], cache))
 
-    def allocate(self, num_blocks: int, block_size: int, max_running: int, max_total_tokens: int) -> None:
-        """The cache and the table of this epoch."""
-        block_bytes = self.model.cache_spec.bytes_per_token * block_size
+    def allocate(self, num_blocks: int, limits: Limits) -> None:
+        """The cache and the table of this epoch. Raises ConfigError if they do not fit."""
+        self.runner = self.cache = None
+        block_bytes = self.model.cache_spec.bytes_per_token * limits.block_size
         if num_blocks * block_bytes + self.plan.weight_bytes_per_rank > self.config.memory_bytes:
             raise ConfigError(
                 f"{num_blocks} blocks of {block_bytes} bytes and {self.plan.weight_bytes_per_rank} bytes of weights do "
                 f"not fit in the {self.config.memory_bytes} bytes of rank {self.config.rank}; lower the limits"
             )
         self.health.enter(Phase.WARMING_UP, "allocating the cache")
-        self.cache = self.kernels.new_kv_cache(self.model.cache_spec, num_blocks, block_size)
+        self.cache = self.kernels.new_kv_cache(self.model.cache_spec, num_blocks, limits.block_size)
         # Releases take effect after a step's work, so a plan may admit while it releases as many.
-        table = SequenceTable(2 * max_running, max_total_tokens, block_size, self.plan.settings.vocab_size)
+        num_rows, vocab_size = 2 * limits.max_running, self.plan.settings.vocab_size
+        table = SequenceTable(num_rows, limits.max_total_tokens, limits.block_size, vocab_size)
         self.runner = Runner(
-            self.forward, self.group, self.cache, table, self.eos_token_ids, self.faults, self.digests
+            self.forward, self.group, self.cache, table, self.plan.eos_token_ids, self.faults, self.digests
         )
         self.health.enter(Phase.SERVING, "serving")
 
@@ -165,5 +180,3 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The most that was resident so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

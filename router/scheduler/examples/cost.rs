@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use scheduler::{Limits, Namespace, Request, RowResult, Scheduler, SequenceId, StepResult, TokenId};
+use scheduler::{Limits, Request, RowResult, Scheduler, SequenceId, StepResult, TokenId};
 
 /// Sequences, context, open steps, drafts.
 const CASES: [(u64, u32, usize, usize); 6] =
@@ -26,14 +26,7 @@ fn measure((num_sequences, context, max_open_steps, max_drafts): (u64, u32, usiz
     );
     for i in 0..num_sequences {
         let prompt = (0..context).map(|t| (t * 7 + i as u32 * 31) % 32000).collect::<Vec<TokenId>>();
-        let request = Request {
-            prompt,
-            max_new_tokens: 500,
-            namespace: Namespace(0),
-            deadline: None,
-            wants_prompt_logprobs: false,
-            ignore_eos: false,
-        };
+        let request = Request { prompt, max_new_tokens: 500, ..Request::default() };
         scheduler.add(request).expect("it fits");
     }
     let (mut costs, mut sent, mut lengths) = (vec![], VecDeque::new(), HashMap::<SequenceId, usize>::new());

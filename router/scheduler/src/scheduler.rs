@@ -2,32 +2,33 @@
 //! prompts, in order of arrival, splitting the last one if it does not fit.
 //!
 //! Steps are planned ahead of the results of those before them. Until a step is committed it is counted with the most
-//! that it may do; blocks that an open step may touch stay with the sequence, or `retired` if it has ended.
+//! that it may do; blocks that an open step may touch stay with the sequence, or `retired` if it has left the shards.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 
-use crate::blocks::{BlockId, BlockPool, BlockTable, ContentId};
-use crate::planted::{Planted, planted};
-use crate::rows::{RowId, Rows};
-use crate::sequence::{FinishReason, Millis, Request, SUSPECT_DEATHS, Sequence, SequenceId, TokenId};
+use crate::blocks::{BlockPool, BlockTable};
+use crate::planted::{Bug, Planted};
+use crate::sequence::{FinishReason, Millis, Request, Sequence, SequenceId, TokenId};
 use crate::step::{
-    Admission, Event, Extent, OpenRow, OpenStep, RowError, RowResult, ShardFault, StepPlan, StepResult, Work,
+    Admission, Event, Extent, OpenRow, OpenStep, RowError, RowId, RowResult, ShardFault, StepPlan, StepResult, Work,
 };
 
-/// What the shards can do.
-#[derive(Clone, Debug)]
+/// What the shards of one epoch can do.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Limits {
-    /// Input tokens of one step, over all sequences, drafts included. At least one row's worth for each that may run.
+    /// Input tokens of one step, over all sequences, drafts included. At least `max_running * (1 + max_drafts)`, so that
+    /// every running sequence can go on in every step.
     pub max_step_tokens: usize,
-    /// Sequences that hold a row.
+    /// Sequences that the shards hold at once, besides those that the next plan releases.
     pub max_running: usize,
     /// Steps sent before the result of the first of them is known.
     pub max_open_steps: usize,
-    /// Ids that a row may guess and verify in a step.
+    /// Ids that a row may guess and verify in one step.
     pub max_drafts: usize,
-    /// Positions per block.
+    /// Positions of one block.
     pub block_size: usize,
-    /// Blocks of the cache.
+    /// Blocks of the KV cache.
     pub num_blocks: u32,
     /// Ids that end a sequence.
     pub eos: Vec<TokenId>,
@@ -43,47 +44,73 @@ impl Limits {
 /// Why a request was not queued.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Rejected {
-    /// There were no shards yet, so no limits are known.
+    /// No shards were ever ready, so nobody knows what fits.
     NotReady,
-    /// A sequence needs something to begin with.
+    /// There is nothing to continue.
     EmptyPrompt,
     /// `max_new_tokens` is zero.
     NothingToGenerate,
     /// The prompt plus `max_new_tokens` can never fit in the cache.
     TooLong {
-        /// Prompt and new ones.
+        /// Prompt plus `max_new_tokens`.
         tokens: usize,
-        /// Positions of the whole cache.
+        /// The longest sequence that can run.
         limit: usize,
     },
 }
 
-/// What an operator wants to see. Blocks: free + cached + pinned = all.
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotReady => write!(f, "no shards were ready yet"),
+            Self::EmptyPrompt => write!(f, "the prompt is empty"),
+            Self::NothingToGenerate => write!(f, "max_new_tokens is 0, expected at least 1"),
+            Self::TooLong { tokens, limit } => {
+                write!(f, "prompt and max_new_tokens make {tokens} tokens, the cache holds {limit}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Rejected {}
+
+/// Counts for probes, metrics and tests. Blocks: free + cached + pinned = all.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Stats {
-    /// Sequences without a row.
+    /// Sequences in the queue, preempted ones included.
     pub num_waiting: usize,
-    /// Sequences with a row.
+    /// Sequences that hold a row.
     pub num_running: usize,
-    /// Steps without a result.
+    /// Steps sent and not answered.
     pub num_open_steps: usize,
     /// Blocks of the cache.
     pub num_blocks: u32,
-    /// Blocks that hold nothing of use.
+    /// Blocks that hold nothing of use: never published, evicted or withdrawn.
     pub num_free: usize,
-    /// Blocks that nobody holds and that can be hit.
+    /// Published blocks that nobody holds.
     pub num_cached: usize,
-    /// Blocks held by a sequence or an open step.
+    /// Blocks held by sequences, or by open steps of sequences that have left.
     pub num_pinned: usize,
-    /// Positions per block.
+    /// Positions of one block.
     pub block_size: usize,
-    /// The current epoch.
+    /// The latest epoch in which shards were ready; zero before the first.
     pub epoch: u64,
-    /// Plans made.
+    /// The last step planned.
     pub step: u64,
 }
 
-/// The state machine; see the crate's documentation.
+/// A sequence's leftovers while open steps may still touch them.
+#[derive(Debug)]
+struct Retired {
+    blocks: BlockTable,
+    last_step: u64,
+    /// The row's length in the cache, by committed steps; `None` after a row error.
+    num_computed: Option<usize>,
+    /// Whether its open rows may still kill the shards.
+    is_suspect: bool,
+}
+
+/// Decides what every step computes. See the crate's documentation.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
@@ -93,29 +120,23 @@ pub struct Scheduler {
     /// Whether the shards of this epoch take plans.
     is_ready: bool,
     pool: BlockPool,
-    rows: Rows,
     /// In order of precedence; what returns goes before what never ran.
     waiting: VecDeque<Sequence>,
     /// In order of arrival; the last is preempted first.
     running: Vec<Sequence>,
     /// Sent and not answered, oldest first.
     open: VecDeque<OpenStep>,
-    /// What ended or preempted sequences leave behind until the last of their rows is committed.
-    retired: Vec<Retired>,
+    /// By the sequence that had them. It is not admitted again before they are gone.
+    retired: BTreeMap<SequenceId, Retired>,
     /// What the shards can forget with the next plan.
     release: Vec<(RowId, SequenceId)>,
+    free_rows: BTreeSet<RowId>,
     num_added: u64,
+    /// No deadline that can still expire is before it.
+    first_deadline: Option<Millis>,
+    /// The head of the queue and how many blocks it found missing, so that it does not look up its prefix in every step.
+    too_few_blocks_for: Option<(SequenceId, usize)>,
     planted: Planted,
-}
-
-/// The blocks of an incarnation that is over, while an open step may still touch them.
-#[derive(Debug)]
-struct Retired {
-    id: SequenceId,
-    last_step: u64,
-    blocks: BlockTable,
-    /// To be withdrawn if one of its open rows fails after all.
-    published: Vec<(BlockId, ContentId)>,
 }
 
 impl Default for Scheduler {
@@ -125,44 +146,61 @@ impl Default for Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler without shards: until `shards_ready`, nothing is queued or planned.
+    /// A scheduler whose shards are not ready: it plans nothing, and refuses requests until they first are.
     pub fn new() -> Self {
-        let limits = Limits {
-            max_step_tokens: 1,
-            max_running: 1,
-            max_open_steps: 1,
-            max_drafts: 0,
-            block_size: 1,
-            num_blocks: 0,
-            eos: vec![],
-        };
         let planted = Planted::default();
         Self {
+            limits: Limits::default(),
             epoch: 0,
             step: 0,
             is_ready: false,
             pool: BlockPool::new(0, 1, planted),
-            rows: Rows::default(),
-            limits,
             waiting: VecDeque::new(),
             running: vec![],
             open: VecDeque::new(),
-            retired: vec![],
+            retired: BTreeMap::new(),
             release: vec![],
+            free_rows: BTreeSet::new(),
             num_added: 0,
+            first_deadline: None,
+            too_few_blocks_for: None,
             planted,
         }
     }
 
-    /// Makes the scheduler wrong in one way, so that a test can show that it is found.
+    /// Makes a mistake from now on. To be called before anything else.
     #[cfg(feature = "planted-bugs")]
-    pub fn plant(&mut self, bug: crate::Bug) {
+    pub fn plant(&mut self, bug: Bug) {
         self.planted.bug = Some(bug);
+    }
+
+    /// New shards, empty, take plans of this epoch. Step numbers go on. They may have another number of blocks than
+    /// those before; returns the end of the sequences that no longer fit.
+    ///
+    /// Panics if the epoch is not higher than every one before, if the shards before were not lost, or if the limits
+    /// allow no progress.
+    pub fn shards_ready(&mut self, epoch: u64, limits: Limits) -> Vec<Event> {
+        assert!(epoch > self.epoch, "epoch {epoch} does not follow epoch {}", self.epoch);
+        assert!(!self.is_ready, "shards are lost before others are ready");
+        assert!(limits.max_running > 0 && limits.max_open_steps > 0, "nothing could run with {limits:?}");
+        let least = limits.max_running * (1 + limits.max_drafts);
+        assert!(limits.max_step_tokens >= least, "the youngest would starve: {limits:?}");
+        (self.epoch, self.is_ready) = (epoch, true);
+        if !(self.planted.has(Bug::KeepsCacheOnLoss) && self.limits == limits) {
+            self.pool = BlockPool::new(limits.num_blocks, limits.block_size, self.planted);
+        }
+        self.free_rows = (0..2 * limits.max_running as u32).map(RowId).collect();
+        self.too_few_blocks_for = None;
+        let num_positions = limits.num_positions();
+        self.limits = limits;
+        let fits = |s: &Sequence| s.max_positions() <= num_positions || self.planted.has(Bug::KeepsWhatNoLongerFits);
+        fail(&mut self.waiting, FinishReason::NoLongerFits, |s| !fits(s))
     }
 
     /// Queues a request. What can never be computed is refused here, and nothing else is.
     pub fn add(&mut self, request: Request) -> Result<SequenceId, Rejected> {
         let tokens = request.prompt.len().saturating_add(request.max_new_tokens);
+        let limit = self.limits.num_positions();
         if self.epoch == 0 {
             return Err(Rejected::NotReady);
         }
@@ -172,12 +210,13 @@ impl Scheduler {
         if request.max_new_tokens == 0 {
             return Err(Rejected::NothingToGenerate);
         }
-        if tokens > self.limits.num_positions() {
-            return Err(Rejected::TooLong { tokens, limit: self.limits.num_positions() });
+        if tokens > limit {
+            return Err(Rejected::TooLong { tokens, limit });
         }
         let id = SequenceId(self.num_added);
         self.num_added += 1;
-        self.waiting.push_back(Sequence::new(id, request));
+        self.first_deadline = self.first_deadline.into_iter().chain(request.deadline).min();
+        self.waiting.push_back(Sequence::new(id, request, self.planted));
         Ok(id)
     }
 
@@ -185,87 +224,75 @@ impl Scheduler {
     /// the caller decided.
     pub fn abort(&mut self, id: SequenceId) {
         if let Ok(i) = self.running_index(id) {
-            let mut sequence = self.running.remove(i);
-            self.retire(&mut sequence);
-        } else {
-            self.waiting.retain(|s| s.id != id);
+            let sequence = self.running.remove(i);
+            self.retire(sequence);
+        } else if let Some(i) = self.waiting_index(id) {
+            self.waiting.remove(i);
         }
     }
 
-    /// Ends the sequences that still wait for their first admission although their deadline has come.
+    /// Ends the sequences that were never planned and whose deadline is before `now`.
     pub fn expire(&mut self, now: Millis) -> Vec<Event> {
-        let is_late = |s: &Sequence| s.incarnation == 0 && s.deadline.is_some_and(|deadline| deadline <= now);
-        self.fail(FinishReason::DeadlineExceeded, is_late)
+        if self.first_deadline.is_none_or(|first| now <= first) {
+            return vec![];
+        }
+        let expired = fail(&mut self.waiting, FinishReason::DeadlineExceeded, |s| s.is_overdue(now));
+        let may_expire = self.waiting.iter().filter(|s| s.incarnation == 0);
+        self.first_deadline = may_expire.filter_map(|s| s.deadline).min();
+        expired
     }
 
     /// The next step, or `None` if there is nothing to compute before a result arrives. Every plan has to be sent, in
-    /// order, and is answered by one result, also a plan without rows.
+    /// order, and is answered by one result, also a plan without work.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        if !self.is_ready || self.open.len() == self.limits.max_open_steps {
+        if !self.is_ready || self.open.len() >= self.limits.max_open_steps {
             return None;
         }
-        let (epoch, step) = (self.epoch, self.step + 1);
-        let mut plan = StepPlan { epoch, step, release: vec![], admit: vec![], work: vec![] };
-        let mut budget = self.limits.max_step_tokens;
+        let mut draft = Draft {
+            plan: StepPlan { epoch: self.epoch, step: self.step + 1, release: vec![], admit: vec![], work: vec![] },
+            open: Vec::with_capacity(self.running.len()),
+            budget: self.limits.max_step_tokens,
+        };
+        draft.plan.work.reserve(self.running.len());
         self.make_way_for_suspect();
-        if self.continue_running(&mut plan, &mut budget) {
-            self.admit_waiting(&mut plan, &mut budget);
+        if self.continue_running(&mut draft) {
+            self.admit_waiting(&mut draft);
         }
+        let Draft { mut plan, open, .. } = draft;
         // A release alone is not worth a place in the pipeline while something is computed.
         if plan.work.is_empty() && (self.release.is_empty() || !self.open.is_empty()) {
+            if self.planted.has(Bug::LosesRelease) {
+                self.free_rows.extend(self.release.drain(..).map(|(row, _)| row));
+            }
             return None;
         }
-        for (row, _) in self.release.drain(..) {
-            plan.release.push(row);
-            if !planted!(self.planted, ReusesRowEarly) {
-                self.rows.put_back(row);
-            }
-        }
-        self.step = step;
-        let open =
-            |work: &Work| OpenRow { row: work.row, id: work.id, incarnation: work.incarnation, extent: work.extent };
-        self.open.push_back(OpenStep { step, rows: plan.work.iter().map(open).collect() });
+        plan.release.extend(self.release.drain(..).map(|(row, _)| row));
+        self.free_rows.extend(&plan.release);
+        self.step = plan.step;
+        self.open.push_back(OpenStep { step: plan.step, rows: open });
         Some(plan)
     }
 
-    /// Applies the result of the oldest open step. Results of an older epoch are ignored, and rows of sequences that
-    /// ended meanwhile. After an error the shards are not to be trusted: restart them and call `lose_shards`.
+    /// Applies the result of the oldest open step. Results of shards that were lost are ignored, and rows of sequences
+    /// that ended meanwhile. After an error the shards are not to be trusted: restart them and call `lose_shards`.
     pub fn commit(&mut self, result: &StepResult) -> Result<Vec<Event>, ShardFault> {
-        let mut events = vec![];
-        let is_late = result.epoch < self.epoch || !self.is_ready;
-        if is_late && !planted!(self.planted, AcceptsOldEpoch) {
-            return Ok(events);
+        let is_over = result.epoch < self.epoch || result.epoch == self.epoch && !self.is_ready;
+        if is_over && !self.planted.has(Bug::AcceptsOlderEpoch) {
+            return Ok(vec![]);
         }
-        if !self.open.front().is_some_and(|open| self.is_answered(open, result)) {
-            return Err(ShardFault);
-        }
-        let open = self.open.pop_front().expect("looked at above");
-        events.reserve(open.rows.len());
+        self.verify(result)?;
+        let open = self.open.pop_front().expect("verified");
+        let mut events = Vec::with_capacity(open.rows.len());
         for (work, (asked, row)) in open.rows.iter().zip(&result.rows).enumerate() {
-            self.commit_row(asked, work, &row.tokens, &mut events);
+            self.commit_row(work, asked, row, &mut events);
         }
-        for retired in self.retired.extract_if(.., |retired| retired.last_step <= open.step) {
+        if events.iter().any(|event| matches!(event, Event::Finished { .. })) {
+            self.remove_ended();
+        }
+        for (_, retired) in self.retired.extract_if(.., |_, retired| retired.last_step <= open.step) {
             self.pool.release(retired.blocks);
         }
         Ok(events)
-    }
-
-    /// Whether the result answers all that was asked, and nothing else.
-    fn is_answered(&self, open: &OpenStep, result: &StepResult) -> bool {
-        result.epoch == self.epoch
-            && open.step == result.step
-            && open.rows.len() == result.rows.len()
-            && open
-                .rows
-                .iter()
-                .zip(&result.rows)
-                .all(|(asked, row)| asked.is_answered_by(row) && self.has_computed_what_it_says(asked, row))
-    }
-
-    fn has_computed_what_it_says(&self, asked: &OpenRow, row: &RowResult) -> bool {
-        let (Ok(i), Ok(tokens)) = (self.running_index(asked.id), &row.tokens) else { return true };
-        let sequence = &self.running[i];
-        !sequence.holds(asked) || row.computed == sequence.num_computed + asked.num_computed(tokens)
     }
 
     /// The shards are gone, and with them all they had computed: what was running returns to the front of the queue,
@@ -273,77 +300,80 @@ impl Scheduler {
     pub fn lose_shards(&mut self) -> Vec<Event> {
         self.is_ready = false;
         self.open.clear();
-        self.retired.clear();
+        if !self.planted.has(Bug::KeepsCacheOnLoss) {
+            self.pool = BlockPool::new(self.limits.num_blocks, self.limits.block_size.max(1), self.planted);
+        }
+        for (_, retired) in std::mem::take(&mut self.retired) {
+            self.give_back(retired.blocks);
+        }
         self.release.clear();
-        self.rows = Rows::default();
-        if !planted!(self.planted, KeepsPoolOnLoss) {
-            self.pool = BlockPool::new(self.limits.num_blocks, self.limits.block_size, self.planted);
+        self.waiting.extend(std::mem::take(&mut self.running));
+        for i in 0..self.waiting.len() {
+            let blocks = std::mem::take(&mut self.waiting[i].blocks);
+            self.give_back(blocks);
+            self.waiting[i].lose_shards();
         }
-        self.waiting.extend(self.running.drain(..));
-        self.waiting.iter_mut().for_each(Sequence::lose_shards);
         self.waiting.make_contiguous().sort_by_key(Sequence::precedence);
-        let tolerated = if planted!(self.planted, FailsInnocent) { SUSPECT_DEATHS - 1 } else { SUSPECT_DEATHS };
-        self.fail(FinishReason::KilledShards, |s| s.must_fail(tolerated))
+        fail(&mut self.waiting, FinishReason::KilledShards, Sequence::must_fail)
     }
 
-    /// New shards, empty, take plans of this epoch, which is higher than any before; step numbers go on. They may have
-    /// another number of blocks than those before; returns the end of the sequences that no longer fit.
-    pub fn shards_ready(&mut self, epoch: u64, limits: Limits) -> Vec<Event> {
-        assert!(!self.is_ready && epoch > self.epoch, "shards are lost before others are ready");
-        assert!(limits.max_running > 0 && limits.max_open_steps > 0);
-        assert!(limits.max_step_tokens >= limits.max_running * (1 + limits.max_drafts), "or the youngest starve");
-        self.epoch = epoch;
-        self.is_ready = true;
-        if !planted!(self.planted, KeepsPoolOnLoss) || self.pool.num_blocks() != limits.num_blocks as usize {
-            self.pool = BlockPool::new(limits.num_blocks, limits.block_size, self.planted);
-        }
-        self.limits = limits;
-        let num_positions = self.limits.num_positions();
-        self.fail(FinishReason::NoLongerFits, |s| s.max_positions() > num_positions)
-    }
-
-    /// Whether nothing is queued, running, open or to be released.
+    /// Whether nothing waits, runs, or is still to be told to the shards.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty() && self.open.is_empty() && self.release.is_empty()
     }
 
-    /// What an operator wants to see.
+    /// Whether plans are made: shards are ready and were not lost since.
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// Counts as of now, at no cost that grows.
     pub fn stats(&self) -> Stats {
-        let (num_free, num_cached) = (self.pool.num_free(), self.pool.num_cached());
         Stats {
             num_waiting: self.waiting.len(),
             num_running: self.running.len(),
             num_open_steps: self.open.len(),
             num_blocks: self.limits.num_blocks,
-            num_free: num_free - num_cached,
-            num_cached,
-            num_pinned: self.pool.num_blocks() - num_free,
+            num_free: self.pool.num_free() - self.pool.num_cached(),
+            num_cached: self.pool.num_cached(),
+            num_pinned: self.limits.num_blocks as usize - self.pool.num_free(),
             block_size: self.limits.block_size,
             epoch: self.epoch,
             step: self.step,
         }
     }
 
+    // Planning.
+
     /// A suspect runs alone. Those found innocent before it step back behind it; their blocks stay cached.
     fn make_way_for_suspect(&mut self) {
-        let suspect_waits =
-            self.waiting.front().is_some_and(Sequence::is_suspect) && !planted!(self.planted, SuspectHasCompany);
-        while suspect_waits && !self.running.iter().any(Sequence::is_suspect) && !self.running.is_empty() {
-            self.preempt_newest();
+        let suspect_waits = self.waiting.front().is_some_and(Sequence::is_suspect);
+        if suspect_waits
+            && !self.running.iter().any(Sequence::is_suspect)
+            && !self.planted.has(Bug::RunsSuspectsTogether)
+        {
+            while !self.running.is_empty() {
+                self.preempt_newest();
+            }
         }
     }
 
     /// Returns whether there were blocks for all. Once somebody must wait for blocks, nobody younger may take any.
-    fn continue_running(&mut self, plan: &mut StepPlan, budget: &mut usize) -> bool {
+    fn continue_running(&mut self, draft: &mut Draft) -> bool {
         let (mut i, mut may_grow) = (0, true);
-        while i < self.running.len() && *budget > 0 {
-            if let Some(extent) = self.running[i].next_extent(*budget, self.limits.max_drafts) {
+        while i < self.running.len() && draft.budget > 0 {
+            // An elder's prompt leaves the younger ones what a sampling row needs.
+            let num_younger = self.running.len() - i - 1;
+            let is_fair = !self.planted.has(Bug::StarvesYoungest);
+            let reserved = if is_fair { num_younger * (1 + self.limits.max_drafts) } else { 0 };
+            let budget = draft.budget - reserved;
+            if let Some(extent) = self.running[i].next_extent(budget, self.limits.max_drafts) {
                 let num_missing = self.running[i].num_missing_blocks(extent, self.limits.block_size);
-                let forgets = planted!(self.planted, ForgetsElder);
-                may_grow = (may_grow || forgets) && self.make_room(i, num_missing);
-                if may_grow || num_missing == 0 && i < self.running.len() {
-                    let num_sent = self.running[i].blocks.ids.len();
-                    self.push_work(i, num_sent, extent, plan, budget);
+                let may_take = may_grow || self.planted.has(Bug::ForgetsElder);
+                let has_room = may_take && self.make_room(i, num_missing);
+                may_grow = may_grow && has_room;
+                if has_room || num_missing == 0 && i < self.running.len() {
+                    self.push_work(i, extent, num_missing, draft);
                 }
             }
             i += 1;
@@ -354,32 +384,35 @@ impl Scheduler {
     /// Whether `running[i]` may take so many blocks now. Preempts the newest, at last itself, as long as there will be
     /// too few; what open steps hold back is worth waiting for.
     fn make_room(&mut self, i: usize, num_missing: usize) -> bool {
-        while num_missing > self.pool.num_free() + self.num_retired_blocks() && i < self.running.len() {
+        while num_missing > self.pool.num_free() {
+            let num_retired: usize = self.retired.values().map(|retired| retired.blocks.ids.len()).sum();
+            if num_missing <= self.pool.num_free() + num_retired || i >= self.running.len() {
+                return false;
+            }
             self.preempt_newest();
         }
-        num_missing <= self.pool.num_free() && i < self.running.len()
+        i < self.running.len()
     }
 
-    fn admit_waiting(&mut self, plan: &mut StepPlan, budget: &mut usize) {
-        while *budget > 0 && self.running.len() < self.limits.max_running && self.may_admit_next() {
+    fn admit_waiting(&mut self, draft: &mut Draft) {
+        while draft.budget > 0 && self.running.len() < self.limits.max_running && self.may_admit_next() {
             let mut sequence = self.waiting.pop_front().expect("may_admit_next has seen it");
-            let mut reusable = sequence.reusable_ids();
-            if planted!(self.planted, HitsDespiteLogprobs) {
-                reusable = &sequence.token_ids[..sequence.token_ids.len() - 1];
-            }
-            sequence.blocks = self.pool.acquire_prefix(reusable, sequence.namespace);
+            let num_free = self.pool.num_free();
+            sequence.blocks = self.pool.acquire_prefix(sequence.reusable_ids(), sequence.namespace);
             sequence.num_computed = sequence.blocks.ids.len() * self.limits.block_size;
-            let extent = sequence.next_extent(*budget, self.limits.max_drafts).expect("nothing of it is in flight");
-            if sequence.num_missing_blocks(extent, self.limits.block_size) > self.pool.num_free() {
+            let extent =
+                sequence.next_extent(draft.budget, self.limits.max_drafts).expect("nothing of it is in flight");
+            let num_missing = sequence.num_missing_blocks(extent, self.limits.block_size);
+            if num_missing > self.pool.num_free() {
+                self.too_few_blocks_for = Some((sequence.id, num_missing + num_free - self.pool.num_free()));
                 self.pool.release(sequence.take_blocks());
                 self.waiting.push_front(sequence);
                 return;
             }
-            let row = self.rows.take();
+            let row = self.free_rows.pop_first().expect("twice max_running rows suffice");
             sequence.row = Some(row);
             sequence.incarnation += 1;
-            sequence.published.clear();
-            plan.admit.push(Admission {
+            draft.plan.admit.push(Admission {
                 row,
                 id: sequence.id,
                 incarnation: sequence.incarnation,
@@ -389,158 +422,250 @@ impl Scheduler {
             });
             let i = self.running.partition_point(|s| s.id < sequence.id);
             self.running.insert(i, sequence);
-            self.push_work(i, 0, extent, plan, budget);
+            self.push_work(i, extent, num_missing, draft);
         }
     }
 
     fn may_admit_next(&self) -> bool {
         let Some(next) = self.waiting.front() else { return false };
         // After a preemption: its log is complete, and its release goes out with a plan before.
-        let is_released = !self.release.iter().any(|(_, id)| *id == next.id);
-        let is_settled = is_released && (next.in_flight.num_rows == 0 || planted!(self.planted, AdmitsWithOpenRows));
+        let is_settled = next.in_flight.num_rows == 0 || self.planted.has(Bug::ReadmitsUnsettled);
+        let is_released =
+            self.release.iter().all(|(_, id)| *id != next.id) || self.planted.has(Bug::ReadmitsUnreleased);
         let is_alone = self.running.is_empty() && self.open.is_empty();
-        let may_have_company = !next.is_suspect() && !self.running.iter().any(Sequence::is_suspect)
-            || planted!(self.planted, SuspectHasCompany);
-        is_settled && (is_alone || may_have_company)
+        let is_among_suspects =
+            self.running.iter().any(Sequence::is_suspect) || self.retired.values().any(|retired| retired.is_suspect);
+        let may_mix = !next.is_suspect() && !is_among_suspects;
+        let may_run = is_alone || may_mix || self.planted.has(Bug::RunsSuspectsTogether);
+        let lacks_blocks =
+            self.too_few_blocks_for.is_some_and(|(id, needed)| id == next.id && self.pool.num_free() < needed);
+        is_settled && is_released && may_run && !lacks_blocks
     }
 
-    /// Adds work for `running[i]`, for which there are blocks. The shards know the first `num_sent` of its blocks.
-    fn push_work(&mut self, i: usize, num_sent: usize, extent: Extent, plan: &mut StepPlan, budget: &mut usize) {
+    /// Adds work for `running[i]`, for which there are blocks.
+    fn push_work(&mut self, i: usize, extent: Extent, num_missing: usize, draft: &mut Draft) {
         let sequence = &mut self.running[i];
-        let num_missing = sequence.num_missing_blocks(extent, self.limits.block_size);
+        let row = sequence.row.expect("a running sequence has a row");
+        // The first row of an incarnation brings its hit blocks.
+        let is_first = draft.plan.admit.last().is_some_and(|admission| admission.row == row);
+        let num_sent = if is_first { 0 } else { sequence.blocks.ids.len() };
         self.pool.grow(&mut sequence.blocks, num_missing);
-        sequence.open(plan.step, extent);
-        *budget -= extent.num_tokens;
-        if planted!(self.planted, PublishesEarly) {
-            let Sequence { blocks, token_ids, num_computed, namespace, .. } = sequence;
-            let most = (*num_computed + extent.num_known()).min(token_ids.len());
-            self.pool.publish(blocks, token_ids, most, *namespace);
-        }
-        plan.work.push(Work {
-            row: sequence.row.expect("what runs has a row"),
-            id: sequence.id,
-            incarnation: sequence.incarnation,
-            extent,
-            new_blocks: sequence.blocks.ids[num_sent..].to_vec(),
-        });
-    }
-
-    fn commit_row(
-        &mut self,
-        asked: &OpenRow,
-        work: usize,
-        tokens: &Result<Vec<TokenId>, RowError>,
-        events: &mut Vec<Event>,
-    ) {
-        let id = asked.id;
-        if tokens.is_err() && !planted!(self.planted, KeepsFailedBlocks) {
-            self.withdraw(id);
-        }
-        let sequence = match self.running_index_near(work, id) {
-            Ok(i) => Some(&mut self.running[i]),
-            Err(_) => self.waiting.iter_mut().find(|s| s.id == id), // preempted
-        };
-        let Some(sequence) = sequence else { return };
-        sequence.close(asked.extent);
-        let mut reason = match tokens {
-            Ok(tokens) => sequence.extend(asked, work, tokens, &self.limits.eos, events),
-            Err(RowError) => Some(FinishReason::RowError),
-        };
-        // What a prompt chunk computed is shared only once a finite sample has attended to it.
-        if tokens.is_ok() && (asked.extent.samples || planted!(self.planted, PublishesUnsampled)) {
-            let Sequence { blocks, token_ids, num_computed, namespace, published, .. } = sequence;
-            published.extend(self.pool.publish(blocks, token_ids, *num_computed, *namespace));
-        }
-        if planted!(self.planted, EmitsAfterEnd) && reason == Some(FinishReason::EndOfSequence) {
-            reason = None;
-        }
-        if planted!(self.planted, EndsEarly) && sequence.token_ids.len() + 1 == sequence.max_positions() {
-            reason = reason.or(Some(FinishReason::Length));
-        }
-        if let Some(reason) = reason {
-            events.push(Event::Finished { id, reason });
-            self.abort(id);
-        }
-    }
-
-    /// What the incarnation of a failed row has published is not to be trusted, whether or not it has ended meanwhile.
-    fn withdraw(&mut self, id: SequenceId) {
-        if let Ok(i) = self.running_index(id) {
-            self.pool.withdraw(&self.running[i].published);
-        }
-        for retired in self.retired.iter().filter(|retired| retired.id == id) {
-            self.pool.withdraw(&retired.published);
-        }
+        sequence.open(draft.plan.step, extent);
+        draft.budget -= extent.num_tokens;
+        let Sequence { id, incarnation, .. } = *sequence;
+        draft.open.push(OpenRow { row, id, incarnation, extent, index: i });
+        let new_blocks = sequence.blocks.ids[num_sent..].to_vec();
+        draft.plan.work.push(Work { row, id, incarnation, extent, new_blocks });
     }
 
     fn preempt_newest(&mut self) {
-        let mut sequence = self.running.pop().expect("only called while something runs");
-        self.retire(&mut sequence);
-        self.requeue(sequence);
-    }
-
-    /// The shards may forget an admitted sequence; its blocks are freed once no open step can touch them.
-    fn retire(&mut self, sequence: &mut Sequence) {
-        let row = sequence.row.expect("what runs has a row");
-        self.release.push((row, sequence.id));
-        if planted!(self.planted, ReusesRowEarly) {
-            self.rows.put_back(row);
-        }
-        let blocks = sequence.take_blocks();
-        match sequence.in_flight.num_rows {
-            0 => self.pool.release(blocks),
-            _ if planted!(self.planted, FreesOpenBlocks) => self.pool.release(blocks),
-            _ => self.retired.push(Retired {
-                id: sequence.id,
-                last_step: sequence.in_flight.last_step,
-                blocks,
-                published: std::mem::take(&mut sequence.published),
-            }),
-        }
-    }
-
-    fn requeue(&mut self, sequence: Sequence) {
+        let sequence = match self.planted.has(Bug::PreemptsEldest) {
+            true => self.running.remove(0),
+            false => self.running.pop().expect("only called while something runs"),
+        };
+        let sequence = self.retire(sequence);
         let i = self.waiting.partition_point(|s| s.precedence() < sequence.precedence());
+        let i = if self.planted.has(Bug::RequeuesAtTheBack) { self.waiting.len() } else { i };
         self.waiting.insert(i, sequence);
     }
 
-    /// Ends the waiting sequences that `is_lost`.
-    fn fail(&mut self, reason: FinishReason, is_lost: impl Fn(&Sequence) -> bool) -> Vec<Event> {
-        let lost = self.waiting.iter().filter(|s| is_lost(s)).map(|s| Event::Finished { id: s.id, reason }).collect();
-        self.waiting.retain(|s| !is_lost(s));
-        lost
+    /// The shards may forget an admitted sequence; its blocks are freed once no open step can touch them.
+    fn retire(&mut self, mut sequence: Sequence) -> Sequence {
+        let row = sequence.row.expect("a running sequence has a row");
+        self.release.push((row, sequence.id));
+        if self.planted.has(Bug::ReusesReleasedRow) {
+            self.free_rows.insert(row);
+        }
+        let num_computed = Some(sequence.num_computed);
+        let mut blocks = sequence.take_blocks();
+        if sequence.in_flight.num_rows == 0 || self.planted.has(Bug::FreesBlocksOfOpenSteps) {
+            self.pool.release(std::mem::take(&mut blocks));
+        }
+        if sequence.in_flight.num_rows > 0 {
+            let last_step = sequence.in_flight.last_step;
+            let is_suspect = sequence.is_suspect();
+            self.retired.insert(sequence.id, Retired { blocks, last_step, num_computed, is_suspect });
+        }
+        sequence
+    }
+
+    // Committing.
+
+    /// Whether the result answers the oldest open step. Nothing is applied before all of it is known to fit.
+    fn verify(&self, result: &StepResult) -> Result<(), ShardFault> {
+        let &StepResult { epoch, step, ref rows } = result;
+        let open = self.open.front();
+        if self.planted.has(Bug::AcceptsOlderEpoch)
+            && epoch < self.epoch
+            && open.is_some_and(|o| o.rows.len() == rows.len())
+        {
+            return Ok(());
+        }
+        if epoch != self.epoch || !self.is_ready {
+            return Err(ShardFault::Epoch { found: epoch, expected: self.epoch });
+        }
+        let Some(open) = open.filter(|open| open.step == step) else {
+            return Err(ShardFault::Step { found: step, expected: open.map(|open| open.step) });
+        };
+        if rows.len() != open.rows.len() {
+            return Err(ShardFault::NumRows { step, found: rows.len(), expected: open.rows.len() });
+        }
+        open.rows.iter().zip(rows).try_for_each(|(asked, row)| self.verify_row(step, asked, row))
+    }
+
+    fn verify_row(&self, step: u64, asked: &OpenRow, row: &RowResult) -> Result<(), ShardFault> {
+        let &OpenRow { row: expected_row, incarnation, extent, .. } = asked;
+        let is_same = row.incarnation == incarnation || self.planted.has(Bug::IgnoresIncarnation);
+        if row.row != expected_row || !is_same {
+            let (found, expected) = ((row.row, row.incarnation), (expected_row, incarnation));
+            return Err(ShardFault::Row { step, found, expected });
+        }
+        let Ok(tokens) = &row.tokens else { return Ok(()) };
+        let is_possible = (extent.min_new()..=extent.max_new()).contains(&tokens.len());
+        if !is_possible && !self.planted.has(Bug::IgnoresNumTokens) {
+            return Err(ShardFault::NumTokens { step, row: row.row, found: tokens.len(), extent });
+        }
+        let num_computed = match self.find_running(asked) {
+            Some(i) => Some(self.running[i].num_computed),
+            None => self.retired.get(&asked.id).and_then(|retired| retired.num_computed),
+        };
+        let expected = num_computed.map(|n| n + extent.num_known() + tokens.len().saturating_sub(1));
+        match expected.filter(|expected| *expected != row.computed) {
+            Some(expected) if !self.planted.has(Bug::IgnoresComputed) => {
+                Err(ShardFault::Computed { step, row: row.row, found: row.computed, expected })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies one row. A sequence that it ends is marked, and removed when all rows have been applied.
+    fn commit_row(&mut self, work: usize, asked: &OpenRow, row: &RowResult, events: &mut Vec<Event>) {
+        let running = self.find_running(asked);
+        match (running, self.retired.get_mut(&asked.id), &row.tokens) {
+            (Some(i), _, Ok(_)) => self.running[i].num_computed = row.computed,
+            (Some(i), _, Err(RowError)) => self.withdraw(i),
+            (None, Some(retired), Ok(_)) => {
+                retired.num_computed = retired.num_computed.map(|_| row.computed);
+            }
+            (None, Some(retired), Err(RowError)) => {
+                retired.num_computed = None;
+                if !self.planted.has(Bug::KeepsBlocksOfFailedRow) {
+                    self.pool.withdraw(&retired.blocks);
+                }
+            }
+            (None, None, _) => unreachable!("{:?} has an open row and neither runs nor is retired", asked.id),
+        }
+        let sequence = match running {
+            Some(i) => &mut self.running[i],
+            None => match self.waiting_index(asked.id) {
+                Some(i) => &mut self.waiting[i], // preempted; what the row computed is gone, what it sampled is not
+                None => return,                  // ended
+            },
+        };
+        sequence.close(asked.extent);
+        let reason = match &row.tokens {
+            Ok(tokens) => sequence.extend(work, tokens, &self.limits.eos, events),
+            Err(RowError) => Some(FinishReason::RowError),
+        };
+        let is_finite = asked.extent.samples && row.tokens.is_ok();
+        if running.is_some() && (is_finite || row.tokens.is_ok() && self.planted.has(Bug::PublishesWithoutSample)) {
+            // An id that ended the sequence, or came after it, may have been computed; nobody needs its block.
+            let mut num_computed = sequence.num_computed.min(sequence.token_ids.len() - 1);
+            if self.planted.has(Bug::PublishesUncommitted) {
+                num_computed = sequence.token_ids.len().min(sequence.blocks.ids.len() * self.limits.block_size);
+            }
+            let token_ids = &sequence.token_ids[..num_computed];
+            self.pool.publish(&mut sequence.blocks, token_ids, sequence.namespace);
+        }
+        if let Some(reason) = reason {
+            sequence.has_ended = true;
+            events.push(Event::Finished { id: sequence.id, reason });
+        }
+    }
+
+    fn withdraw(&mut self, i: usize) {
+        if !self.planted.has(Bug::KeepsBlocksOfFailedRow) {
+            self.pool.withdraw(&self.running[i].blocks);
+        }
+    }
+
+    fn remove_ended(&mut self) {
+        let ended: Vec<_> = self.running.extract_if(.., |s| s.has_ended).collect();
+        for sequence in ended {
+            self.retire(sequence);
+        }
+        self.waiting.retain(|s| !s.has_ended);
+    }
+
+    /// Under the planted bug that keeps the cache, its blocks have to be free at least.
+    fn give_back(&mut self, blocks: BlockTable) {
+        if self.planted.has(Bug::KeepsCacheOnLoss) {
+            self.pool.release(blocks);
+        }
+    }
+
+    // Finding.
+
+    fn find_running(&self, asked: &OpenRow) -> Option<usize> {
+        if self.running.get(asked.index).is_some_and(|s| s.id == asked.id) {
+            return Some(asked.index);
+        }
+        self.running_index(asked.id).ok()
     }
 
     fn running_index(&self, id: SequenceId) -> Result<usize, usize> {
         self.running.binary_search_by_key(&id, |s| s.id)
     }
 
-    /// Like `running_index`. Most steps have work for all that runs, in the same order, so a look at `guess` is enough.
-    fn running_index_near(&self, guess: usize, id: SequenceId) -> Result<usize, usize> {
-        if self.running.get(guess).is_some_and(|s| s.id == id) { Ok(guess) } else { self.running_index(id) }
+    fn waiting_index(&self, id: SequenceId) -> Option<usize> {
+        let find = |is_innocent| self.waiting.binary_search_by_key(&(is_innocent, id), Sequence::precedence).ok();
+        find(true).or_else(|| find(false))
     }
 
-    fn num_retired_blocks(&self) -> usize {
-        self.retired.iter().map(|retired| retired.blocks.ids.len()).sum()
-    }
+    // Checking.
 
     /// Panics if the bookkeeping contradicts itself. For tests, and for debug builds after every call.
     pub fn check(&self) {
-        let tables = self.running.iter().map(|s| &s.blocks).chain(self.retired.iter().map(|retired| &retired.blocks));
-        self.pool.check(tables);
+        let block_size = self.limits.block_size.max(1);
+        let running = self.running.iter().map(|s| (&s.blocks, s.num_computed / block_size));
+        let retired = self.retired.values().map(|r| (&r.blocks, r.num_computed.map_or(usize::MAX, |n| n / block_size)));
+        self.pool.check(running.chain(retired));
         assert!(self.running.len() <= self.limits.max_running && self.open.len() <= self.limits.max_open_steps);
-        assert!(self.running.is_sorted_by_key(|s| s.id) && self.waiting.iter().is_sorted_by_key(|s| s.precedence()));
-        assert!(self.running.len() <= 1 || !self.running.iter().any(Sequence::is_suspect));
+        assert!(self.running.is_sorted_by_key(|s| s.id), "elders come first");
+        assert!(self.waiting.iter().is_sorted_by_key(|s| s.precedence()), "the queue is in order");
+        assert!(self.running.len() <= 1 || !self.running.iter().any(Sequence::is_suspect), "a suspect runs alone");
         assert!(self.running.iter().all(|s| s.row.is_some()) && self.waiting.iter().all(|s| s.row.is_none()));
-        let num_releasing = if planted!(self.planted, ReusesRowEarly) { 0 } else { self.release.len() };
-        assert_eq!(self.rows.num_taken(), self.running.len() + num_releasing);
-        assert!(self.rows.num_taken() <= 2 * self.limits.max_running);
+        self.check_rows();
         for sequence in self.running.iter().chain(&self.waiting) {
-            sequence.check(self.limits.block_size);
+            sequence.check(block_size);
             let rows = self.open.iter().flat_map(|open| &open.rows).filter(|row| row.id == sequence.id);
-            assert_eq!(sequence.in_flight.num_rows, rows.count(), "{:?}", sequence.id);
+            assert_eq!(sequence.in_flight.num_rows, rows.count(), "{:?} has that many rows in flight", sequence.id);
         }
         let first_open = self.open.front().map_or(u64::MAX, |open| open.step);
-        assert!(self.retired.iter().all(|retired| retired.last_step >= first_open));
+        assert!(self.retired.values().all(|r| r.last_step >= first_open), "retired blocks wait for open steps only");
     }
+
+    /// Every row is free, held by one running sequence, or about to be released.
+    fn check_rows(&self) {
+        let held = self.running.iter().filter_map(|s| s.row).chain(self.release.iter().map(|(row, _)| *row));
+        let mut rows: Vec<_> = held.chain(self.free_rows.iter().copied()).collect();
+        rows.sort_unstable();
+        let is_whole = rows.into_iter().eq((0..2 * self.limits.max_running as u32).map(RowId));
+        assert!(is_whole || !self.is_ready, "every row is in one place");
+    }
+}
+
+/// A plan in the making.
+struct Draft {
+    plan: StepPlan,
+    open: Vec<OpenRow>,
+    /// Input tokens not yet given out.
+    budget: usize,
+}
+
+/// Ends the waiting sequences that are lost.
+fn fail(waiting: &mut VecDeque<Sequence>, reason: FinishReason, is_lost: impl Fn(&Sequence) -> bool) -> Vec<Event> {
+    let lost = waiting.iter().filter(|s| is_lost(s)).map(|s| Event::Finished { id: s.id, reason }).collect();
+    waiting.retain(|s| !is_lost(s));
+    lost
 }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import CheckpointError
 
@@ -56,7 +56,7 @@ def read_index(model_dir: Path) -> dict[str, TensorInfo]:
             tensors[name] = info
     for name, file_name in (weight_map or {}).items():
         if name not in tensors or tensors[name].path.name != file_name:
-            raise CheckpointError(f"{model_dir / file_name}: tensor {name} is missing, but {INDEX_NAME} says it is here")
+            raise CheckpointError(f"{model_dir / file_name}: tensor {name} is missing; {INDEX_NAME} says it is here")
     return tensors
 
 
@@ -75,11 +75,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     value = read_json(index)
     weight_map = value.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is {_short(weight_map)}; expected an object from tensor to file name")
+        raise CheckpointError(f"{index}: weight_map is {_short(weight_map)}; expected an object, tensor to file name")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\\" in name:
             raise CheckpointError(
-                f"{index}: tensor {tensor} is in {_short(name)}; expected the plain name of a *.safetensors file beside it"
+                f"{index}: tensor {tensor} is in {_short(name)}; expected the name of a *.safetensors file beside it"
             )
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name}: no such file, but {INDEX_NAME} puts tensor {tensor} there")
@@ -145,7 +145,7 @@ def _check_coverage(path: Path, spans: list[tuple[int, int, str]], data_bytes: i
         raise CheckpointError(f"{path}: {data_bytes} bytes of data, its header describes {position}; fetch it again")
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 

@@ -1,9 +1,11 @@
 """From what a user calls a model to the folder that holds it: a local folder, or an id on the hub."""
 
 from pathlib import Path
+from string import ascii_letters, digits
 
 from ..errors import CheckpointError
 
+LETTERS = frozenset(ascii_letters + digits + "-_.")
 # What a server reads; never pickles, never code.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja")
 
@@ -15,31 +17,42 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
     HF_HUB_OFFLINE, ...) are read by its library.
     """
     folder = Path(model_id)
-    if folder.is_dir():
+    # An empty name would be the folder that this was started in.
+    if model_id and folder.is_dir():
         return folder.resolve()
     if not looks_like_hub_id(model_id):
-        raise CheckpointError(f"--model-id {model_id}: no such folder, and not the form of a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        raise CheckpointError(f"--model-id {model_id!r}: no such folder, and not the form of a hub id (owner/name)")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    absent = f"--model-id {model_id!r}: no such folder here"
     try:
         found = snapshot_download(
             model_id, revision=revision, allow_patterns=list(PATTERNS), local_files_only=not download
         )
     except RepositoryNotFoundError:
-        raise CheckpointError(f"--model-id {model_id}: no such folder, and the hub has no such model (or asks for a token)") from None
+        raise CheckpointError(f"{absent}, and the hub has no such model (or asks for a token: HF_TOKEN)") from None
     except RevisionNotFoundError:
-        raise CheckpointError(f"--model-id {model_id}: the hub has no revision {revision!r} of it") from None
+        raise CheckpointError(f"{absent}, and the hub has no revision {revision!r} of that model") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"--model-id {model_id}: no such folder here, not in the hub's cache, and the hub cannot be asked: {reason}"
-        ) from None
+        if constants.HF_HUB_OFFLINE:
+            reason = "not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+        elif not download:
+            reason = "not in the hub's cache; `text-generation-server download-weights` fetches it"
+        else:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = f"not in the hub's cache, and the hub cannot be asked: {first_line}"
+        raise CheckpointError(f"{absent}, {reason}") from None
     return Path(found)
 
 
 def looks_like_hub_id(model_id: str) -> bool:
     """Whether it is `name` or `owner/name` of letters, digits, `-`, `_` and `.`, none of them hidden or parent folders."""
     parts = model_id.split("/")
-    plain = all(part and part[0].isalnum() and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts)
+    plain = all(part[:1].isalnum() and set(part) <= LETTERS for part in parts)
     return len(parts) in (1, 2) and plain and ".." not in model_id and len(model_id) <= 200

@@ -1,8 +1,8 @@
 """What config.json says, read once, in both of its spellings, into settings that the models implement.
 
-transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`; transformers 5 `rope_parameters` and `dtype`. A key
-that may be absent has the default that transformers documents. A value that no code here implements is refused by name:
-a setting that is silently ignored is garbage text.
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. A key that may be absent has
+the default that transformers documents. A value that no code here implements is refused by name: a setting that is
+silently ignored is garbage text. (The dtype that a configuration names is not read: the headers of the files say it.)
 """
 
 from collections.abc import Mapping
@@ -145,7 +145,8 @@ def read_settings(model_dir: Path) -> ModelSettings:
     architecture = _read_architecture(config)
     family = FAMILIES[architecture]
     _refuse_what_is_not_implemented(config)
-    hidden, num_layers, num_heads = (config.count(k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    hidden, num_layers = config.count("hidden_size"), config.count("num_hidden_layers")
+    num_heads = config.count("num_attention_heads")
     num_kv_heads = config.count("num_key_value_heads", family.num_kv_heads or num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, which is {num_heads}")
@@ -178,7 +179,7 @@ def _read_architecture(config: _Reader) -> str:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", f"a list that names one of {', '.join(FAMILIES)}")
     if names[0] not in FAMILIES:
-        raise ConfigError(f"{config.path}: architecture {names[0]} is not served; expected one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"{config.path}: {names[0]} is not served; expected one of {', '.join(FAMILIES)}")
     return names[0]
 
 
@@ -187,8 +188,8 @@ def _refuse_what_is_not_implemented(config: _Reader) -> None:
     if quantization is not None:
         method = quantization.values.get("quant_method", "an unnamed method")
         raise ConfigError(
-            f"{config.path}: the weights are quantized with {method}, which is not served yet; expected a checkpoint of "
-            "float32, float16 or bfloat16 weights"
+            f"{config.path}: the weights are quantized with {method}, which is not served yet; expected a checkpoint "
+            "of float32, float16 or bfloat16 weights"
         )
     config.must_be("hidden_act", "silu")
     config.must_be("pretraining_tp", 1)

@@ -38,7 +38,8 @@ class Checkpoint:
         if info.path not in self._files:
             self._files[info.path] = safe_open(str(info.path), framework="pt")
         stored = self._files[info.path].get_slice(info.name)
-        cut = tuple(slice(r.start, r.stop) for r in (ranges.get(dim, range(size)) for dim, size in enumerate(info.shape)))
+        whole = (range(size) for size in info.shape)
+        cut = tuple(slice(r.start, r.stop) for r in (ranges.get(dim, r) for dim, r in enumerate(whole)))
         tensor: Tensor = stored[cut] if cut else self._files[info.path].get_tensor(info.name)
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes

@@ -24,8 +24,8 @@ def compute_dtype(device: str, requested: str | None) -> str:
         return "bfloat16" if computes_bfloat16() else "float32"
     if requested == "float16":
         raise ConfigError(
-            "--dtype float16 is not served on cpu: no processor multiplies it natively, and it overflows where bfloat16 "
-            "does not; use --dtype float32 or bfloat16 (float16 checkpoints are converted)"
+            "--dtype float16 is not served on cpu: no processor multiplies it natively, and it overflows where "
+            "bfloat16 does not; use --dtype float32 or bfloat16 (float16 checkpoints are converted)"
         )
     if requested not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {requested} is unknown; expected float32 or bfloat16")

@@ -66,7 +66,7 @@ class Attention:
         self.options = AttentionOptions(heads.dim**-0.5, window)
 
     def __call__(self, x: Tensor, batch: StepBatch) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.dim))  # [tokens, q heads + 2 * kv heads, head_dim]
+        qkv = self.qkv(x).view(len(x), -1, self.dim)  # [tokens, q heads + 2 * kv heads, head_dim]
         qk, v = qkv[:, : self.num_q + self.num_kv], qkv[:, self.num_q + self.num_kv :]
         if self.positions.qk_norm is not None:
             qk = self.positions.qk_norm(qk)

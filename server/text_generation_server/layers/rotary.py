@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864), with the frequency scalings that are fixed functions of position."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864), with the scalings that are fixed functions of position."""
 
 import math
 

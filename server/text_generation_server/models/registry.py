@@ -14,7 +14,7 @@ from ..planning import ModelPlan
 from ..quantization.registry import format_for
 from .decoder import Decoder
 
-_MODULES = {
+MODULES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
@@ -24,9 +24,9 @@ _MODULES = {
 
 def build(load: Loader, settings: ModelSettings) -> Decoder:
     """Reads this rank's weights and puts the model together."""
-    if settings.architecture not in _MODULES:
-        raise ConfigError(f"architecture {settings.architecture} is not served; expected one of {', '.join(_MODULES)}")
-    module = import_module(f"..{_MODULES[settings.architecture]}", __name__)
+    if settings.architecture not in MODULES:
+        raise ConfigError(f"architecture {settings.architecture} is not served; expected one of {', '.join(MODULES)}")
+    module = import_module(f"..{MODULES[settings.architecture]}", __name__)
     decoder: Decoder = module.build(load, settings)
     return decoder
 

@@ -1,9 +1,9 @@
 """What a weight looks like on disk, and the one routine that slices and merges it.
 
 A linear layer maps IN features to OUT features. A checkpoint stores it as one or more tensors, and every dimension of
-each of those runs along IN, along OUT, or along neither. A `TensorSpec` states that; with it, tensor parallelism and the
-merging of q/k/v or gate/up are written once, here, for every format. A format is chosen per layer (`registry.py`), says
-what is stored (`decode`, `specs`) and prepares the multiplication (`matmul`); it never sees a model or a rank.
+each of those runs along IN, along OUT, or along neither. A `TensorSpec` states that; with it, tensor parallelism and
+the merging of q/k/v or gate/up are written once, here, for every format. A format is chosen per layer (`registry.py`),
+says what is stored (`decode`, `specs`) and prepares the multiplication (`matmul`); it never sees a model or a rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -117,10 +117,11 @@ def read_weight(
     for part in parts:
         names = {spec.suffix: f"{prefix}{part.name}.{spec.suffix}" for spec in format_.specs}
         decoded.append(format_.decode({suffix: source[name] for suffix, name in names.items()}))
-    return {
-        spec.suffix: _merge(spec, [_read_part(spec, s[spec.suffix], p, columns) for s, p in zip(decoded, parts)], parts)
-        for spec in format_.specs
-    }
+    weight = {}
+    for spec in format_.specs:
+        pieces = [_read_part(spec, d[spec.suffix], p, columns) for d, p in zip(decoded, parts, strict=True)]
+        weight[spec.suffix] = _merge(spec, pieces, parts)
+    return weight
 
 
 def _read_part(spec: TensorSpec, stored: Stored, part: Part, columns: range | None) -> Tensor:
@@ -139,7 +140,7 @@ def _elements(spec: TensorSpec, name: str, stored_size: int, dim: int, features:
     per = spec.axes[dim].features
     if features.start % per or (features.stop % per and features.stop != stored_size * per):
         raise CheckpointError(
-            f"{name}.{spec.suffix}: features {features.start} to {features.stop} cut through an element that holds {per}; "
+            f"{name}.{spec.suffix}: features {features.start} to {features.stop} cut through an element of {per}; "
             "use fewer shards"
         )
     return range(features.start // per, -(-features.stop // per))

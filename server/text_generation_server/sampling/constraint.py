@@ -64,10 +64,13 @@ def parse_automaton(source: str, vocab_size: int) -> tuple[dict[int, dict[int, i
 
     try:
         spec = json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrammarError(f"the automaton is not JSON: {error}") from None
     if not isinstance(spec, dict) or not {"start", "transitions", "final"} <= spec.keys():
         raise GrammarError("the automaton is an object with start, transitions and final")
+    for name in ("transitions", "final"):
+        if not isinstance(spec[name], list):
+            raise GrammarError(f"{name} is {spec[name]!r}, expected a list")
     ways: dict[int, dict[int, int]] = {}
     for transition in spec["transitions"]:
         if not isinstance(transition, list) or len(transition) != 3:

@@ -13,7 +13,9 @@ from .constraint import Constraint
 from .params import SamplingParams
 
 
-def penalize(logits: Tensor, counts: Tensor, generated: Tensor, lengths: Tensor, params: Sequence[SamplingParams]) -> None:
+def penalize(
+    logits: Tensor, counts: Tensor, generated: Tensor, lengths: Tensor, params: Sequence[SamplingParams]
+) -> None:
     """Applies the penalties to `logits` [rows, vocab] in place.
 
     counts, generated: [rows, vocab] float32, occurrences in prompt and generated ids, and in generated ids alone.

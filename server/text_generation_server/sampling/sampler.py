@@ -26,7 +26,7 @@ class Draw:
     ids: NDArray[np.int64]  # [rows]
     logprobs: NDArray[np.float32]  # [rows], under the raw distribution
     top: list[tuple[list[int], list[float]]]
-    is_finite: NDArray[np.bool_]  # [rows]; nothing else of a row that is not finite means anything
+    is_finite: NDArray[np.bool_]  # [rows]; else there is no id to draw, and nothing else of the row means anything
 
 
 def log_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,9 @@ def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], posit
     positions: [rows], the index that the new id will have in its sequence.
     """
     normalizer, is_finite = raw_logprobs(raw)
+    if processed is not raw:
+        # Biases and a constraint may together forbid every id; a penalty may overflow.
+        is_finite &= torch.isfinite(processed.amax(-1)).numpy()
     ids = processed.argmax(-1).numpy()
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
@@ -74,7 +77,7 @@ def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], l
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Draws from softmax(logits / temperature) after top_k, top_p and typical_p. logits: [rows, vocab]. Returns [rows]."""
+    """One id per row, from softmax(logits / temperature) after top_k, top_p and typical_p. logits: [rows, vocab]."""
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
     # Weights in float64, relative to the most probable id: a tiny temperature leaves that one.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
@@ -110,10 +113,11 @@ def pick(cumulative: NDArray[np.float64], number: float) -> int:
 Look = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def candidates_of(
-    scaled: Tensor, params: SamplingParams, look: Look
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Ids that may be drawn, ascending, and their weights. scaled: [vocab], the highest is 0; `look`: its highest ones."""
+def candidates_of(scaled: Tensor, params: SamplingParams, look: Look) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Ids that may be drawn, ascending, and their weights.
+
+    scaled: [vocab], the highest is 0; `look`: its highest ones.
+    """
     if params.top_k == 0 and params.top_p >= 1.0:
         values, ids = scaled.numpy(), np.arange(len(scaled))
     else:
@@ -133,13 +137,13 @@ def most_probable(scaled: Tensor, params: SamplingParams, look: Look, total: flo
         is_all = len(values) == len(scaled)
         order = np.lexsort((ids, -values))
         values, ids = values[order], ids[order]
-        kept = len(values)
+        kept = int((values > -np.inf).sum())
         if 0 < params.top_k < len(values):
-            kept = int((values >= values[params.top_k - 1]).sum())
-        weights = np.cumsum(np.exp(values[:kept].astype(np.float64)))
-        # The distribution that top_p sees is what top_k has left.
-        mass = weights[-1] if total is None else total
-        if params.top_p < 1.0:
+            kept = min(kept, int((values >= values[params.top_k - 1]).sum()))
+        # The distribution that top_p sees is what top_k has left, all of it.
+        if params.top_p < 1.0 and (total is not None or is_all or kept < len(values)):
+            weights = np.cumsum(np.exp(values[:kept].astype(np.float64)))
+            mass = weights[-1] if total is None else total
             kept = min(kept, int(np.searchsorted(weights, params.top_p * mass, side="left")) + 1)
         # Enough was seen once something less probable than the last kept one has been.
         if is_all or (kept < len(values) and values[kept - 1] > values[-1]):
@@ -151,7 +155,7 @@ def most_probable(scaled: Tensor, params: SamplingParams, look: Look, total: flo
 def typical(
     values: NDArray[np.float32], ids: NDArray[np.int64], weights: NDArray[np.float64], share: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-    """The ids whose surprise is closest to the expected one, until they have `share` of the weight.
+    """The ids whose surprise is closest to the expected one, until they have `share` of the weight; ties stay.
 
     Locally typical sampling (Meister et al. 2022, arXiv:2202.00666).
     """
@@ -166,8 +170,9 @@ def typical(
         nearest = np.argpartition(distance, count - 1)[:count] if count < len(ids) else np.arange(len(ids))
         order = nearest[np.lexsort((ids[nearest], distance[nearest]))]
         mass = np.cumsum(weights[order])
-        kept = int(np.searchsorted(mass, share * total, side="left")) + 1
-        if count == len(ids) or (kept < count and distance[order[kept - 1]] < distance[order[-1]]):
-            chosen = order[: min(kept, len(order))]
+        last = distance[order[min(int(np.searchsorted(mass, share * total, side="left")), count - 1)]]
+        # Enough was seen once something farther away than the last kept one has been.
+        if count == len(ids) or last < distance[order[-1]]:
+            chosen = order[distance[order] <= last]
             return values[chosen], ids[chosen], weights[chosen]
         count = min(count * 8, len(ids))

@@ -10,6 +10,9 @@ use scheduler::*;
 
 pub const VOCAB: u64 = 256;
 
+/// What a slot holds whose numbers are not finite. It spreads to every later position, and a sample over it fails.
+const NOT_FINITE: u64 = u64::MAX;
+
 #[derive(Clone)]
 pub struct Rng(pub u64);
 
@@ -58,7 +61,7 @@ pub struct Fate {
     pub namespace: Namespace,
     /// The position whose computation kills the shard.
     pub kills_at: Option<usize>,
-    /// The position whose computation is a row error.
+    /// The position whose computation yields numbers that are not finite. Nobody sees them before a sample does.
     pub fails_at: Option<usize>,
 }
 
@@ -148,7 +151,6 @@ impl FakeShard {
         if held.fate.kills_at.is_some_and(|p| touched.contains(&p)) {
             return Err(Died(row.id));
         }
-        held.is_broken |= held.fate.fails_at.is_some_and(|p| touched.contains(&p));
         if held.is_broken {
             return Ok(Err(RowError));
         }
@@ -159,7 +161,9 @@ impl FakeShard {
         }
         held.num_computed += num_known;
         assert_eq!(samples, held.num_computed == held.token_ids.len(), "samples at the end of the log and only there");
-        Ok(Ok(if samples { held.sample(&mut self.kv, num_drafts_found, rng) } else { vec![] }))
+        let tokens = if samples { held.sample(&mut self.kv, num_drafts_found, rng) } else { Ok(vec![]) };
+        held.is_broken = tokens.is_err();
+        Ok(tokens)
     }
 }
 
@@ -170,26 +174,30 @@ impl Held {
 
     fn write(&self, kv: &mut [u64], p: usize, token: TokenId) {
         let before = p.checked_sub(1).map(|p| kv[self.slot(p)]);
-        kv[self.slot(p)] = key_value(before, self.fate.namespace, token);
+        let is_finite = before != Some(NOT_FINITE) && self.fate.fails_at != Some(p);
+        kv[self.slot(p)] = if is_finite { key_value(before, self.fate.namespace, token) } else { NOT_FINITE };
     }
 
     /// Guesses, some of them wrong, and yields the ids up to the first wrong guess and the right one in its place.
-    fn sample(&mut self, kv: &mut [u64], num_drafts: usize, rng: &mut Rng) -> Vec<TokenId> {
+    fn sample(&mut self, kv: &mut [u64], num_drafts: usize, rng: &mut Rng) -> Result<Vec<TokenId>, RowError> {
         let end = self.num_computed + num_drafts;
         let mut yielded = vec![];
         loop {
+            if kv[self.slot(self.num_computed - 1)] == NOT_FINITE {
+                return Err(RowError);
+            }
             let token = next_token((0..self.num_computed).map(|p| kv[self.slot(p)]));
             yielded.push(token);
             self.token_ids.push(token);
             if self.num_computed == end {
-                return yielded;
+                return Ok(yielded);
             }
             let draft = if rng.one_in(3) { (token + 1) % VOCAB as TokenId } else { token };
             self.write(kv, self.num_computed, draft);
             if draft != token {
                 // What follows a wrong guess has been written too.
                 (self.num_computed + 1..end).for_each(|p| self.write(kv, p, 0));
-                return yielded;
+                return Ok(yielded);
             }
             self.num_computed += 1;
         }

@@ -1,6 +1,8 @@
 //! Router, stream and shard in one thread: draws what happens next, and checks everything after it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Debug;
+use std::hash::Hash;
 
 use scheduler::*;
 
@@ -22,6 +24,8 @@ enum Action {
     Notice,
     Restart,
     Expire,
+    /// The shard computes nothing for a while.
+    Stall,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -50,13 +54,26 @@ struct Client {
     golden_reason: FinishReason,
     stop: Option<TokenId>,
     emitted: Vec<TokenId>,
+    /// Ids emitted, those after a stop string included.
+    num_heard: usize,
     end: Option<End>,
     /// No event may follow.
     is_closed: bool,
-    was_admitted: bool,
+    num_admissions: u32,
     num_kills: usize,
     /// For each death while it was being computed: how much it had emitted.
     deaths: Vec<usize>,
+    suspicion: Suspicion,
+}
+
+/// Deaths that are held against a request until it has computed again all that was in flight at each of them.
+#[derive(Clone, Copy, Default)]
+struct Suspicion {
+    num_deaths: usize,
+    /// The first position in flight, if there was a death.
+    from: Option<usize>,
+    /// The length of its log that clears it.
+    until: usize,
 }
 
 /// What the shard holds of a sequence, as told by the plans and results alone.
@@ -142,6 +159,8 @@ pub struct World {
     epoch: u64,
     health: Health,
     shard: FakeShard,
+    /// The event before which the shard computes nothing.
+    stalled_until: usize,
     /// Sent, not yet run; run, not yet delivered; delivered too late.
     stream: VecDeque<StepPlan>,
     replies: VecDeque<StepResult>,
@@ -193,11 +212,15 @@ impl World {
             (Action::Notice, 5 + rng.below(20)),
             (Action::Restart, 5 + rng.below(20)),
             (Action::Expire, rare(&mut rng, 6)),
+            (Action::Stall, rare(&mut rng, 2)),
         ];
         let stems = (0..3).map(|_| (0..40).map(|_| rng.below(VOCAB as usize) as TokenId).collect()).collect();
         let mut scheduler = Scheduler::new();
         prepare(&mut scheduler);
-        assert_eq!(scheduler.add(request(vec![1], 1)), Err(Rejected::NotReady));
+        assert_eq!(
+            scheduler.add(Request { prompt: vec![1], max_new_tokens: 1, ..Request::default() }),
+            Err(Rejected::NotReady)
+        );
         assert!(scheduler.shards_ready(1, limits.clone()).is_empty());
         Self {
             weights,
@@ -205,6 +228,7 @@ impl World {
             epoch: 1,
             health: Health::Up,
             shard: FakeShard::new(&limits, 1),
+            stalled_until: 0,
             stream: VecDeque::new(),
             replies: VecDeque::new(),
             late: vec![],
@@ -260,27 +284,35 @@ impl World {
             Action::Arrive => self.arrive(),
             Action::Cancel => self.cancel(),
             Action::Plan => self.plan(),
-            Action::Run => self.run_shard(),
             Action::Deliver => self.deliver(),
             Action::DeliverLate => self.deliver_late(),
             Action::DeliverCorrupt => self.deliver_corrupt(),
-            Action::Kill if self.health == Health::Up => {
-                self.num_random_deaths += 1;
-                self.die();
-            }
             Action::Notice if self.health == Health::Dead => self.notice(),
             Action::Restart if self.health == Health::Down => self.restart(),
-            Action::Kill | Action::Notice | Action::Restart => {}
             Action::Expire => self.expire(),
+            _ => return self.on_shard(action), // the scheduler does not learn of it
         }
         self.scheduler.check();
         self.check_stats();
     }
 
+    fn on_shard(&mut self, action: Action) {
+        match action {
+            Action::Run => self.run_shard(),
+            Action::Stall => self.stalled_until = self.counts.events + self.rng.below(40),
+            Action::Kill if self.health == Health::Up => {
+                self.num_random_deaths += 1;
+                self.die();
+            }
+            _ => {}
+        }
+    }
+
     /// Adds to the trace and its digest what can be seen of the scheduler from outside.
-    fn note(&mut self, what: &dyn std::fmt::Debug) {
-        use std::fmt::Write;
-        write!(Fold(&mut self.digest), "{what:?}").expect("it only folds");
+    fn note(&mut self, what: &(impl Debug + Hash)) {
+        let mut fold = Fold(self.digest);
+        what.hash(&mut fold);
+        self.digest = fold.0;
         if let Some(trace) = &mut self.trace {
             trace.push(format!("{what:?}"));
         }
@@ -293,13 +325,20 @@ impl World {
         let stem = rng.below(3);
         let mut prompt = self.stems[stem][..rng.below(30)].to_vec();
         prompt.extend((0..rng.below(8)).map(|_| rng.below(VOCAB as usize) as TokenId));
+        let mut max_new_tokens = rng.below(16);
+        if !rng.one_in(4) {
+            // Most are made to fit, so that the tiniest pools have work.
+            prompt.truncate(self.limits.num_positions());
+            max_new_tokens = max_new_tokens.min(self.limits.num_positions() - prompt.len());
+        }
         let namespace = Namespace(rng.below(2) as u64);
         let request = Request {
+            prompt,
+            max_new_tokens,
             namespace,
             deadline: rng.one_in(3).then(|| Millis(self.now.0 + rng.below(40) as u64)),
             wants_prompt_logprobs: rng.one_in(6),
             ignore_eos: rng.one_in(6),
-            ..request(prompt, rng.below(16))
         };
         let (num_prompt, tokens) = (request.prompt.len(), request.prompt.len() + request.max_new_tokens);
         let mut place = |one_in| rng.one_in(one_in).then(|| rng.below(tokens.max(1)));
@@ -316,11 +355,13 @@ impl World {
                     golden_reason,
                     stop,
                     emitted: vec![],
+                    num_heard: 0,
                     end: None,
                     is_closed: false,
-                    was_admitted: false,
+                    num_admissions: 0,
                     num_kills: 0,
                     deaths: vec![],
+                    suspicion: Suspicion::default(),
                 };
                 assert!(self.clients.insert(id, client).is_none());
             }
@@ -348,7 +389,8 @@ impl World {
     fn expire(&mut self) {
         self.now.0 += self.rng.below(20) as u64;
         let events = self.scheduler.expire(self.now);
-        let late = |c: &Client| !c.is_closed && !c.was_admitted && c.request.deadline.is_some_and(|d| d <= self.now);
+        let late =
+            |c: &Client| !c.is_closed && c.num_admissions == 0 && c.request.deadline.is_some_and(|d| d < self.now);
         let expected = self.clients.values().filter(|c| late(c)).count();
         assert_eq!(events.len(), expected, "who waited too long ends, and nobody else");
         self.hear(events);
@@ -368,6 +410,7 @@ impl World {
         for (_, id) in self.aborts.extract_if(.., |(due, _)| *due <= now) {
             self.scheduler.abort(id);
             self.clients.get_mut(&id).expect("it asked").is_closed = true;
+            self.scheduler.check();
         }
     }
 
@@ -384,6 +427,10 @@ impl World {
     fn hear_token(&mut self, id: SequenceId, token: TokenId) {
         let client = self.clients.get_mut(&id).expect("a known request");
         assert!(!client.is_closed, "{id:?} goes on after its end");
+        client.num_heard += 1;
+        if client.request.prompt.len() + client.num_heard >= client.suspicion.until {
+            client.suspicion = Suspicion::default();
+        }
         if client.end.is_some() {
             return; // stopped; the scheduler does not know it yet
         }
@@ -403,7 +450,7 @@ impl World {
         match reason {
             FinishReason::RowError => assert!(client.fate.fails_at.is_some()),
             FinishReason::DeadlineExceeded => {
-                assert!(!client.was_admitted && client.request.deadline.is_some_and(|d| d <= self.now));
+                assert!(client.num_admissions == 0 && client.request.deadline.is_some_and(|d| d < self.now));
                 self.counts.expired += 1;
             }
             FinishReason::NoLongerFits => {
@@ -437,7 +484,7 @@ impl World {
         assert_eq!(plan.epoch, self.epoch);
         assert!(self.open.len() < self.limits.max_open_steps && plan.work.len() <= self.limits.max_running);
         assert!(plan.work.iter().map(|w| w.extent.num_tokens).sum::<usize>() <= self.limits.max_step_tokens);
-        plan.admit.iter().for_each(|a| self.shadow_admission(a));
+        plan.admit.iter().for_each(|a| self.shadow_admission(a, plan.release.len()));
         let distinct: BTreeSet<_> = plan.work.iter().map(|w| w.id).collect();
         assert_eq!(distinct.len(), plan.work.len(), "one row for each sequence");
         plan.work.iter().for_each(|w| self.shadow_work(w));
@@ -453,15 +500,18 @@ impl World {
             self.counts.preemptions += usize::from(!self.clients[id].is_closed);
         }
         self.open.push_back(plan.work.iter().map(|w| (w.id, w.extent)).collect());
+        let num_running = self.shadows.values().filter(|s| !s.is_released).count();
+        assert_eq!(self.scheduler.stats().num_running, num_running);
         self.check_blocks();
         self.check_seniority(&plan);
+        self.check_suspects();
         if self.health == Health::Up {
             self.stream.push_back(plan);
         }
     }
 
-    fn shadow_admission(&mut self, a: &Admission) {
-        self.clients.get_mut(&a.id).expect("a known request").was_admitted = true;
+    fn shadow_admission(&mut self, a: &Admission, num_releases: usize) {
+        self.clients.get_mut(&a.id).expect("a known request").num_admissions += 1;
         let client = &self.clients[&a.id];
         assert!(!client.is_closed, "{:?} is admitted after its end", a.id);
         let is_held = |id| self.shadows.get(id).is_some_and(|s| !s.is_released);
@@ -470,9 +520,15 @@ impl World {
         let log = client.request.prompt.iter().chain(&client.emitted);
         assert!(client.end.is_some() || log.eq(&a.token_ids), "an admission carries the whole log");
         assert_eq!(a.num_prompt, client.request.prompt.len());
-        assert!(a.row.0 < 2 * self.limits.max_running as u32, "the tables of the shards are large enough");
-        let in_use = self.shadows.values().any(|s| s.row == a.row && !s.is_released);
-        assert!(!in_use, "{:?} is given out while it is held", a.row);
+        let num_rows = self.limits.max_running + num_releases.min(self.limits.max_running);
+        assert!((a.row.0 as usize) < num_rows, "the tables of the shards are large enough");
+        let in_use = || self.shadows.values().filter(|s| !s.is_released).map(|s| s.row);
+        assert!(in_use().all(|row| row != a.row), "{:?} is given out while it is held", a.row);
+        let num_lower = in_use().filter(|row| *row < a.row).count();
+        assert_eq!(num_lower, a.row.0 as usize, "{:?} gets the lowest free row", a.id);
+        assert_eq!(a.incarnation, client.num_admissions, "an incarnation counts admissions");
+        let may_hide = client.suspicion.from.is_some_and(|from| from < a.num_cached);
+        assert!(!may_hide, "{:?} has to compute again what was in flight at a death", a.id);
         let owes_logprobs = client.request.wants_prompt_logprobs && a.token_ids.len() == a.num_prompt;
         assert!(!owes_logprobs || a.num_cached == 0, "{:?} cannot tell what it does not compute", a.id);
         let shadow = Shadow {
@@ -538,9 +594,13 @@ impl World {
                 assert_eq!(num_holders[block.0 as usize], 1, "{block:?} is writable and shared");
             }
         }
+        let stats = self.scheduler.stats();
+        assert_eq!(stats.num_pinned, num_holders.iter().filter(|n| **n > 0).count());
+        let can_be_hit = self.filled.keys().filter(|block| num_holders[block.0 as usize] == 0);
+        assert!(stats.num_cached <= can_be_hit.count(), "cached is what can be hit and nobody holds");
     }
 
-    /// Who has to wait for blocks sees nobody younger take one.
+    /// Who runs goes on, or has to wait for blocks; and then sees nobody younger take one.
     fn check_seniority(&self, plan: &StepPlan) {
         let has_row = |id| plan.work.iter().any(|w| w.id == id);
         let waits = |id: SequenceId, s: &Shadow| {
@@ -549,18 +609,47 @@ impl World {
             let may_go_on = s.token_ids.len() + s.num_open_samples < limit && s.kv.len() + s.num_open_tokens < limit;
             may_go_on && !s.is_released && !has_row(id)
         };
+        for (id, s) in self.shadows.iter().filter(|(id, s)| waits(**id, s)) {
+            let num_known = if s.num_open_samples > 0 { 1 } else { s.token_ids.len() - s.kv.len() - s.num_open_tokens };
+            let most = s.kv.len() + s.num_open_tokens + num_known + self.limits.max_drafts;
+            assert!(most > s.table.len() * self.limits.block_size, "{id:?} could go on and has no row");
+        }
         let first_waiting = self.shadows.iter().find(|(id, s)| waits(**id, s)).map(|(id, _)| *id);
         for row in plan.work.iter().filter(|w| first_waiting.is_some_and(|id| id < w.id)) {
             assert!(row.new_blocks.is_empty(), "{:?} takes blocks before {first_waiting:?}", row.id);
         }
     }
 
+    /// Who was there at two deaths has the shards to itself.
+    fn check_suspects(&self) {
+        let in_flight: BTreeSet<_> = self.open.iter().flatten().map(|(id, _)| *id).collect();
+        let num_held = self.shadows.values().filter(|s| !s.is_released).count();
+        let has_suspect = in_flight.iter().any(|id| self.clients[id].suspicion.num_deaths >= 2);
+        assert!(!has_suspect || in_flight.len() == 1 && num_held <= 1, "a suspect has company");
+    }
+
     fn deliver(&mut self) {
         let Some(result) = self.replies.pop_front() else { return };
         let events = self.scheduler.commit(&result).expect("an honest answer");
+        self.check_sources(&result, &events);
         self.shadow_commit(&result);
         self.hear(events);
         self.last_committed = Some(result);
+    }
+
+    /// Every id tells where in the result it stands, in order.
+    fn check_sources(&self, result: &StepResult, events: &[Event]) {
+        let asked = self.open.front().expect("an open step");
+        let source = |event: &Event| match *event {
+            Event::Token { id, token, work, index } => Some((id, token, work, index)),
+            Event::Finished { .. } => None,
+        };
+        let sources: Vec<_> = events.iter().filter_map(source).collect();
+        for &(id, token, work, index) in &sources {
+            let tokens = result.rows[work].tokens.as_ref().expect("a row with an error has no ids");
+            assert_eq!((asked[work].0, tokens[index]), (id, token));
+        }
+        assert!(sources.is_sorted_by(|a, b| (a.2, a.3) < (b.2, b.3)), "each once, in order");
     }
 
     fn shadow_commit(&mut self, result: &StepResult) {
@@ -609,18 +698,23 @@ impl World {
         if result.epoch < self.epoch || self.health == Health::Down {
             return;
         }
-        let (kind, extra) = (self.rng.below(6), vec![1; self.limits.max_drafts + 2]);
-        match (kind, result.rows.first_mut(), &self.last_committed) {
+        let (kind, extra) = (self.rng.below(10), vec![1; self.limits.max_drafts + 2]);
+        let (num_rows, i) = (result.rows.len(), self.rng.below(result.rows.len().max(1)));
+        let is_sampled = |row: &RowResult| row.tokens.as_ref().is_ok_and(|tokens| !tokens.is_empty());
+        match (kind, result.rows.get_mut(i), &self.last_committed) {
             (0, _, _) => result.epoch += 1,
             (1, _, Some(last)) if last.epoch == self.epoch => result = last.clone(),
             (2, Some(_), _) => drop(result.rows.pop()),
             (3, Some(row), _) => row.tokens = Ok(extra),
             (4, Some(row), _) => row.row.0 += 1000,
             (5, Some(row), _) => row.incarnation += 1,
+            (6, Some(row), _) if row.tokens.is_ok() => row.computed += 1,
+            (7, Some(row), _) if is_sampled(row) => row.tokens = Ok(vec![]),
+            (8, Some(_), _) if num_rows > 1 => result.rows.rotate_left(1),
             _ => result.step += 1,
         }
         let before = format!("{:?}", self.scheduler);
-        assert_eq!(self.scheduler.commit(&result), Err(ShardFault));
+        assert!(self.scheduler.commit(&result).is_err(), "{result:?} is not an answer");
         assert_eq!(format!("{:?}", self.scheduler), before, "nothing of a faulty result is applied");
         if self.health == Health::Up {
             self.num_random_deaths += 1;
@@ -632,6 +726,9 @@ impl World {
     // The shards.
 
     fn run_shard(&mut self) {
+        if self.counts.events < self.stalled_until {
+            return;
+        }
         let Some(plan) = self.stream.pop_front() else { return };
         match self.shard.run(&plan, |id| self.clients[&id].fate, &mut self.rng) {
             Ok(result) => self.replies.push_back(result),
@@ -659,8 +756,16 @@ impl World {
         let in_flight: BTreeSet<_> =
             self.open.iter().flatten().map(|(id, _)| *id).filter(|id| !self.clients[id].is_closed).collect();
         for id in &in_flight {
-            let client = self.clients.get_mut(id).expect("a known request");
+            let (client, shadow) = (self.clients.get_mut(id).expect("a known request"), &self.shadows[id]);
             client.deaths.push(client.emitted.len());
+            let from = if shadow.is_released { 0 } else { shadow.kv.len() };
+            let most_new: usize = self.open.iter().flatten().filter(|(i, _)| i == id).map(|(_, e)| e.max_new()).sum();
+            let log_len = client.request.prompt.len() + client.num_heard;
+            client.suspicion = Suspicion {
+                num_deaths: client.suspicion.num_deaths + 1,
+                from: Some(client.suspicion.from.map_or(from, |first| first.min(from))),
+                until: client.suspicion.until.max(log_len + most_new.max(1)),
+            };
         }
         self.health = Health::Down;
         self.late.extend(self.replies.drain(..));
@@ -703,27 +808,20 @@ impl World {
     }
 }
 
-/// A request without any wishes.
-fn request(prompt: Vec<TokenId>, max_new_tokens: usize) -> Request {
-    Request {
-        prompt,
-        max_new_tokens,
-        namespace: Namespace(0),
-        deadline: None,
-        wants_prompt_logprobs: false,
-        ignore_eos: false,
+/// Folds what is hashed into a digest that is the same on every machine of 64 bits.
+struct Fold(u64);
+
+impl std::hash::Hasher for Fold {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.chunks(8).for_each(|word| {
+            let mut le = [0; 8];
+            le[..word.len()].copy_from_slice(word);
+            self.0 = digest(self.0, u64::from_le_bytes(le));
+        });
     }
-}
 
-/// Folds what is written into a digest (FNV-1a), without making a string of it.
-struct Fold<'a>(&'a mut u64);
-
-impl std::fmt::Write for Fold<'_> {
-    fn write_str(&mut self, s: &str) -> std::fmt::Result {
-        for byte in s.bytes() {
-            *self.0 = (*self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3);
-        }
-        Ok(())
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 

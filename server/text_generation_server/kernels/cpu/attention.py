@@ -1,9 +1,9 @@
 """Attention over the paged cache in tiles of fixed shape, so that a row's bits depend on its own log alone.
 
-Keys are reduced in tiles of 64 from position 0. Query rows (tokens of one sequence times the query heads of one key/value
-head) form tiles of a proven number of rows. All products of one (row tile, key tile, head) are entries of batched
-matrix products of one shape; each row's maximum is taken over all tiles (exact), then sums and weighted values are added
-tile by tile in order. A tile that a row does not see adds exact zeros.
+Keys are reduced in tiles of 64 from position 0. Query rows (tokens of one sequence times the query heads of one
+key/value head) form tiles of a proven number of rows. All products of one (row tile, key tile, head) are entries of
+batched matrix products of one shape; each row's maximum is taken over all tiles (exact), then sums and weighted values
+are added tile by tile in order. A tile that a row does not see adds exact zeros.
 
 Cache: [num_blocks + 1, kv_heads, block_size, head_dim]. The last block is all zeros: what lies behind a sequence's end
 within a tile is read from there, because memory that nobody wrote may hold NaN, and zero times NaN is NaN. For the same
@@ -12,6 +12,7 @@ reason a block is cleared when its first position is written.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -108,7 +109,9 @@ def _row_tiles(
             first = np.maximum(positions[:, 0] - window + 1, 0) // TILE_KEYS
         num_key_tiles = positions[:, -1] // TILE_KEYS + 1 - first
         order = np.argsort(-num_key_tiles, kind="stable")
-        yield _Tiles(*(a[order] for a in (sequence, positions, query, real, first, num_key_tiles)))
+        yield _Tiles(
+            sequence[order], positions[order], query[order], real[order], first[order], num_key_tiles[order]
+        )
 
 
 def _cut(tiles: _Tiles, num_kv_heads: int) -> Iterator[tuple[int, int]]:
@@ -149,7 +152,7 @@ def _slab(
 
 
 def _key_units(batch: StepBatch, sequence: Ints, key_tile: Ints, num_kv_heads: int) -> Ints:
-    """Where each entry's keys lie in the cache seen as [units, unit * head_dim]: [entries * kv_heads, units per tile]."""
+    """Where the keys lie in the cache seen as [units, unit * head_dim]: [entries * kv_heads, units per tile]."""
     cache, table = batch.kv_cache, batch.block_tables.numpy()
     unit = gcd(cache.block_size, TILE_KEYS)
     position = key_tile[:, None] * TILE_KEYS + np.arange(0, TILE_KEYS, unit)
@@ -192,7 +195,7 @@ def _attend_slab(
     values = values.view(-1, rows, dim)
     for piece in _pieces(entries, dim):
         weighted = torch.bmm(scores[piece], _gather(v_units, slab.key_units[piece], dim))
-        for begin, end in zip(slab.levels, slab.levels[1:]):
+        for begin, end in pairwise(slab.levels):
             low, high = max(begin, piece.start), min(end, piece.stop)
             if low < high:
                 values[low - begin : high - begin] += weighted[low - piece.start : high - piece.start]
@@ -200,7 +203,7 @@ def _attend_slab(
 
 def _softmax_numerators(scores: Tensor, slab: Slab, sums: Tensor) -> None:
     """Replaces scores by exp(score - maximum of the row) in place, and adds these up into sums [row tiles, rows]."""
-    levels = list(zip(slab.levels, slab.levels[1:]))
+    levels = list(pairwise(slab.levels))
     tile_maximum = scores.amax(-1)
     maximum = tile_maximum[: levels[0][1]].clone()
     for begin, end in levels[1:]:

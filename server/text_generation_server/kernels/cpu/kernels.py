@@ -83,7 +83,7 @@ class CpuKernels:
     def store_kv(self, k: Tensor, v: Tensor, layer: int, batch: StepBatch) -> None:
         num_kv_heads = k.shape[1]
         begun, rows = batch.once("store", lambda: _store_index(batch, num_kv_heads))
-        for cache, new in zip(batch.kv_cache.layers[layer], (k, v)):
+        for cache, new in zip(batch.kv_cache.layers[layer], (k, v), strict=True):
             if len(begun):
                 cache.index_fill_(0, begun, 0)
             cache.view(-1, cache.shape[-1]).index_copy_(0, rows, new.reshape(-1, cache.shape[-1]))
@@ -98,7 +98,8 @@ class CpuKernels:
 
 def _mean_square(x: Tensor) -> Tensor:
     """Of each row of x [..., size] float32: [..., 1]."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1])
 
 
 def _store_index(batch: StepBatch, num_kv_heads: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def prepack(weight: Tensor) -> Multiply:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         wide = prepack(weight.float())
         return lambda x: wide(x.float()).bfloat16()
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kept = weight.clone()
         return lambda x: F.linear(x, kept)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
@@ -46,7 +46,7 @@ class StableLinear:
             x = F.pad(x, (0, 0, 0, sum(pieces) - rows))
         if len(pieces) == 1:
             return self.multiply(x)[:rows]
-        return torch.cat([self.multiply(piece) for piece in x.split(pieces)])[:rows]
+        return torch.cat([self.multiply(piece) for piece in torch.split(x, pieces)])[:rows]
 
 
 class LinearFactory:
@@ -72,7 +72,7 @@ class LinearFactory:
             counts = proven_row_counts(prepack(probe.to(weight.dtype)), x.to(weight.dtype))
             if not counts:
                 self.row_stable, counts = False, (BASE_ROWS,)
-                logger.warning("linear %d x %d %s: rows influence each other; replay is not exact", in_, out, weight.dtype)
+                logger.warning("linear %d x %d: rows influence each other; replay is not exact", in_, out)
             logger.info("linear %d x %d %s: proven at rows %s", in_, out, weight.dtype, list(counts))
             self._counts[key] = counts
         return self._counts[key]

@@ -1,4 +1,4 @@
-"""Every operation in the plainest torch there is: what the other kernels are tested against. Slow, and not row-stable."""
+"""Every operation in the plainest torch there is: what other kernels are tested against. Slow, and not row-stable."""
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ class ReferenceKernels:
 
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        layers = [(torch.zeros(shape, dtype=spec.dtype), torch.zeros(shape, dtype=spec.dtype)) for _ in range(spec.num_layers)]
-        return KVCache(layers, num_blocks, block_size)
+        layers = [torch.zeros(2, *shape, dtype=spec.dtype) for _ in range(spec.num_layers)]
+        return KVCache([(k, v) for k, v in layers], num_blocks, block_size)
 
     def linear(self, weight: Tensor) -> Matmul:
         return lambda x: F.linear(x, weight)
@@ -41,7 +41,7 @@ class ReferenceKernels:
         return F.silu(gate) * up
 
     def store_kv(self, k: Tensor, v: Tensor, layer: int, batch: StepBatch) -> None:
-        for cache, new in zip(batch.kv_cache.layers[layer], (k, v)):
+        for cache, new in zip(batch.kv_cache.layers[layer], (k, v), strict=True):
             cache.flatten(0, 1)[batch.slots] = new
 
     def attention(self, q: Tensor, layer: int, batch: StepBatch, options: AttentionOptions) -> Tensor:

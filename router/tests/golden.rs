@@ -1,0 +1,31 @@
+//! Golden messages of the wire contract: the same files are decoded by the shards' tests.
+#![allow(missing_docs)]
+
+use prost::Message;
+use text_generation_router::shards::proto::{RowError, StepPlan, StepResult, row_error};
+
+#[test]
+fn the_golden_plan_says_what_its_description_says() {
+    let bytes = include_bytes!("../../proto/examples/step_plan.bin");
+    let plan = StepPlan::decode(&bytes[..]).unwrap();
+    assert_eq!((plan.epoch, plan.step, &plan.release[..]), (3, 41, &[5][..]));
+    let admit = &plan.admit[0];
+    assert_eq!((admit.row, admit.sequence, admit.incarnation, admit.num_prompt), (2, 7, 1, 3));
+    assert_eq!(admit.tokens, [1, 706, 271, 300]);
+    let sampling = admit.sampling.as_ref().unwrap();
+    assert_eq!((sampling.do_sample, sampling.temperature, sampling.seed), (true, 0.75, u64::MAX));
+    let work: Vec<_> = plan.work.iter().map(|w| (w.row, w.max_query, w.max_ids, &w.new_blocks[0].ids[..])).collect();
+    assert_eq!(work, [(0, 1, 1, &[][..]), (2, 4, 1, &[9][..])]);
+    assert_eq!(plan.encode_to_vec(), bytes, "encoding gives the same bytes");
+}
+
+#[test]
+fn the_golden_result_says_what_its_description_says() {
+    let bytes = include_bytes!("../../proto/examples/step_result.bin");
+    let result = StepResult::decode(&bytes[..]).unwrap();
+    assert_eq!((result.epoch, result.step, result.table_digest), (3, 41, 0x0123_4567_89ab_cdef));
+    assert_eq!((&result.rows[0].ids[..], &result.rows[0].logprobs[..]), (&[17][..], &[-0.5][..]));
+    let message = "the model's logits are not finite".to_owned();
+    assert_eq!(result.rows[1].error, Some(RowError { kind: row_error::Kind::Numerical as i32, message }));
+    assert_eq!(result.encode_to_vec(), bytes, "encoding gives the same bytes");
+}
