@@ -32,7 +32,7 @@ def test_greedy_tokens_equal_those_of_transformers(model: Path, num_shard: int) 
 @pytest.mark.parametrize("fixture", ["llama", "llama_tp2"])
 def test_32_requests_at_once_equal_the_same_requests_alone(fixture: str, request: pytest.FixtureRequest) -> None:
     server = request.getfixturevalue(fixture)
-    cases = mixed_cases(32, max_new_tokens=48)
+    cases = mixed_cases(32, max_new_tokens=24)
     golden = alone(server, cases)
     assert_same(Crowd(server, cases).join(), golden, "32 at once")
     server.wait_clean()
@@ -157,7 +157,7 @@ def test_prompts_with_a_common_beginning_share_blocks_and_answers_stay_the_same(
 
 
 def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:
-    cases = mixed_cases(16, max_new_tokens=120)
+    cases = mixed_cases(16, max_new_tokens=60)
     with Server(LLAMA, "--dtype", "float32", "--max-batch-total-tokens", "640", "--max-total-tokens", "512") as server:
         golden = alone(server, cases)
         assert_same(Crowd(server, cases).join(), golden, "with preemption")

@@ -103,7 +103,7 @@ def assert_json_error(body: Any) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(llama: Server) -> Any:
     """Streams that run while the others are refused stay as they are; afterwards everything is back."""
-    cases = mixed_cases(2, max_new_tokens=1500)
+    cases = mixed_cases(2, max_new_tokens=800)
     golden = alone(llama, cases)
     crowd = Crowd(llama, cases)
     yield

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LLAMA, QWEN2
-from support.load import Crowd, alone, assert_same, mixed_cases
+from support.load import Crowd, assert_same, mixed_cases
 from support.server import BINARIES, Server, free_port, wait_until
 
 
@@ -155,7 +155,7 @@ def test_help_tells_every_flag_with_its_environment_variable() -> None:
 def test_sigterm_drains_and_loses_no_stream() -> None:
     cases = mixed_cases(32, max_new_tokens=150)
     with Server(LLAMA, "--dtype", "float32", "--num-shard", "2") as server:
-        golden = alone(server, cases)
+        golden = Crowd(server, cases).join()
         crowd = Crowd(server, cases)
         wait_until(lambda: min(crowd.num_emitted()) >= 1, 60, "all streams emitted")
         server.remember()
