@@ -1,5 +1,7 @@
 //! What is answered: bodies, streams, headers, and what becomes of them when somebody goes away.
 
+#![allow(clippy::unwrap_used)]
+
 mod http_common;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! `/metrics`. A process has one recorder, so this is one test in a process of its own.
 
+#![allow(clippy::unwrap_used)]
+
 mod http_common;
 
 use http_common::*;

@@ -1,5 +1,7 @@
 //! What is refused, with which status and body: by table, over real connections.
 
+#![allow(clippy::unwrap_used)]
+
 mod http_common;
 
 use std::time::{Duration, Instant};

@@ -84,6 +84,8 @@ class StepThread(threading.Thread):
     def run(self) -> None:
         try:
             self.shard = shard = self.load()
+            # Whoever reads this may join at once.
+            self.health.enter(Phase.LOADED, "loaded, waiting for the router")
             while True:
                 command = self.commands.get()
                 self.health.busy = True

@@ -69,7 +69,6 @@ class Shard:
         if config.logits_digest_dir is not None and config.rank == 0:
             self.digests = LogitsDigests(config.logits_digest_dir, os.getpid())
         health.done = health.total
-        health.enter(Phase.LOADED, "loaded, waiting for the router")
         logger.info(
             "loaded {} ({}, {} parameters, {:.1f} MB on this rank) with {} threads",
             self.plan.settings.architecture, self.plan.dtype, self.plan.num_parameters,

@@ -31,7 +31,7 @@ MOST_SHAPES = 1024
 LINE_WORDS = 16
 NUMBER, LEFT, MARK = 0, 1, 2
 
-# Looking that long costs as much as falling asleep and being woken. After each look the core is offered to others.
+# Looking that long costs about as much as to sleep and be woken. The core is offered to others after each look.
 SPIN_S = 50e-6
 # How long a rank sleeps before it looks whether its peers live.
 NAP_S = 5e-3

@@ -1,6 +1,6 @@
 //! What the HTTP tests share: a server on loopback in front of a scripted engine, and a client that sees every byte.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, dead_code)]
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
