@@ -2,6 +2,7 @@
 
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,7 @@ class Shards:
         self.end_streams()
         for process in self.processes:
             process.kill()
+        shutil.rmtree(self.folder)
 
     def process(self, rank: int) -> Process:
         flags = [

@@ -34,20 +34,39 @@ class Faults:
 
     def look(self) -> None:
         """Takes the fault out of the file, if there is one for this rank."""
-        if self._path is None or self._armed is not None or not self._path.exists():
+        if self._path is None or self._armed is not None:
             return
-        fields = dict(word.split("=", 1) for word in self._path.read_text().split())
-        if int(fields["rank"]) != self._rank:
+        try:
+            line = self._path.read_text()
+        except FileNotFoundError:
             return
-        times = int(fields.pop("times", "1")) - 1
-        if times:
-            self._path.write_text(" ".join(f"{k}={v}" for k, v in fields.items()) + f" times={times}\n")
+        # Somebody is writing it just now.
+        if not line.strip():
+            return
+        rank, times, fault = self._parse(line)
+        if rank != self._rank:
+            return
+        if times > 1:
+            words = [word for word in line.split() if not word.startswith("times=")]
+            changed = self._path.with_name(f"{self._path.name}.{self._rank}")
+            changed.write_text(" ".join([*words, f"times={times - 1}"]) + "\n")
+            changed.rename(self._path)
         else:
             self._path.unlink()
-        point, action = fields["point"], fields["action"]
-        if point not in POINTS or action not in ACTIONS:
-            raise ValueError(f"{self._path}: point is one of {POINTS}, action one of {ACTIONS}; found {fields}")
-        self._armed = Fault(point, int(fields["count"]), action)
+        self._armed = fault
+
+    def _parse(self, line: str) -> tuple[int, int, Fault]:
+        """Rank, times and fault."""
+        try:
+            fields = dict(word.split("=", 1) for word in line.split())
+            fault = Fault(fields["point"], int(fields["count"]), fields["action"])
+            rank, times = int(fields["rank"]), int(fields.get("times", "1"))
+            if fault.point in POINTS and fault.action in ACTIONS and fault.remaining > 0:
+                return rank, times, fault
+        except (ValueError, KeyError):
+            pass
+        expected = f"rank=R point={'|'.join(POINTS)} count=N action={'|'.join(ACTIONS)}"
+        raise ValueError(f"{self._path}: expected {expected}, found {line!r}")
 
     def reach(self, point: str) -> bool:
         """Acts if this is the moment. Returns whether the action is one that the caller carries out (`nan`)."""
