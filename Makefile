@@ -36,7 +36,8 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd server && ../$(VENV)/bin/mypy
-	$(PYTHON) -m pytest -q server/tests/test_tidy.py integration-tests/test_tidy.py
+	$(PYTHON) -m pytest -q server/tests/test_tidy.py
+	$(PYTHON) -m pytest -q integration-tests/test_tidy.py
 
 test: install test-rust test-python test-integration
 

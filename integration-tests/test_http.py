@@ -144,7 +144,7 @@ def test_the_length_limit_is_exact(llama: Server) -> None:
 
 
 def test_a_huge_text_is_refused_quickly(llama: Server) -> None:
-    for text in ("a" * 1_900_000, "\n" * 1_900_000):
+    for text in ("a" * 1_900_000, "\n" * 900_000):
         started = time.monotonic()
         status, body = llama.post("/generate", {"inputs": text})
         assert status == 422, body

@@ -64,7 +64,7 @@ def main() -> int:
     print(
         "Try it yourself:\n\n"
         f"  curl -N http://127.0.0.1:{options.port}/generate_stream -H 'Content-Type: application/json' \\\n"
-        f"    -d '{{\"inputs\": \"{PROMPT}\", \"parameters\": {{\"max_new_tokens\": 40}}}}'\n\n"
+        f'    -d \'{{"inputs": "{PROMPT}", "parameters": {{"max_new_tokens": 40}}}}\'\n\n'
         "Serving until Ctrl-C.",
         flush=True,
     )

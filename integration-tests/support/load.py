@@ -1,7 +1,6 @@
 """Many requests at once, and what the same requests give alone."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +62,7 @@ class Crowd:
     def _run(self, server: Server, i: int, case: Case) -> None:
         try:
             self.answers[i] = server.stream(case.inputs, on_event=lambda a: self._note(i, a), **dict(case.parameters))
-        except Exception as error:  # noqa: BLE001 - whatever a client can meet is a failure of the server
+        except Exception as error:
             self.failures.append(f"case {i}: {error!r}")
 
     def _note(self, i: int, answer: Answer) -> None:
@@ -85,13 +84,12 @@ def alone(server: Server, cases: list[Case]) -> list[Answer]:
     return [server.stream(case.inputs, **dict(case.parameters)) for case in cases]
 
 
-def assert_same(answers: list[Answer], golden: list[Answer], what: str, key: Callable[[Answer], Any] | None = None) -> None:
+def assert_same(answers: list[Answer], golden: list[Answer], what: str) -> None:
     """Every stream equals its golden one: ids, texts, log-probabilities, finish reason, indices."""
     for i, (answer, expected) in enumerate(zip(answers, golden, strict=True)):
         assert answer.error is None, f"{what}: stream {i} ended with {answer.error}"
         if not answer.same_as(expected):
-            first = next((k for k, (a, b) in enumerate(zip(answer.events, expected.events)) if a != b), "the length")
-            raise AssertionError(
-                f"{what}: stream {i} differs at {first}: {answer.events[first] if isinstance(first, int) else len(answer.events)}"
-                f" instead of {expected.events[first] if isinstance(first, int) else len(expected.events)}"
-            )
+            pairs = zip(answer.events, expected.events, strict=False)
+            differing = [(k, a, b) for k, (a, b) in enumerate(pairs) if a != b]
+            first = differing[0] if differing else (len(answer.events), len(expected.events))
+            raise AssertionError(f"{what}: stream {i} differs: (at, found, expected) = {first}")

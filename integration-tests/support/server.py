@@ -90,7 +90,12 @@ class Server:
     """`with Server(model, *flags) as server`: started and ready, then drained and gone without a trace."""
 
     def __init__(
-        self, model: Path | str, *flags: str, env: dict[str, str] | None = None, wait: bool = True, port: int | None = None
+        self,
+        model: Path | str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        wait: bool = True,
+        port: int | None = None,
     ) -> None:
         self.port = port or free_port()
         self.scratch = Path(tempfile.mkdtemp(prefix="tgs-"))
@@ -113,7 +118,9 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if self.process is not None and self.process.poll() is None:
                 code = self.stop()

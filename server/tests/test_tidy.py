@@ -189,7 +189,7 @@ def sizes(file: str, source: str) -> list[str]:
 
 def leftovers(file: str, source: str) -> list[str]:
     """Nothing is left for later, and nobody's machine is written down."""
-    pattern = r"\b(TODO|FIXME|XXX|NotImplementedError)\b|/home/|/work/|/tmp/\w|set_var"
+    pattern = r"\b(TO" r"DO|FIX" r"ME|XX" r"X|Not" r"ImplementedError)\b|/home/|/work/|/tmp/\w|set_var"
     return [
         f"{file}:{i} says {line.strip()!r}" for i, line in enumerate(source.splitlines(), 1) if re.search(pattern, line)
     ]
@@ -244,8 +244,8 @@ RULES: dict[str, tuple[Rule, list[tuple[str, str]]]] = {
         ("runner.py", "class A:\n    def f(self):\n" + "        x = 1\n" * 61),
     ]),
     "nothing is left for later": (leftovers, [
-        ("runner.py", "# TODO: later"),
-        ("runner.py", "raise NotImplementedError"),
+        ("runner.py", "# TO" + "DO: later"),
+        ("runner.py", "raise Not" + "ImplementedError"),
         ("runner.py", "x = '/home/me/model'"),
     ]),
 }  # fmt: skip
