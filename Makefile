@@ -13,12 +13,13 @@ PYTHON := $(VENV)/bin/python
 CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
 
-.PHONY: help install run check test test-rust test-python test-integration test-gpu simulate bench clean
+.PHONY: help install run check test test-full test-rust test-python test-integration simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
 	@echo "make run       serve MODEL=$(MODEL) on PORT=$(PORT) and stream an answer; Ctrl-C ends it"
 	@echo "make test      every test: Rust, Python, integration"
+	@echo "make test-full the Python and integration tests with every type and number of shards"
 	@echo "make check     the fast lints: rustfmt, clippy, ruff, mypy, tidy"
 	@echo "make simulate  a million random schedules of the scheduler (COUNT=..., FIRST=...)"
 	@echo "make bench     the benchmarks; see benchmark/README.md"
@@ -49,6 +50,11 @@ test-python: install
 
 test-integration: install
 	$(PYTHON) -m pytest integration-tests
+
+# With every type and number of shards where `make test` takes a sample.
+test-full: install
+	FULL=1 $(PYTHON) -m pytest server/tests
+	FULL=1 $(PYTHON) -m pytest integration-tests
 
 # A million schedules take about ten minutes on one core.
 simulate: COUNT ?= 1000000

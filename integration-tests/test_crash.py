@@ -1,5 +1,6 @@
 """A shard, a router or the launcher dies or hangs in the middle; no client notices."""
 
+import contextlib
 import os
 import random
 import signal
@@ -139,8 +140,10 @@ def test_a_router_killed_between_two_ranks_is_started_again(tmp_path: Path) -> N
         router = server.router_pid()
         fault.with_suffix(".new").write_text("point=between_ranks count=20 action=kill\n")
         fault.with_suffix(".new").rename(fault)
-        with pytest.raises(Exception):  # noqa: B017 - the connection breaks in one way or another
+        # The connection breaks in one way or another.
+        with contextlib.suppress(Exception):
             server.stream(CASES[0].inputs, **dict(CASES[0].parameters))
+        assert not fault.exists(), "the router struck itself"
         server.wait_ready()
         assert server.router_pid() != router
         after = server.wait_clean()
@@ -167,8 +170,12 @@ def read_digests(directory: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("num_shard", [1, 2])
+# Four minutes for all of them; `make test-full` runs them all.
+BITS = [("bfloat16", 2), ("float32", 1), ("float32", 2), ("bfloat16", 1)]
+NUM_BITS = len(BITS) if os.environ.get("FULL") else 2
+
+
+@pytest.mark.parametrize(("dtype", "num_shard"), BITS[:NUM_BITS])
 def test_the_logits_of_a_row_have_the_same_bits_in_all_circumstances(
     dtype: str, num_shard: int, tmp_path: Path
 ) -> None:

@@ -100,8 +100,13 @@ pub struct RankState {
     pub live_rows: Option<u32>,
 }
 
-/// Listens, for the owner alone.
+/// Listens, for the owner alone. The socket of a router that was killed is replaced; that of one that lives is not.
 pub fn bind(socket: &Path) -> io::Result<UnixListener> {
+    let is_abandoned = std::os::unix::net::UnixStream::connect(socket)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if is_abandoned {
+        std::fs::remove_file(socket)?;
+    }
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
@@ -151,4 +156,20 @@ async fn rank_state(address: RankAddress, shard: Option<Arc<dyn Shard>>, generat
     let (step, live_rows) = health.as_ref().map(|health| (health.step, health.num_rows)).unzip();
     let phase = health.map_or("unreachable".into(), |health| health.phase);
     RankState { rank, process_id, incarnation, generation, phase, step, live_rows }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_socket_of_a_router_that_was_killed_is_replaced_and_that_of_a_living_one_is_not() {
+        let socket = std::env::temp_dir().join(format!("admin-{}", std::process::id()));
+        let killed = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        drop(killed); // leaves the file behind, as SIGKILL does
+        let living = bind(&socket).unwrap();
+        assert_eq!(bind(&socket).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(living);
+        std::fs::remove_file(&socket).unwrap();
+    }
 }
