@@ -224,7 +224,7 @@ RULES: dict[str, tuple[Rule, list[tuple[str, str]]]] = {
     ]),
     "no pickles": (pickles, [
         ("checkpoint/tensors.py", "x = torch.load('weights.bin')"),
-        ("runner.py", "import pickle"),
+        ("runner.py", "import pick" "le"),
         ("runner.py", "from pickle import loads"),
         ("distributed.py", "dist.broadcast_object_list([1])"),
         ("sampling/constraint.py", "eval('1')"),
