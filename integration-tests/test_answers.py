@@ -1,5 +1,6 @@
 """What the server answers, compared with transformers and with itself in other circumstances."""
 
+import http.client
 import json
 import random
 import threading
@@ -95,11 +96,13 @@ def test_an_end_token_that_only_the_generation_config_names_ends_the_answer(llam
 
 def test_truncate_keeps_the_last_tokens(llama: Server) -> None:
     tokenizer = Tokenizer.from_file(str(LLAMA / "tokenizer.json"))
-    prompt = "the first words are dropped, and then In the beginning God created"
-    kept = tokenizer.encode(prompt).ids[-4:]
-    answer = llama.stream(prompt, max_new_tokens=8, truncate=4)
-    assert answer.events[-1]["details"]["input_length"] == 4
-    assert len(kept) == 4
+    first, second = (
+        f"{start} In the beginning God created" for start in ("some words,", "and others that are dropped,")
+    )
+    assert tokenizer.encode(first).ids[-4:] == tokenizer.encode(second).ids[-4:]
+    answers = [llama.stream(prompt, max_new_tokens=8, truncate=4) for prompt in (first, second)]
+    assert [answer.events[-1]["details"]["input_length"] for answer in answers] == [4, 4]
+    assert_same(answers[:1], answers[1:], "what was dropped has no effect")
 
 
 def test_a_prompt_longer_than_a_step_gives_the_same_answer() -> None:
@@ -135,8 +138,6 @@ def test_aborts_at_random_points_return_everything(llama: Server) -> None:
 
 
 def test_a_dropped_connection_ends_an_answer_in_one_piece_too(llama: Server) -> None:
-    import http.client
-
     connection = http.client.HTTPConnection("127.0.0.1", llama.port)
     body = {"inputs": "A list is a", "parameters": {"max_new_tokens": 1900, "ignore_eos_token": True}}
     connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
+from conftest import LLAMA
 from support.load import Crowd, alone, assert_same, mixed_cases
-from support.server import Server, wait_until
+from support.server import JSON_HEADERS, Server, wait_until
 
-JSON = {"Content-Type": "application/json"}
 BIG = 4294967296
 
 REFUSED_PARAMETERS: list[dict[str, Any]] = [
@@ -166,7 +166,7 @@ def test_a_body_beyond_the_limit_is_413(llama: Server) -> None:
         ("GET", "/generate", {}, 405),
         ("DELETE", "/health", {}, 405),
         ("GET", "/nothing", {}, 404),
-        ("POST", "/v1/nothing", JSON, 404),
+        ("POST", "/v1/nothing", JSON_HEADERS, 404),
     ],
 )
 def test_every_rejection_is_json(llama: Server, method: str, path: str, headers: dict[str, str], status: int) -> None:
@@ -211,14 +211,12 @@ def test_the_root_route_answers_with_a_list_or_a_stream(llama: Server) -> None:
 
 
 def test_beyond_the_concurrency_limit_a_request_is_refused_at_once() -> None:
-    from conftest import LLAMA
-
     with Server(LLAMA, "--max-concurrent-requests", "4") as server:
         crowd = Crowd(server, mixed_cases(4, max_new_tokens=600))
         wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
         for path in ("/generate", "/generate_stream"):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-            connection.request("POST", path, b'{"inputs":"a"}', JSON)
+            connection.request("POST", path, b'{"inputs":"a"}', JSON_HEADERS)
             response = connection.getresponse()
             body = json.loads(response.read())
             assert response.status == 429 and int(response.headers["Retry-After"]) >= 1
