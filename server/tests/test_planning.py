@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from harness import LLAMA, QWEN2
 from safetensors.torch import load_file, save_file
+from text_generation_server.checkpoint.model_config import read_settings
 from text_generation_server.checkpoint.tensors import Checkpoint
-from text_generation_server.errors import CheckpointError, ConfigError, ShardError
+from text_generation_server.errors import CheckpointError, ConfigError
 from text_generation_server.planning import plan_model
 
 
@@ -49,7 +50,7 @@ def test_planning_does_not_import_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"world_size": 3}, "4 attention heads do not divide over 3 shards"),
+        ({"world_size": 3}, "4 attention heads do not divide over 3 shards; expected one of 1, 2, 4"),
         ({"world_size": 0}, "do not divide over 0 shards"),
         ({"quantize": "gptq"}, "--quantize gptq is not served yet"),
         ({"dtype": "float16"}, "--dtype float16 is not served on cpu"),
@@ -63,12 +64,20 @@ def test_a_setting_that_cannot_be_served_is_refused(arguments: dict[str, Any], m
         plan_model(LLAMA, **({"world_size": 1} | arguments))
 
 
-@pytest.mark.parametrize(("kv_heads", "world_size", "ok"), [(2, 4, True), (4, 2, True), (3, 2, False), (3, 6, True)])
-def test_key_heads_are_shared_out_or_shared(kv_heads: int, world_size: int, ok: bool, copy: Path) -> None:
-    change_config(copy, num_attention_heads=12, num_key_value_heads=kv_heads)
-    with pytest.raises(ShardError) as error:  # the tensors do not fit in any case; the heads are checked first
-        plan_model(copy, world_size=world_size)
-    assert ("key/value heads" in str(error.value)) is not ok
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "world_size", "held"),
+    [(12, 2, 4, 1), (12, 4, 2, 2), (12, 3, 2, 3), (12, 3, 6, 1), (12, 2, 3, 2), (12, 4, 3, 4)],
+)
+def test_a_rank_keeps_the_key_heads_that_its_query_heads_need(
+    num_heads: int, kv_heads: int, world_size: int, held: int, copy: Path
+) -> None:
+    change_config(copy, num_attention_heads=num_heads, num_key_value_heads=kv_heads)
+    assert read_settings(copy).kv_heads_per_rank(world_size) == held
+    needed = {
+        rank: {head * kv_heads // num_heads for head in range(num_heads) if head * world_size // num_heads == rank}
+        for rank in range(world_size)
+    }
+    assert max(map(len, needed.values())) <= held
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_a_tensor_of_integers_is_refused(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].char()
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has dtype I8; expected one of F32, F16, BF16"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has dtype I8; expected F32 or F16 or BF16"):
         plan_model(copy, world_size=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kernels.interface import Kernels
+from .kernels.interface import Kernels, Matmul
+from .quantization.read import read_weight
 
 if TYPE_CHECKING:
     from .checkpoint.tensors import Checkpoint
-    from .quantization.format import WeightFormat
+    from .quantization.format import LinearOf, Part
 
 
 class Collectives(Protocol):
@@ -65,17 +66,14 @@ class TensorParallel:
         part = total // self.size
         return range(self.rank * part, (self.rank + 1) * part)
 
+    def share_evenly(self, total: int) -> range:
+        """As `share`, but ranks own one more or less where `total` does not divide."""
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
     def share_unevenly(self, total: int) -> range:
         """As `share`, but the last ranks own fewer, or nothing, where `total` does not divide."""
         part = -(-total // self.size)
         return range(min(self.rank * part, total), min((self.rank + 1) * part, total))
-
-    def share_kv_heads(self, num_kv_heads: int) -> range:
-        """As `share`, but ranks have a head in common where there are fewer heads than ranks."""
-        if num_kv_heads >= self.size:
-            return self.share(num_kv_heads)
-        head = self.rank * num_kv_heads // self.size
-        return range(head, head + 1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Loader:
     """The place of one module in the checkpoint, and everything its layers are made with."""
 
     checkpoint: Checkpoint
-    format_for: Callable[[str], WeightFormat]
+    linear_of: LinearOf  # how the checkpoint stores the linear of a name
     tp: TensorParallel
     kernels: Kernels
     dtype: torch.dtype
@@ -102,3 +100,36 @@ class Loader:
         lazy = self.checkpoint[self.prefix + name]
         part = lazy.read() if rows is None else lazy.read({0: rows})
         return part.to(self.kernels.device, self.dtype)
+
+    def tensor_or_zeros(self, name: str, rows: range) -> Tensor:
+        """Some elements of a vector; zeros if the checkpoint has none of that name."""
+        if self.has(name):
+            return self.tensor(name, rows)
+        return torch.zeros(len(rows), dtype=self.dtype, device=self.kernels.device)
+
+    def matmul(self, parts: Sequence[Part], columns: range | None = None) -> Matmul:
+        """The product with the rows of the linears `parts` in order, and only the IN features `columns` (None: all).
+
+        The parts are one matrix as far as they are stored alike.
+        """
+        linears = [(part, self.linear_of(self.prefix + part.name)) for part in parts]
+        weights = read_weight(self.checkpoint, self.prefix, linears, columns, self.dtype)
+        matmuls = []
+        while weights:
+            weight = weights.pop(0)
+            if isinstance(weight, Tensor):
+                matmuls.append(self.kernels.linear(weight.to(self.kernels.device)))
+            else:
+                label = self.prefix + "+".join(part.name for part in parts)
+                matmuls.append(self.kernels.quantized_linear(weight, self.dtype, label))
+        return matmuls[0] if len(matmuls) == 1 else SideBySide(matmuls)
+
+
+class SideBySide:
+    """Matrices that cannot be one, such as q, k and v of different bits: their results follow each other along OUT."""
+
+    def __init__(self, matmuls: Sequence[Matmul]):
+        self.matmuls = matmuls
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([matmul(x) for matmul in self.matmuls], -1)

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.index import TensorInfo, read_index
-from .checkpoint.model_config import ModelSettings, read_eos_token_ids, read_settings
+from .checkpoint.index import TensorInfo, read_index, read_json
+from .checkpoint.model_config import CONFIG_NAME, ModelSettings, read_eos_token_ids, read_settings
 from .errors import CheckpointError, ConfigError
 from .kernels.select import compute_dtype
+from .quantization.config import Quantization, read_quantization
+from .quantization.dense import Dense
+from .quantization.format import StoredLinear
+from .quantization.spec import FLOATS, Shape
 
-_STORED_DTYPES = ("F32", "F16", "BF16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -21,6 +25,8 @@ class ModelPlan:
     model_dir: Path
     settings: ModelSettings
     index: Mapping[str, TensorInfo]
+    quantization: Quantization
+    linears: Mapping[str, StoredLinear]  # by full name
     world_size: int
     dtype: str  # of weights, activations and cache: float32 or bfloat16
     eos_token_ids: tuple[int, ...]
@@ -37,6 +43,8 @@ class ModelPlan:
             "architecture": self.settings.architecture,
             "world_size": self.world_size,
             "dtype": self.dtype,
+            "quantize": self.quantization.method,
+            "quantization": self.quantization.describe(),
             "num_layers": self.settings.num_layers,
             "num_parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
@@ -57,8 +65,6 @@ def plan_model(
         ConfigError: a setting or a value of config.json that cannot be served.
         CheckpointError: a file or a tensor that is missing, damaged or of the wrong shape.
     """
-    if quantize is not None:
-        raise ConfigError(f"--quantize {quantize} is not served yet; leave it out to serve the weights as they are")
     chosen = compute_dtype(device, dtype)
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such folder; expected one with config.json and *.safetensors")
@@ -66,118 +72,153 @@ def plan_model(
     check_shards(settings, world_size)
     eos_token_ids = read_eos_token_ids(model_dir, settings.vocab_size)
     index = read_index(model_dir)
-    expected = expected_tensors(settings)
-    check_tensors(index, expected, settings, model_dir)
+    quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, quantize)
+    linears = {
+        name: StoredLinear(shape, quantization.format_of(name)) for name, shape in linear_shapes(settings).items()
+    }
+    stored = check_tensors(index, linears, settings, model_dir)
     return ModelPlan(
         model_dir=model_dir,
         settings=settings,
         index=index,
+        quantization=quantization,
+        linears=linears,
         world_size=world_size,
         dtype=chosen,
         eos_token_ids=eos_token_ids,
-        num_parameters=sum(_numel(shape) for shape in expected.values()),
-        weight_bytes=sum(index[name].num_bytes for name in expected),
-        weight_bytes_per_rank=parameters_per_rank(settings, world_size) * _BYTES[chosen],
+        num_parameters=sum(
+            prod(shape) for shape in (*linear_shapes(settings).values(), *other_tensors(settings).values())
+        ),
+        weight_bytes=sum(index[name].num_bytes for name in stored),
+        weight_bytes_per_rank=weight_bytes_per_rank(settings, linears, world_size, _BYTES[chosen]),
         kv_bytes_per_token_per_rank=(
-            2 * settings.num_layers * max(1, settings.num_kv_heads // world_size) * settings.head_dim * _BYTES[chosen]
+            2 * settings.num_layers * settings.kv_heads_per_rank(world_size) * settings.head_dim * _BYTES[chosen]
         ),
     )
 
 
-def expected_tensors(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the model reads, by name, with its shape."""
+def linear_shapes(settings: ModelSettings) -> dict[str, Shape]:
+    """Every linear of the model by its full name, with its features over all ranks."""
     hidden, size = settings.hidden_size, settings.intermediate_size
     q, kv = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (size, hidden),
-        "mlp.up_proj.weight": (size, hidden),
-        "mlp.down_proj.weight": (hidden, size),
+    layer = {
+        "self_attn.q_proj": Shape(q, hidden),
+        "self_attn.k_proj": Shape(kv, hidden),
+        "self_attn.v_proj": Shape(kv, hidden),
+        "self_attn.o_proj": Shape(hidden, q),
+        "mlp.gate_proj": Shape(size, hidden),
+        "mlp.up_proj": Shape(size, hidden),
+        "mlp.down_proj": Shape(hidden, size),
     }
-    if settings.qkv_bias:
-        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-    if settings.output_bias:
-        layer |= {"self_attn.o_proj.bias": (hidden,)}
-    if settings.mlp_bias:
-        layer |= {"mlp.gate_proj.bias": (size,), "mlp.up_proj.bias": (size,), "mlp.down_proj.bias": (hidden,)}
-    if settings.qk_norm:
-        layer |= {f"self_attn.{name}_norm.weight": (settings.head_dim,) for name in "qk"}
+    linears = {f"model.layers.{i}.{name}": shape for i in range(settings.num_layers) for name, shape in layer.items()}
+    if not settings.tie_word_embeddings:
+        linears["lm_head"] = Shape(settings.vocab_size, hidden)
+    return linears
+
+
+def biased(settings: ModelSettings, linear: str) -> bool:
+    """Whether the architecture gives this linear a bias."""
+    match linear.rsplit(".", 1)[-1]:
+        case "q_proj" | "k_proj" | "v_proj":
+            return settings.qkv_bias
+        case "o_proj":
+            return settings.output_bias
+        case "gate_proj" | "up_proj" | "down_proj":
+            return settings.mlp_bias
+    return False
+
+
+def other_tensors(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
+    """Every tensor that is not a linear's weight (embedding, norms, biases), by name, with its shape."""
+    hidden = settings.hidden_size
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (settings.vocab_size, hidden)}
     for i in range(settings.num_layers):
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        names = ["input_layernorm", "post_attention_layernorm"]
+        tensors |= {f"model.layers.{i}.{name}.weight": (hidden,) for name in names}
+        if settings.qk_norm:
+            tensors |= {f"model.layers.{i}.self_attn.{n}_norm.weight": (settings.head_dim,) for n in "qk"}
     tensors["model.norm.weight"] = (hidden,)
-    if not settings.tie_word_embeddings:
-        tensors["lm_head.weight"] = (settings.vocab_size, hidden)
-    return tensors
+    linears = linear_shapes(settings)
+    return tensors | {f"{name}.bias": (shape.out,) for name, shape in linears.items() if biased(settings, name)}
 
 
-def parameters_per_rank(settings: ModelSettings, world_size: int) -> int:
-    """Weights that rank 0 holds; no rank holds more."""
-    q_rows = settings.num_heads // world_size * settings.head_dim
-    kv_rows = max(1, settings.num_kv_heads // world_size) * settings.head_dim
-    local = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-    size, vocab = settings.intermediate_size // world_size, -(-settings.vocab_size // world_size)
+def weight_bytes_per_rank(
+    settings: ModelSettings, linears: Mapping[str, StoredLinear], world_size: int, dtype_bytes: int
+) -> int:
+    """Memory of the weights that rank 0 holds; no rank holds more."""
+    kv_rows = settings.kv_heads_per_rank(world_size) * settings.head_dim
     total = 0
-    for name, shape in expected_tensors(settings).items():
-        module, kind = name.split(".")[-2:]
-        if module in local:
-            shape = (local[module], *shape[1:])
-        elif module in ("gate_proj", "up_proj"):
-            shape = (size, *shape[1:])
-        elif module in ("embed_tokens", "lm_head"):
-            shape = (vocab, *shape[1:])
-        elif module in ("o_proj", "down_proj") and kind == "weight":
-            shape = (shape[0], q_rows if module == "o_proj" else size)
-        total += _numel(shape)
+    for name, linear in linears.items():
+        out, in_ = linear.shape
+        match name.rsplit(".", 1)[-1]:
+            case "k_proj" | "v_proj":
+                out = kv_rows
+            case "o_proj" | "down_proj":
+                in_ = -(-in_ // world_size)
+            case _:
+                out = -(-out // world_size)
+        total += linear.format.held_bytes(Shape(out, in_), dtype_bytes)
+    for name, shape in other_tensors(settings).items():
+        split = world_size if name == "model.embed_tokens.weight" else 1
+        if name.endswith(("k_proj.bias", "v_proj.bias")):
+            shape = (kv_rows,)
+        elif name.endswith(".bias") and not name.endswith(("o_proj.bias", "down_proj.bias")):
+            split = world_size
+        total += -(-shape[0] // split) * prod(shape[1:]) * dtype_bytes
     return total
 
 
 def check_shards(settings: ModelSettings, world_size: int) -> None:
-    """Refuses a number of shards over which heads or features do not divide."""
-    for name, count in (("attention heads", settings.num_heads), ("intermediate features", settings.intermediate_size)):
-        if world_size < 1 or count % world_size:
-            raise ConfigError(
-                f"{count} {name} do not divide over {world_size} shards; expected a number that divides {count}"
-            )
-    kv = settings.num_kv_heads
-    if kv % world_size and world_size % kv:
+    """Refuses a number of shards over which the heads do not divide. Everything else is cut anywhere."""
+    heads, features = settings.num_heads, settings.intermediate_size
+    if world_size < 1 or heads % world_size or features < world_size:
+        served = (str(size) for size in range(1, heads + 1) if heads % size == 0 and features >= size)
         raise ConfigError(
-            f"{kv} key/value heads cannot be shared out to {world_size} shards; expected a divisor or multiple of {kv}"
+            f"{heads} attention heads do not divide over {world_size} shards; expected one of {', '.join(served)}"
         )
 
 
 def check_tensors(
-    index: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], settings: ModelSettings, where: Path
-) -> None:
-    """Refuses a checkpoint that lacks a tensor, has one of another shape or dtype, or one that nothing would read."""
-    for name, shape in expected.items():
-        if name not in index:
-            raise CheckpointError(f"{where}: tensor {name} is missing; expected it with shape {list(shape)}")
-        info = index[name]
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)} from config.json"
-            )
-        if info.dtype not in _STORED_DTYPES:
-            raise CheckpointError(
-                f"{info.path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(_STORED_DTYPES)}"
-            )
+    index: Mapping[str, TensorInfo], linears: Mapping[str, StoredLinear], settings: ModelSettings, where: Path
+) -> list[str]:
+    """The tensors that the model reads.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape or dtype, or there is one that nothing would read.
+    """
+    others = other_tensors(settings)
+    for name, shape in others.items():
+        _check_tensor(index, name, shape, FLOATS, where)
+    known = set(others)
+    for linear, (shape, format_) in ((name, (stored.shape, stored.format)) for name, stored in linears.items()):
+        for spec in format_.specs(shape):
+            name = f"{linear}.{spec.suffix}"
+            if not spec.optional or name in index:
+                _check_tensor(index, name, spec.shape(shape), spec.dtypes, where)
+                known.add(name)
+        # Some quantizers give every linear a bias.
+        if f"{linear}.bias" in index and format_ != Dense():
+            _check_tensor(index, f"{linear}.bias", (shape.out,), FLOATS, where)
+            known.add(f"{linear}.bias")
     ignored = {"lm_head.weight"} if settings.tie_word_embeddings else set()
-    unread = [n for n in index if n not in expected and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    unread = [n for n in index if n not in known and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
     if unread:
         raise CheckpointError(
             f"{index[unread[0]].path}: tensor {unread[0]} and {len(unread) - 1} more are not part of a "
-            f"{settings.architecture} as config.json describes it; expected no other tensors"
+            f"{settings.architecture} as its configuration describes it; expected no other tensors"
         )
+    return [name for name in index if name in known]
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _check_tensor(
+    index: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], where: Path
+) -> None:
+    if name not in index:
+        raise CheckpointError(f"{where}: tensor {name} is missing; expected it with shape {list(shape)}")
+    info = index[name]
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)} from the configuration"
+        )
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"{info.path}: tensor {name} has dtype {info.dtype}; expected {' or '.join(dtypes)}")

@@ -119,7 +119,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": 2e4, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 20000.0; expected 10000.0"),
     ({"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling is"),
     ({"sliding_window": 5}, "sliding_window is 5; expected null"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq, which is not served yet"),
     (of("Qwen2ForCausalLM") | {"num_key_value_heads": 2, "layer_types": ["full_attention"]}, "layer_types is"),
     (of("Qwen2ForCausalLM") | {"num_key_value_heads": 2, "layer_types": ["sliding_attention"] * 4}, "layer_types is"),
 ]

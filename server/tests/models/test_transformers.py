@@ -16,7 +16,6 @@ from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.loading import Alone, Loader, TensorParallel
 from text_generation_server.models import registry
 from text_generation_server.planning import plan_model
-from text_generation_server.quantization.registry import format_for
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -105,6 +104,18 @@ def test_logits_equal_transformers(name: str, size: int, kernels: CpuKernels, tm
     assert all(not log.logits for logs in results[1:] for log in logs)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("num_kv_heads", "name"), [(2, "llama"), (4, "llama"), (6, "llama"), (4, "qwen3")])
+def test_three_shards_whose_query_heads_share_key_heads_unevenly(
+    num_kv_heads: int, name: str, kernels: CpuKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, _ = CONFIGS[name]
+    sizes = SIZES | {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": num_kv_heads}
+    monkeypatch.setitem(CONFIGS, name, (cls, cls.config_class(**sizes, head_dim=8)))
+    model = save(name, tmp_path)
+    results = run_ranks(3, lambda tp: generate(tmp_path, tp, kernels, chunk=7))
+    check(results[0], model)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3-window"])
 def test_logits_of_the_reference_kernels_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path)
@@ -157,7 +168,7 @@ def test_a_rank_reads_its_own_slices_only(path: Path, size: int, kernels: CpuKer
 
     def work(tp: TensorParallel) -> int:
         checkpoint = Checkpoint(plan.index)
-        loader = Loader(checkpoint, format_for, tp, kernels, torch.float32, plan.settings.hidden_size)
+        loader = Loader(checkpoint, plan.linears.__getitem__, tp, kernels, torch.float32, plan.settings.hidden_size)
         registry.build(loader, plan.settings)
         return checkpoint.bytes_read
 

@@ -31,6 +31,7 @@ class TensorInfo:
     path: Path
     dtype: str  # a key of DTYPE_BYTES
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
     @property
     def num_bytes(self) -> int:
@@ -110,13 +111,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     spans: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        tensors[name], begin, end = _parse_entry(path, name, entry)
+        tensors[name], begin, end = _parse_entry(path, name, entry, 8 + length)
         spans.append((begin, end, name))
     _check_coverage(path, sorted(spans), size - 8 - length)
     return tensors
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+def _parse_entry(path: Path, name: str, entry: Any, data_begins: int) -> tuple[TensorInfo, int, int]:
     where = f"{path}: tensor {_short(name)}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by {_short(entry)}; expected dtype, shape and data_offsets")
@@ -127,7 +128,7 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
         raise CheckpointError(f"{where} has shape {_short(shape)}; expected a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has data_offsets {_short(offsets)}; expected [begin, end]")
-    info = TensorInfo(name, path, dtype, tuple(shape))
+    info = TensorInfo(name, path, dtype, tuple(shape), data_begins + offsets[0])
     if offsets[1] - offsets[0] != info.num_bytes:
         raise CheckpointError(
             f"{where} has {offsets[1] - offsets[0]} bytes; expected {info.num_bytes} for {dtype} of shape {shape}"

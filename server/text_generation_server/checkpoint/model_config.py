@@ -5,6 +5,7 @@ the default that transformers documents. A value that no code here implements is
 silently ignored is garbage text. (The dtype that a configuration names is not read: the headers of the files say it.)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class ModelSettings:
     # Queries and keys are normalized per head.
     qk_norm: bool
     tie_word_embeddings: bool
+
+    def kv_heads_per_rank(self, world_size: int) -> int:
+        """How many key/value heads each rank keeps: see `layers.attention.Heads.kv_of`."""
+        owned = self.num_heads // world_size
+        return owned // math.gcd(owned, self.num_heads // self.num_kv_heads)
 
 
 @dataclass(frozen=True)
@@ -184,13 +190,6 @@ def _read_architecture(config: _Reader) -> str:
 
 
 def _refuse_what_is_not_implemented(config: _Reader) -> None:
-    quantization = config.table("quantization_config") or config.table("compression_config")
-    if quantization is not None:
-        method = quantization.values.get("quant_method", "an unnamed method")
-        raise ConfigError(
-            f"{config.path}: the weights are quantized with {method}, which is not served yet; expected a checkpoint "
-            "of float32, float16 or bfloat16 weights"
-        )
     config.must_be("hidden_act", "silu")
     config.must_be("pretraining_tp", 1)
     config.must_be("is_encoder_decoder", False)

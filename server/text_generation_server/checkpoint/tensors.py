@@ -1,24 +1,35 @@
 """The tensors of a checkpoint, read slice by slice when asked for."""
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .index import TensorInfo
 
+# By the names that safetensors headers use.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64,
+    "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+
 
 class Checkpoint:
-    """Every tensor of a model folder by its full name. Files are mapped into memory while this object is open."""
+    """Every tensor of a model folder by its full name. Files are mapped into memory while this object is open.
+
+    Pages of the mapping are given back after each read: what was read counts once, as the copy that is kept.
+    """
 
     def __init__(self, index: Mapping[str, TensorInfo], on_read: Callable[[int], None] = lambda num_bytes: None):
         self._index, self._on_read = index, on_read
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, mmap.mmap] = {}
         self.bytes_read = 0
 
     def __contains__(self, name: str) -> bool:
@@ -31,21 +42,39 @@ class Checkpoint:
 
     def close(self) -> None:
         """Gives the mapped files back. What was read stays valid."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def read(self, info: TensorInfo, ranges: Mapping[int, range]) -> Tensor:
-        """A copy of the tensor, or of `ranges` of its dimensions. Touches the bytes of these only."""
-        if info.path not in self._files:
-            self._files[info.path] = safe_open(str(info.path), framework="pt")
-        stored = self._files[info.path].get_slice(info.name)
-        whole = (range(size) for size in info.shape)
-        cut = tuple(slice(r.start, r.stop) for r in (ranges.get(dim, r) for dim, r in enumerate(whole)))
-        tensor: Tensor = stored[cut] if cut else self._files[info.path].get_tensor(info.name)
+        """A copy of the tensor, or of `ranges` of its dimensions. Touches the pages of these only."""
+        file, dtype = self._map(info.path), DTYPES[info.dtype]
+        tensor = _copy(file, info, dtype, ranges) if info.num_bytes else torch.empty(info.shape, dtype=dtype)
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
         self._on_read(num_bytes)
-        # Slices may be views into the mapped file.
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._files:
+            try:
+                with path.open("rb") as file:
+                    # A private copy that is never written: torch wants memory that it may write.
+                    self._files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        return self._files[path]
+
+
+def _copy(file: mmap.mmap, info: TensorInfo, dtype: torch.dtype, ranges: Mapping[int, range]) -> Tensor:
+    # As bytes first: a tensor may begin at any byte of the file.
+    data = torch.frombuffer(file, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
+    stored = (data if info.offset % dtype.itemsize == 0 else data.clone()).view(dtype).view(info.shape)
+    for dim, r in ranges.items():
+        stored = stored.narrow(dim, r.start, len(r))
+    tensor = stored.clone(memory_format=torch.contiguous_format)
+    file.madvise(mmap.MADV_DONTNEED)
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +87,11 @@ class LazyTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.info.shape
+
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{self.info.path}: tensor {self.info.name}"
 
     def read(self, ranges: Mapping[int, range] | None = None) -> Tensor:
         """The tensor as stored, or only `ranges` of its dimensions."""

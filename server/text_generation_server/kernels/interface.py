@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..batch import StepBatch
+    from .weights import QuantizedWeight
 
 
 class Matmul(Protocol):
@@ -73,6 +74,13 @@ class Kernels(Protocol):
 
     def linear(self, weight: Tensor) -> Matmul:
         """Prepares a dense weight [out, in], of the dtype of the activations, for repeated use. May keep `weight`."""
+        ...
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
+        """Prepares a quantized weight for activations of `dtype`: the best product that fits brings it into its layout.
+
+        label: names the layer in the log, once for each kind of layer, with why better products did not fit.
+        """
         ...
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ What differs between architectures is data: how heads are laid out in the checkp
 options of the attention kernel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,21 +28,35 @@ class Heads:
 
     def q_rows(self, tp: TensorParallel) -> range:
         """Features of the query heads that this rank owns."""
-        return _rows(tp.share(self.num), self.dim)
+        owned = tp.share(self.num)
+        return range(owned.start * self.dim, owned.stop * self.dim)
 
-    def kv_rows(self, tp: TensorParallel) -> range:
-        """Features of the key (or value) heads that this rank owns."""
-        return _rows(tp.share_kv_heads(self.num_kv), self.dim)
+    def kv_of(self, tp: TensorParallel) -> list[int]:
+        """The key/value heads that this rank needs, in the order of its query heads, the same number on every rank.
 
+        Each serves as many query heads of this rank. Where that does not come out even (12 query and 4 key/value heads
+        on 3 ranks: heads 0 to 3 of the first need 0, 0, 0 and 1) a head is held more than once.
+        """
+        owned, sharing = tp.share(self.num), self.num // self.num_kv
+        run = math.gcd(len(owned), sharing)
+        return [first // sharing for first in range(owned.start, owned.stop, run)]
 
-def _rows(heads: range, dim: int) -> range:
-    return range(heads.start * dim, heads.stop * dim)
+    def kv_rows(self, tp: TensorParallel) -> tuple[range, ...]:
+        """Features of the key (or value) heads of `kv_of`, neighbours together."""
+        runs: list[range] = []
+        for head in self.kv_of(tp):
+            rows = range(head * self.dim, (head + 1) * self.dim)
+            if runs and runs[-1].stop == rows.start:
+                runs[-1] = range(runs[-1].start, rows.stop)
+            else:
+                runs.append(rows)
+        return tuple(runs)
 
 
 def separate_qkv(load: Loader, heads: Heads) -> list[Part]:
     """Three linears, each [heads * dim, hidden]."""
-    q, kv = heads.q_rows(load.tp), heads.kv_rows(load.tp)
-    return [Part("q_proj", (q,)), Part("k_proj", (kv,)), Part("v_proj", (kv,))]
+    kv = heads.kv_rows(load.tp)
+    return [Part("q_proj", (heads.q_rows(load.tp),)), Part("k_proj", kv), Part("v_proj", kv)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.interface import Matmul
 from ..loading import Loader, TensorParallel
-from ..quantization.format import Part, Region, read_weight
+from ..quantization.format import Part
 
 
 class Linear:
@@ -33,17 +33,14 @@ class RowParallel:
 
 
 def load_columns(load: Loader, parts: Sequence[Part]) -> Linear:
-    """One linear computing the rows of `parts`, merged in order (q, k, v; or gate, up). Parts share one format."""
-    format_ = load.format_for(load.prefix + parts[0].name)
-    weight = read_weight(load.checkpoint, load.prefix, format_, parts)
-    matmul = format_.matmul(weight, Region(tuple(p.size for p in parts), None, load.dtype), load.kernels)
-    biases = [load.tensor(f"{p.name}.bias", r) for p in parts if load.has(f"{p.name}.bias") for r in p.rows]
-    return Linear(matmul, torch.cat(biases) if biases else None)
+    """One linear computing the rows of `parts` (q, k, v; or gate, up) in order."""
+    if not any(load.has(f"{p.name}.bias") for p in parts):
+        return Linear(load.matmul(parts), None)
+    biases = [load.tensor_or_zeros(f"{p.name}.bias", r) for p in parts for r in p.rows]
+    return Linear(load.matmul(parts), torch.cat(biases))
 
 
 def load_row_parallel(load: Loader, name: str, size: int, columns: range) -> RowParallel:
     """The IN features `columns` of a linear with `size` OUT features."""
-    format_ = load.format_for(load.prefix + name)
-    weight = read_weight(load.checkpoint, load.prefix, format_, [Part(name, (range(size),))], columns)
-    matmul = format_.matmul(weight, Region((size,), columns, load.dtype), load.kernels)
+    matmul = load.matmul([Part(name, (range(size),))], columns)
     return RowParallel(matmul, load.tp, load.tensor(f"{name}.bias") if load.has(f"{name}.bias") else None)

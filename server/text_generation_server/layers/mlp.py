@@ -11,7 +11,7 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, load: Loader, size: int):
-        rows = load.tp.share(size)
+        rows = load.tp.share_evenly(size)
         self.kernels = load.kernels
         self.gate_up = load_columns(load, [Part("gate_proj", (rows,)), Part("up_proj", (rows,))])
         self.down = load_row_parallel(load, "down_proj", load.hidden_size, rows)

@@ -55,6 +55,6 @@ def build(load: Loader, settings: ModelSettings, positions: PositionsOf = rotate
         blocks,
         RMSNorm(model / "norm", settings.rms_norm_eps),
         tied_head(load, embedding, settings.vocab_size) if tied else load_head(load, "lm_head", settings.vocab_size),
-        CacheSpec(settings.num_layers, len(load.tp.share_kv_heads(heads.num_kv)), heads.dim, load.dtype),
+        CacheSpec(settings.num_layers, settings.kv_heads_per_rank(load.tp.size), heads.dim, load.dtype),
         load.kernels,
     )

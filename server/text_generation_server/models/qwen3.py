@@ -11,7 +11,7 @@ from .decoder import Decoder
 
 def build(load: Loader, settings: ModelSettings) -> Decoder:
     num_q = len(load.tp.share(settings.num_heads))
-    num_kv = len(load.tp.share_kv_heads(settings.num_kv_heads))
+    num_kv = settings.kv_heads_per_rank(load.tp.size)
 
     def normalized(attention: Loader, rotary: Rotary) -> Positions:
         return Positions(rotary, HeadNorm(attention, num_q, num_kv, settings.rms_norm_eps))

@@ -11,7 +11,6 @@ from ..errors import ConfigError
 from ..kernels.interface import Kernels
 from ..loading import Loader, TensorParallel
 from ..planning import ModelPlan
-from ..quantization.registry import format_for
 from .decoder import Decoder
 
 MODULES = {
@@ -42,7 +41,7 @@ def load_model(
     checkpoint = Checkpoint(plan.index, on_read)
     try:
         dtype: torch.dtype = getattr(torch, plan.dtype)
-        loader = Loader(checkpoint, format_for, tp, kernels, dtype, plan.settings.hidden_size)
+        loader = Loader(checkpoint, plan.linears.__getitem__, tp, kernels, dtype, plan.settings.hidden_size)
         return build(loader, plan.settings)
     finally:
         checkpoint.close()

@@ -1,64 +1,100 @@
-"""What a weight looks like on disk, and the one routine that slices and merges it.
+"""What a way to store weights must answer: which tensors there are, and what they mean. Never imports torch itself.
 
-A linear layer maps IN features to OUT features. A checkpoint stores it as one or more tensors, and every dimension of
-each of those runs along IN, along OUT, or along neither. A `TensorSpec` states that; with it, tensor parallelism and
-the merging of q/k/v or gate/up are written once, here, for every format. A format is chosen per layer (`registry.py`),
-says what is stored (`decode`, `specs`) and prepares the multiplication (`matmul`); it never sees a model or a rank.
+A format is chosen for each layer (`config.py`). It declares the stored tensors (`specs`) and turns what was read of
+them into codes, scales and zero points (`decode`); it never sees a model, a rank or a kernel.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from .spec import Cut, Shape, TensorSpec
 
-from ..errors import CheckpointError
-from ..kernels.interface import Kernels, Matmul
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..kernels.weights import Coding
 
 
 class Stored(Protocol):
-    """A tensor that can be read in part: a `LazyTensor`, or what a format decodes from some."""
+    """A tensor that can be read in part."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        ...
+
     def read(self, ranges: Mapping[int, range] | None = None) -> Tensor: ...
 
 
-class Along(Enum):
-    """What a dimension of a stored tensor counts."""
+class Source(Protocol):
+    """Where stored tensors come from, by full name."""
 
-    IN = auto()
-    OUT = auto()
-    NEITHER = auto()
+    def __contains__(self, name: str) -> bool: ...
 
-
-class Axis(NamedTuple):
-    """One dimension of a stored tensor; each of its elements covers `features` logical features."""
-
-    along: Along
-    features: int = 1
+    def __getitem__(self, name: str) -> Stored: ...
 
 
-class Merge(Enum):
-    """How tensors that do not run along OUT are combined when weights are merged."""
+class Piece(NamedTuple):
+    """What was read of one stored tensor."""
 
-    SAME = auto()  # must be equal, one is kept (an index over IN)
-    PER_PART = auto()  # one is kept for each part (a scale of the whole tensor)
+    tensor: Tensor
+    first: tuple[int, ...]  # the first feature (or flattened value) that each dimension covers; 0 along neither
+    where: str
+
+
+class Decoded(NamedTuple):
+    """A cut of a quantized matrix. Rows and columns are those of the cut, and nothing else."""
+
+    coding: Coding
+    codes: Tensor  # uint8 [rows, columns]
+    scales: Tensor  # [rows, groups], a floating dtype of at most 32 bits, finite
+    zeros: Tensor | None  # uint8 [rows, groups], of `Integer` codes; None: 2 ** (bits - 1)
+    group_of: Tensor  # int64 [columns]: which column of `scales` belongs to each IN feature
+
+
+class WeightFormat(Protocol):
+    """A way to store a linear layer's weight. Formats are values: equal ones store alike."""
+
+    @property
+    def name(self) -> str:
+        """What it is, in a few words, for logs: `gptq 4 bits, groups of 128`."""
+        ...
+
+    def specs(self, shape: Shape) -> tuple[TensorSpec, ...]:
+        """The stored tensors of a linear of this shape.
+
+        Raises:
+            CheckpointError: no linear of this shape can be stored so.
+        """
+        ...
+
+    def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded | Tensor:
+        """From what was read of the tensors, by suffix, to the cut. Pieces hold the cut widened to whole granules.
+
+        A Tensor is a weight that is not quantized, floating [rows, columns].
+
+        Raises:
+            CheckpointError: the tensors hold something that the format does not allow.
+        """
+        ...
+
+    def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
+        """Memory that the weight takes once loaded. dtype_bytes: of an element of the activations."""
+        ...
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One of the tensors that make up a weight: its name behind the layer's, its dimensions."""
+class StoredLinear:
+    """How the checkpoint stores one linear."""
 
-    suffix: str
-    axes: tuple[Axis, ...]
-    merge: Merge = Merge.SAME
-
-    def dim(self, along: Along) -> int | None:
-        return next((i for i, axis in enumerate(self.axes) if axis.along is along), None)
+    shape: Shape
+    format: WeightFormat
 
 
 @dataclass(frozen=True)
@@ -73,84 +109,4 @@ class Part:
         return sum(len(r) for r in self.rows)
 
 
-@dataclass(frozen=True)
-class Region:
-    """The part of a merged weight that a rank computes."""
-
-    out_sizes: tuple[int, ...]  # OUT features of each part
-    columns: range | None  # IN features; None: all
-    dtype: torch.dtype  # of the activations
-
-
-class WeightFormat(Protocol):
-    """A way to store a linear layer's weight."""
-
-    @property
-    def specs(self) -> tuple[TensorSpec, ...]: ...
-
-    def decode(self, stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-        """From the tensors on disk, by suffix, to those that `specs` describes. Reads nothing by itself."""
-        ...
-
-    def matmul(self, tensors: Mapping[str, Tensor], region: Region, kernels: Kernels) -> Matmul:
-        """Brings a weight that was sliced and merged into the layout of the kernel that multiplies it."""
-        ...
-
-
-class Source(Protocol):
-    """Where stored tensors come from, by full name."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def __getitem__(self, name: str) -> Stored: ...
-
-
-def read_weight(
-    source: Source, prefix: str, format_: WeightFormat, parts: Sequence[Part], columns: range | None = None
-) -> dict[str, Tensor]:
-    """Reads the rows of `parts`, and only the IN features `columns`, merged along OUT.
-
-    Raises:
-        CheckpointError: a tensor is missing, or a boundary falls inside an element that covers several features.
-    """
-    decoded = []
-    for part in parts:
-        names = {spec.suffix: f"{prefix}{part.name}.{spec.suffix}" for spec in format_.specs}
-        decoded.append(format_.decode({suffix: source[name] for suffix, name in names.items()}))
-    weight = {}
-    for spec in format_.specs:
-        pieces = [_read_part(spec, d[spec.suffix], p, columns) for d, p in zip(decoded, parts, strict=True)]
-        weight[spec.suffix] = _merge(spec, pieces, parts)
-    return weight
-
-
-def _read_part(spec: TensorSpec, stored: Stored, part: Part, columns: range | None) -> Tensor:
-    cut: dict[int, range] = {}
-    if columns is not None and (dim := spec.dim(Along.IN)) is not None:
-        cut[dim] = _elements(spec, part.name, stored.shape[dim], dim, columns)
-    out = spec.dim(Along.OUT)
-    if out is None:
-        return stored.read(cut)
-    pieces = [stored.read(cut | {out: _elements(spec, part.name, stored.shape[out], out, r)}) for r in part.rows]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, out)
-
-
-def _elements(spec: TensorSpec, name: str, stored_size: int, dim: int, features: range) -> range:
-    """The stored elements that hold `features` along `dim`."""
-    per = spec.axes[dim].features
-    if features.start % per or (features.stop % per and features.stop != stored_size * per):
-        raise CheckpointError(
-            f"{name}.{spec.suffix}: features {features.start} to {features.stop} cut through an element of {per}; "
-            "use fewer shards"
-        )
-    return range(features.start // per, -(-features.stop // per))
-
-
-def _merge(spec: TensorSpec, pieces: list[Tensor], parts: Sequence[Part]) -> Tensor:
-    if (dim := spec.dim(Along.OUT)) is not None:
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-    if spec.merge is Merge.PER_PART:
-        return torch.stack(pieces)
-    if any(not torch.equal(piece, pieces[0]) for piece in pieces):
-        raise CheckpointError(f"{', '.join(p.name for p in parts)}: {spec.suffix} differs, so they cannot be merged")
-    return pieces[0]
+LinearOf = Callable[[str], StoredLinear]

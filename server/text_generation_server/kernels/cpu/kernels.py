@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ...batch import StepBatch
 from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
+from ..weights import QuantizedWeight
 from .attention import TILE_KEYS, TILE_ROWS, attend, plan_tiles
 from .linear import LinearFactory
 from .proofs import cancelling, elements_are_independent, proven_tile_rows, rows_are_independent
+from .quantized import QuantizedLinearFactory
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._linear = LinearFactory()
+        self._quantized = QuantizedLinearFactory()
         self._tile_rows: dict[int, tuple[int, ...]] = {}
         self._unstable: list[str] = []
         exponents = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 10
@@ -32,7 +35,7 @@ class CpuKernels:
 
     @property
     def row_stable(self) -> bool:
-        return self._linear.row_stable and not self._unstable
+        return self._linear.row_stable and self._quantized.row_stable and not self._unstable
 
     def _note(self, what: str, holds: bool) -> None:
         if not holds:
@@ -61,6 +64,9 @@ class CpuKernels:
 
     def linear(self, weight: Tensor) -> Matmul:
         return self._linear(weight)
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
+        return self._quantized(weight, dtype, label)
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

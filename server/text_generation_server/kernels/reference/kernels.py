@@ -6,6 +6,24 @@ from torch import Tensor
 
 from ...batch import StepBatch
 from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
+from ..weights import QuantizedWeight
+
+
+class Dequantized:
+    """y = x W.T with some rows of W made into numbers at a time."""
+
+    BLOCK = 1024
+
+    def __init__(self, weight: QuantizedWeight):
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight.order is not None:
+            x = x.index_select(-1, self.weight.order)
+        blocks = range(0, self.weight.out_features, self.BLOCK)
+        return torch.cat(
+            [F.linear(x, self.weight.dequantize(slice(i, i + self.BLOCK)).to(x.dtype)) for i in blocks], -1
+        )
 
 
 class ReferenceKernels:
@@ -24,6 +42,9 @@ class ReferenceKernels:
 
     def linear(self, weight: Tensor) -> Matmul:
         return lambda x: F.linear(x, weight)
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
+        return Dequantized(weight)
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight[ids]

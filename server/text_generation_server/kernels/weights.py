@@ -1,0 +1,179 @@
+"""A quantized matrix in memory: one form for every checkpoint format, from which each matmul makes its own layout.
+
+w[o, i] = (value(code[o, i]) - zero[o, g(i)]) * scale[o, g(i)], where g(i) is the group of IN feature i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Widths of the planes that hold a code's bits, the low bits first.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class Integer:
+    """An unsigned code is a number. Without zero points of its own a matrix has 2 ** (bits - 1)."""
+
+    bits: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A 4-bit code is a place in a table of 16 numbers (nf4, fp4)."""
+
+    values: tuple[float, ...]
+    bits: int = 4
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A code is an 8-bit float: e4m3fn or e5m2."""
+
+    kind: str
+    bits: int = 8
+
+
+Coding = Integer | Table | Float8
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """[out, in] in a few bits per element.
+
+    planes: codes as `pack` lays them out.
+    scales: [out, groups] float32, float16 or bfloat16.
+    zeros:  [out, groups] uint8, of `Integer` only; None: 2 ** (bits - 1).
+    groups: features in each group (the last may have fewer), or int64 [in], the group of every place.
+    order:  int64 [in], the IN feature at each place; None: features are in their own order.
+    """
+
+    coding: Coding
+    in_features: int
+    planes: tuple[Tensor, ...]
+    scales: Tensor
+    zeros: Tensor | None
+    groups: int | Tensor
+    order: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return len(self.scales)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    @property
+    def num_bytes(self) -> int:
+        parts = [
+            *self.planes,
+            self.scales,
+            *(t for t in (self.zeros, self.order, self.groups) if isinstance(t, Tensor)),
+        ]
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    @cached_property
+    def _table(self) -> Tensor:
+        assert isinstance(self.coding, Table)
+        return torch.tensor(self.coding.values, dtype=torch.float32, device=self.device)
+
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """Of some rows, one to a byte: uint8 [rows, in], by place."""
+        return unpack([plane[rows] for plane in self.planes], self.coding.bits, self.in_features)
+
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+        """Some rows as float32 [rows, in], by place (see `order`)."""
+        codes = self.codes(rows)
+        match self.coding:
+            case Integer(bits):
+                values = codes.float()
+                if self.zeros is None:
+                    values -= 2 ** (bits - 1)
+            case Table():
+                values = self._table[codes.int()]
+            case Float8(kind):
+                values = codes.view(FLOAT8[kind]).float()
+        scales, zeros = self.scales[rows].float(), None if self.zeros is None else self.zeros[rows].float()
+        if isinstance(self.groups, Tensor):
+            if zeros is not None:
+                values -= zeros[:, self.groups]
+            return values.mul_(scales[:, self.groups])
+        whole = self.in_features // self.groups * self.groups
+        for part, group in ((values[:, :whole], slice(whole // self.groups)), (values[:, whole:], slice(-1, None))):
+            if part.numel():
+                grouped = part.view(len(part), -1, min(self.groups, part.shape[1]))
+                if zeros is not None:
+                    grouped -= zeros[:, group, None]
+                grouped *= scales[:, group, None]
+        return values
+
+
+FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """codes uint8 [rows, in] -> one uint8 [rows, ceil(in * width / 8)] per plane.
+
+    A byte of a plane of width w holds 8 / w features that lie a whole plane apart: byte j those at j, j + n, j + 2n...
+    for a plane of n bytes. So packing and unpacking move contiguous runs.
+    """
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        part = (codes >> shift) & (2**width - 1) if bits < 8 else codes
+        slots = 8 // width
+        size = -(-codes.shape[1] // slots)
+        plane = codes.new_zeros(len(codes), size)
+        for slot in range(slots):
+            run = part[:, slot * size : (slot + 1) * size]
+            plane[:, : run.shape[1]] |= run << (slot * width)
+        planes.append(plane)
+        shift += width
+    return tuple(planes)
+
+
+def unpack(planes: Sequence[Tensor], bits: int, in_features: int) -> Tensor:
+    """The inverse of `pack`: uint8 [rows, in]."""
+    if bits == 8:
+        return planes[0]
+    codes, shift = planes[0].new_zeros(len(planes[0]), in_features), 0
+    for width, plane in zip(PLANES[bits], planes, strict=True):
+        size = plane.shape[1]
+        for slot in range(8 // width):
+            run = codes[:, slot * size : (slot + 1) * size]
+            run |= ((plane[:, : run.shape[1]] >> (slot * width)) & (2**width - 1)) << shift
+        shift += width
+    return codes
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights that are `alike`, one after another along OUT."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    planes = tuple(torch.cat(parts) for parts in zip(*(w.planes for w in weights), strict=True))
+    zeros = None if first.zeros is None else torch.cat([w.zeros for w in weights if w.zeros is not None])
+    scales = torch.cat([w.scales for w in weights])
+    return QuantizedWeight(first.coding, first.in_features, planes, scales, zeros, first.groups, first.order)
+
+
+def alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether both can be one matrix: same coding, groups and order of features."""
+    return (
+        (a.coding, a.in_features, a.scales.dtype) == (b.coding, b.in_features, b.scales.dtype)
+        and a.scales.shape[1] == b.scales.shape[1]
+        and (a.zeros is None) == (b.zeros is None)
+        and _same(a.groups, b.groups)
+        and _same(a.order, b.order)
+    )
+
+
+def _same(a: int | Tensor | None, b: int | Tensor | None) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

@@ -1,0 +1,174 @@
+"""The one routine that slices stored weights and brings them together: written once for every format and every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kernels.weights import QuantizedWeight, alike, concatenate, pack
+from .format import Decoded, Part, Piece, Source, StoredLinear
+from .spec import Along, Cut, TensorSpec
+
+# Values that are decoded at once: a few times as many bytes exist beside the weight for a moment.
+CHUNK_VALUES = 1 << 23
+# Chunks begin at multiples of this row, so that few of them cut a granule.
+CHUNK_ROWS = 128
+
+
+def read_weight(
+    source: Source, prefix: str, linears: Sequence[tuple[Part, StoredLinear]], columns: range | None, dtype: torch.dtype
+) -> list[Tensor | QuantizedWeight]:
+    """Reads the rows of each part, and only the IN features `columns` (None: all), merged along OUT where they can be.
+
+    The matrices returned follow each other along OUT. Those that are not quantized are of `dtype`.
+
+    Raises:
+        CheckpointError: a tensor is missing or holds what its format does not allow.
+    """
+    weights: list[Tensor | QuantizedWeight] = []
+    for part, linear in linears:
+        for weight in _read_part(source, prefix + part.name, part, linear, columns, dtype):
+            weights.append(weight)
+    merged: list[list[Tensor | QuantizedWeight]] = []
+    for weight in weights:
+        if merged and _can_follow(merged[-1][0], weight):
+            merged[-1].append(weight)
+        else:
+            merged.append([weight])
+    del weights
+    return [_concatenate(run) for run in merged]
+
+
+def _can_follow(first: Tensor | QuantizedWeight, weight: Tensor | QuantizedWeight) -> bool:
+    if isinstance(first, QuantizedWeight) and isinstance(weight, QuantizedWeight):
+        return alike(first, weight)
+    return isinstance(first, Tensor) and isinstance(weight, Tensor)
+
+
+def _concatenate(run: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+    quantized = [w for w in run if isinstance(w, QuantizedWeight)]
+    if quantized:
+        return concatenate(quantized)
+    dense = [w for w in run if isinstance(w, Tensor)]
+    return dense[0] if len(dense) == 1 else torch.cat(dense)
+
+
+def _read_part(
+    source: Source, name: str, part: Part, linear: StoredLinear, columns: range | None, dtype: torch.dtype
+) -> Iterator[Tensor | QuantizedWeight]:
+    wanted = range(linear.shape.in_) if columns is None else columns
+    once = _read_without_rows(source, name, linear, Cut(linear.shape, range(0), wanted))
+    for rows in part.rows:
+        assembly = _Assembly(len(rows), len(wanted), dtype)
+        for chunk in _chunks(rows, len(wanted)):
+            cut = Cut(linear.shape, chunk, wanted)
+            pieces = once | {
+                spec.suffix: _read_piece(source, name, spec, cut)
+                for spec in linear.format.specs(linear.shape)
+                if spec.suffix not in once and (not spec.optional or f"{name}.{spec.suffix}" in source)
+            }
+            assembly.add(linear.format.decode(pieces, cut), chunk.start - rows.start)
+        yield assembly.finish()
+
+
+def _chunks(rows: range, num_columns: int) -> Iterator[range]:
+    size = max(CHUNK_ROWS, CHUNK_VALUES // max(1, num_columns) // CHUNK_ROWS * CHUNK_ROWS)
+    first = rows.start
+    while first < rows.stop:
+        last = min(rows.stop, (first // CHUNK_ROWS) * CHUNK_ROWS + size)
+        yield range(first, last)
+        first = last
+
+
+def _read_without_rows(source: Source, name: str, linear: StoredLinear, cut: Cut) -> dict[str, Piece]:
+    """The tensors that do not depend on the rows: read once for all of them."""
+    return {
+        spec.suffix: _read_piece(source, name, spec, cut)
+        for spec in linear.format.specs(linear.shape)
+        if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes)
+        and (not spec.optional or f"{name}.{spec.suffix}" in source)
+    }
+
+
+def _read_piece(source: Source, name: str, spec: TensorSpec, cut: Cut) -> Piece:
+    stored = source[f"{name}.{spec.suffix}"]
+    expected = spec.shape(cut.shape)
+    if stored.shape != expected:
+        raise CheckpointError(f"{stored.where} has shape {list(stored.shape)}; expected {list(expected)}")
+    ranges, first = {}, []
+    for dim, axis in enumerate(spec.axes):
+        if axis.along is Along.NEITHER:
+            first.append(0)
+            continue
+        ranges[dim], begin = axis.cover(cut.along(axis.along))
+        first.append(begin)
+    return Piece(stored.read(ranges), tuple(first), stored.where)
+
+
+class _Assembly:
+    """Puts decoded chunks of rows together into one matrix."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype):
+        self.rows, self.columns, self.dtype = rows, columns, dtype
+        self.dense: Tensor | None = None
+        self.first: Decoded | None = None
+
+    def add(self, chunk: Decoded | Tensor, at: int) -> None:
+        if isinstance(chunk, Tensor):
+            if len(chunk) == self.rows:
+                self.dense = chunk.to(self.dtype)
+                return
+            if self.dense is None:
+                self.dense = torch.empty(self.rows, self.columns, dtype=self.dtype)
+            self.dense[at : at + len(chunk)] = chunk
+            return
+        if self.first is None:
+            self._begin(chunk)
+        assert self.first is not None and self.first.coding == chunk.coding
+        assert torch.equal(self.first.group_of, chunk.group_of), "groups of IN features do not depend on the row"
+        rows = slice(at, at + len(chunk.codes))
+        codes = chunk.codes if self.order is None else chunk.codes[:, self.order]
+        for plane, new in zip(self.planes, pack(codes, chunk.coding.bits), strict=True):
+            plane[rows] = new
+        self.scales[rows] = chunk.scales[:, self.select]
+        if self.zeros is not None:
+            assert chunk.zeros is not None
+            self.zeros[rows] = chunk.zeros[:, self.select]
+
+    def _begin(self, chunk: Decoded) -> None:
+        self.first = chunk
+        self.order, self.groups, self.select = lay_out_groups(chunk.group_of)
+        sizes = [plane.shape[1] for plane in pack(chunk.codes[:1], chunk.coding.bits)]
+        self.planes = tuple(torch.empty(self.rows, size, dtype=torch.uint8) for size in sizes)
+        self.scales = torch.empty(self.rows, len(self.select), dtype=chunk.scales.dtype)
+        self.zeros = None if chunk.zeros is None else torch.empty(self.rows, len(self.select), dtype=torch.uint8)
+
+    def finish(self) -> Tensor | QuantizedWeight:
+        if self.dense is not None:
+            return self.dense
+        assert self.first is not None, "a part has rows"
+        return QuantizedWeight(
+            self.first.coding, self.columns, self.planes, self.scales, self.zeros, self.groups, self.order
+        )
+
+
+def lay_out_groups(group_of: Tensor) -> tuple[Tensor | None, int | Tensor, Tensor]:
+    """Order of features, groups of the ordered features, and the groups that these are: see `QuantizedWeight`.
+
+    group_of: int64 [in]. Features of one group are brought together. Groups that begin at multiples of a size become
+    groups of that size, also where a cut left only a part of the first (its multiples are then smaller); any others
+    are kept as an index.
+    """
+    order = None if bool((group_of[1:] >= group_of[:-1]).all()) else torch.argsort(group_of, stable=True)
+    ordered = group_of if order is None else group_of[order]
+    begins = torch.nonzero(ordered[1:] != ordered[:-1]).view(-1) + 1
+    size = math.gcd(*begins.tolist()) if len(begins) else len(group_of)
+    if -(-len(group_of) // size) <= max(2 * (len(begins) + 1), len(group_of) // 64):
+        return order, size, ordered[::size]
+    index = torch.zeros(len(group_of), dtype=torch.int64)
+    index[begins] = 1
+    return order, index.cumsum(0), ordered[torch.cat([begins.new_zeros(1), begins])]
