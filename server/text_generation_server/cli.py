@@ -105,11 +105,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what would be loaded, from the configuration and the headers of the weights alone."""
-    from .planning import plan_model
+    from .planning import preflight
 
     try:
         folder = local_folder(model_id, revision)
-        facts = plan_model(folder, world_size=num_shard, dtype=dtype, quantize=quantize).summary()
+        facts = preflight(folder, world_size=num_shard, dtype=dtype, quantize=quantize).summary()
     except ShardError as error:
         refuse(error)
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.index import TensorInfo, read_index, read_json
-from .checkpoint.model_config import CONFIG_NAME, ModelSettings, read_eos_token_ids, read_settings
+from .checkpoint.model_config import CONFIG_NAME, ModelSettings, check_tokenizer, read_eos_token_ids, read_settings
 from .errors import CheckpointError, ConfigError
 from .kernels.select import compute_dtype
 from .quantization.config import Quantization, read_quantization
@@ -95,6 +95,13 @@ def plan_model(
             2 * settings.num_layers * settings.kv_heads_per_rank(world_size) * settings.head_dim * _BYTES[chosen]
         ),
     )
+
+
+def preflight(model_dir: Path, *, world_size: int, dtype: str | None, quantize: str | None) -> ModelPlan:
+    """As `plan_model`, for a whole server: what the router needs of the folder is checked too."""
+    plan = plan_model(model_dir, world_size=world_size, dtype=dtype, quantize=quantize)
+    check_tokenizer(model_dir)
+    return plan
 
 
 def linear_shapes(settings: ModelSettings) -> dict[str, Shape]:

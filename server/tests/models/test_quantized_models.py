@@ -20,7 +20,8 @@ QUANTIZED = sorted(MODELS.glob("docs-llama-7m-*"))
 TEXT = Path(__file__).parents[1] / "texts" / "eval_public.txt"
 WINDOW = 512
 # All of the text with FULL=1; the references say the figures of its first 24 windows too.
-WINDOWS = None if os.environ.get("FULL") else 24
+FULL = bool(os.environ.get("FULL"))
+WINDOWS = None if FULL else 24
 
 
 def windows(path: Path) -> Iterator[list[int]]:
@@ -56,8 +57,12 @@ def test_there_is_a_checkpoint_of_every_maker() -> None:
     assert names == ["awq-4bit-g128", "bnb-nf4", "fp8", "gptq-4bit-g128", "w4a16-compressed-tensors"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("path", QUANTIZED, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [(path, "float32") for path in QUANTIZED]
+    + [(path, "bfloat16") for path in QUANTIZED if FULL or "gptq" in path.name or "nf4" in path.name],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_perplexity_equals_the_maker_s(path: Path, dtype: str, kernels: CpuKernels) -> None:
     reference = json.loads((path / "reference.json").read_text())["perplexity"]["eval_public.txt"]
     peer = json.loads((path / "peer.json").read_text())["first_24_windows_of_eval_public"]
@@ -87,5 +92,4 @@ def test_greedy_ids_equal_the_reference(path: Path, size: int, kernels: CpuKerne
     for log, reference in zip(run_ranks(size, work)[0], references, strict=True):  # type: ignore[call-overload]
         start = len(reference["prompt_ids"])
         found = [int(log.logits[start + i].argmax()) for i in range(len(reference["generated_ids"]))]
-        assert len(found) == 64
         assert found == reference["generated_ids"]
