@@ -194,7 +194,8 @@ def check_tensors(
         for spec in format_.specs(shape):
             name = f"{linear}.{spec.suffix}"
             if not spec.optional or name in index:
-                _check_tensor(index, name, spec.shape(shape), spec.dtypes, where)
+                found = index[name].shape if name in index else None
+                _check_tensor(index, name, spec.shape(shape, found), spec.dtypes, where)
                 known.add(name)
         # Some quantizers give every linear a bias.
         if f"{linear}.bias" in index and format_ != Dense():

@@ -64,12 +64,12 @@ def _read_part(
     once = _read_without_rows(source, name, linear, Cut(linear.shape, range(0), wanted))
     for rows in part.rows:
         assembly = _Assembly(len(rows), len(wanted), dtype)
-        for chunk in _chunks(rows, len(wanted)):
+        for chunk in _chunks(rows, _columns_read(linear, wanted)):
             cut = Cut(linear.shape, chunk, wanted)
             pieces = once | {
                 spec.suffix: _read_piece(source, name, spec, cut)
                 for spec in linear.format.specs(linear.shape)
-                if spec.suffix not in once and (not spec.optional or f"{name}.{spec.suffix}" in source)
+                if spec.suffix not in once and _is_wanted(source, name, spec)
             }
             assembly.add(linear.format.decode(pieces, cut), chunk.start - rows.start)
         yield assembly.finish()
@@ -84,27 +84,41 @@ def _chunks(rows: range, num_columns: int) -> Iterator[range]:
         first = last
 
 
+def _columns_read(linear: StoredLinear, wanted: range) -> int:
+    """How many values of a row are in memory at once."""
+    most = len(wanted)
+    for axis in (axis for spec in linear.format.specs(linear.shape) for axis in spec.axes):
+        if axis.along is Along.IN:
+            most = max(most, len(axis.cover(wanted, linear.shape)[0]) // axis.elements * axis.features)
+        elif axis.along is Along.FLAT:
+            most = linear.shape.in_
+    return most
+
+
 def _read_without_rows(source: Source, name: str, linear: StoredLinear, cut: Cut) -> dict[str, Piece]:
     """The tensors that do not depend on the rows: read once for all of them."""
     return {
         spec.suffix: _read_piece(source, name, spec, cut)
         for spec in linear.format.specs(linear.shape)
-        if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes)
-        and (not spec.optional or f"{name}.{spec.suffix}" in source)
+        if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes) and _is_wanted(source, name, spec)
     }
+
+
+def _is_wanted(source: Source, name: str, spec: TensorSpec) -> bool:
+    return spec.is_read and (not spec.optional or f"{name}.{spec.suffix}" in source)
 
 
 def _read_piece(source: Source, name: str, spec: TensorSpec, cut: Cut) -> Piece:
     stored = source[f"{name}.{spec.suffix}"]
-    expected = spec.shape(cut.shape)
+    expected = spec.shape(cut.shape, stored.shape)
     if stored.shape != expected:
         raise CheckpointError(f"{stored.where} has shape {list(stored.shape)}; expected {list(expected)}")
     ranges, first = {}, []
-    for dim, axis in enumerate(spec.axes):
+    for dim, axis in enumerate(spec.axes_of(len(stored.shape))):
         if axis.along is Along.NEITHER:
             first.append(0)
             continue
-        ranges[dim], begin = axis.cover(cut.along(axis.along))
+        ranges[dim], begin = axis.cover(cut.along(axis.along), cut.shape)
         first.append(begin)
     return Piece(stored.read(ranges), tuple(first), stored.where)
 

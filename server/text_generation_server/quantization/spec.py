@@ -8,6 +8,7 @@ that; from it follow the shape that a header must show (`planning.py`) and the e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -29,15 +30,20 @@ class Along(Enum):
     NEITHER = auto()
 
 
+ANY = -1  # elements of a dimension along NEITHER whose size says nothing
+
+
 class Axis(NamedTuple):
     """One dimension of a stored tensor: every `features` logical features, the last padded, in `elements` elements.
 
-    3-bit GPTQ: 32 features in 3 words. A dimension along NEITHER has `elements` elements.
+    3-bit GPTQ: 32 features in 3 words. A dimension along NEITHER has `elements` elements, or `ANY`. Where values can
+    only be made from more than the wanted ones, reads are widened to multiples of `reach` features, as far as they go.
     """
 
     along: Along
     features: int = 1
     elements: int = 1
+    reach: int = 1
 
     def size(self, shape: Shape) -> int:
         """How many elements the dimension has for a linear of this shape."""
@@ -45,10 +51,13 @@ class Axis(NamedTuple):
             return self.elements
         return -(-_extent(self.along, shape) // self.features) * self.elements
 
-    def cover(self, features: range) -> tuple[range, int]:
+    def cover(self, features: range, shape: Shape) -> tuple[range, int]:
         """The elements that hold `features`, widened to whole granules, and the first feature that they hold."""
-        first, last = features.start // self.features, -(-features.stop // self.features)
-        return range(first * self.elements, last * self.elements), first * self.features
+        step = math.lcm(self.features, self.reach)
+        start = features.start // step * step
+        stop = min(-(-features.stop // step) * step, _extent(self.along, shape))
+        first, last = start // self.features, -(-stop // self.features)
+        return range(first * self.elements, last * self.elements), start
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,23 @@ class TensorSpec:
     axes: tuple[Axis, ...]
     dtypes: tuple[str, ...]
     optional: bool = False
+    other_axes: tuple[Axis, ...] | None = None  # another number of dimensions that files may give it
+    is_read: bool = True  # False: files may have it, and nothing is made of it
 
-    def shape(self, shape: Shape) -> tuple[int, ...]:
-        """The shape of the tensor of a linear with these features."""
-        return tuple(axis.size(shape) for axis in self.axes)
+    def shape(self, shape: Shape, found: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The shape of the tensor of a linear with these features.
+
+        found: what a file has; decides between numbers of dimensions and says the size of one that may be any.
+        """
+        if found is None or len(found) != len(axes := self.axes_of(len(found))):
+            return tuple(axis.size(shape) for axis in self.axes)
+        return tuple(size if axis.elements == ANY else axis.size(shape) for axis, size in zip(axes, found, strict=True))
+
+    def axes_of(self, num_dimensions: int) -> tuple[Axis, ...]:
+        """The axes of a stored tensor with so many dimensions; the usual ones if it may not have so many."""
+        if self.other_axes is not None and len(self.other_axes) == num_dimensions:
+            return self.other_axes
+        return self.axes
 
 
 FLOATS = ("F32", "F16", "BF16")
