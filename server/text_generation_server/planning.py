@@ -1,5 +1,7 @@
 """config.json and the headers of the weights -> what would be loaded, in how much memory. Never imports torch."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,10 +14,13 @@ from .errors import CheckpointError, ConfigError
 from .kernels.select import compute_dtype
 from .quantization.config import Quantization, read_quantization
 from .quantization.dense import Dense
+from .quantization.detect import Request
 from .quantization.format import StoredLinear
 from .quantization.spec import FLOATS, Shape
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of layers that differ from the others, in the line about quantization.
+_MAX_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class ModelPlan:
     weight_bytes_per_rank: int  # as held by the rank that holds most
     kv_bytes_per_token_per_rank: int
 
+    def describe_quantization(self) -> str:
+        """One line: the method, its settings, where they were found, and which layers differ."""
+        by_format: dict[str, list[str]] = {}
+        for name, linear in self.linears.items():
+            by_format.setdefault(linear.format.name, []).append(name)
+        ordered = sorted(by_format, key=lambda format_: (format_ == Dense.name, -len(by_format[format_])))
+        exceptions = [f"; {format_}: {_kinds(by_format[format_])}" for format_ in ordered[1:]]
+        return self.quantization.describe() + "".join(exceptions)
+
     def summary(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
@@ -44,7 +58,7 @@ class ModelPlan:
             "world_size": self.world_size,
             "dtype": self.dtype,
             "quantize": self.quantization.method,
-            "quantization": self.quantization.describe(),
+            "quantization": self.describe_quantization(),
             "num_layers": self.settings.num_layers,
             "num_parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
@@ -56,10 +70,26 @@ class ModelPlan:
         }
 
 
+def _kinds(names: list[str]) -> str:
+    """Layers with the number of the block left out, and how many of each."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in counts.most_common(_MAX_KINDS)]
+    return ", ".join(shown) + (f" and {len(counts) - _MAX_KINDS} more kinds" if len(counts) > _MAX_KINDS else "")
+
+
 def plan_model(
-    model_dir: Path, *, world_size: int, dtype: str | None = None, quantize: str | None = None, device: str = "cpu"
+    model_dir: Path,
+    *,
+    world_size: int,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    gptq_bits: int | None = None,
+    gptq_groupsize: int | None = None,
+    device: str = "cpu",
 ) -> ModelPlan:
     """Checks that the folder can be served by `world_size` shards.
+
+    gptq_bits, gptq_groupsize: of packed tensors of which no file says it.
 
     Raises:
         ConfigError: a setting or a value of config.json that cannot be served.
@@ -72,11 +102,13 @@ def plan_model(
     check_shards(settings, world_size)
     eos_token_ids = read_eos_token_ids(model_dir, settings.vocab_size)
     index = read_index(model_dir)
-    quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, quantize)
+    request = Request(quantize, gptq_bits, gptq_groupsize)
+    quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, request)
     linears = {
         name: StoredLinear(shape, quantization.format_of(name)) for name, shape in linear_shapes(settings).items()
     }
-    stored = check_tensors(index, linears, settings, model_dir)
+    weights = {name: info for name, info in index.items() if name not in quantization.own_tensors}
+    stored = check_tensors(weights, linears, settings, model_dir)
     return ModelPlan(
         model_dir=model_dir,
         settings=settings,

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .detect import Settings
 from .format import WeightFormat
 from .methods import FLOAT8, block_structure, float8, unknown_keys
-from .pack_quantized import PackQuantized
+from .pack_quantized import BITS, PackQuantized
 from .patterns import Work
 from .rules import Targets
 
@@ -96,7 +96,9 @@ def _refuse_sparsity(settings: Settings) -> None:
     if sparsity is None or sparsity == {}:
         return
     if not isinstance(sparsity, dict) or sparsity.get("format") != "dense":
-        raise settings.error("sparsity_config", f"nothing, or format dense: sparse weights are not served; {_ELSEWHERE}")
+        raise settings.error(
+            "sparsity_config", f"nothing, or format dense: sparse weights are not served; {_ELSEWHERE}"
+        )
 
 
 def _read_group(settings: Settings, name: str, values: Any, work: Work) -> _Group | None:
@@ -136,7 +138,9 @@ def _check_activations(group: Settings) -> None:
         return
     activations = _table(group, "input_activations")
     if activations.get("type") != "float":
-        raise activations.error("type", f"float, or no input_activations: integer activations are not served; {_ELSEWHERE}")
+        raise activations.error(
+            "type", f"float, or no input_activations: integer activations are not served; {_ELSEWHERE}"
+        )
     if activations.get("num_bits") != 8:
         raise activations.error("num_bits", f"8; {_ELSEWHERE}")
 
@@ -160,7 +164,7 @@ def _integers(weights: Settings) -> PackQuantized:
     order = weights.get("actorder")
     if order not in (None, False, "group", "weight", "static", "dynamic"):
         raise weights.error("actorder", "group, weight, or nothing")
-    return PackQuantized(weights.integer("num_bits", (4, 8)), size, symmetric)
+    return PackQuantized(weights.integer("num_bits", BITS), size, symmetric)
 
 
 def _floats(weights: Settings) -> tuple[str, tuple[int, int] | None]:

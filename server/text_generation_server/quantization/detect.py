@@ -55,6 +55,7 @@ class Source:
     values: Mapping[str, Any]
     method: str | None
     keys: Mapping[str, str]
+    is_file: bool = True
 
 
 def find_sources(
@@ -84,7 +85,7 @@ def find_sources(
     if request.gptq:
         flags = {"bits": "--gptq-bits", "group_size": "--gptq-groupsize"}
         keys = {key: flags[key] for key in request.gptq}
-        sources.append(Source(" ".join(keys.values()), request.gptq, "gptq", keys))
+        sources.append(Source(" ".join(keys.values()), request.gptq, "gptq", keys, is_file=False))
     return [source for source in sources if source.values]
 
 
@@ -151,7 +152,7 @@ class Settings:
         for source in sources:
             for key, value in source.values.items():
                 if value is not None:
-                    self._add((_SYNONYMS | synonyms).get(key, key), value, source.keys[key])
+                    self._add(synonyms.get(key, _SYNONYMS.get(key, key)), value, source.keys[key])
 
     def _add(self, name: str, value: Any, key: str) -> None:
         if name not in self._values:

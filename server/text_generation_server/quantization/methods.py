@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from ..checkpoint.index import TensorInfo
@@ -130,7 +129,9 @@ class GptqMethod:
         )
         order = desc_act.flag("desc_act")
         if order is None and (without := self._without_order()) is not None:
-            raise desc_act.error("desc_act", f"true or false (tensor {without}.g_idx, which would tell, is missing too)")
+            raise desc_act.error(
+                "desc_act", f"true or false (tensor {without}.g_idx, which would tell, is missing too)"
+            )
         return Gptq(
             bits.integer("bits", (2, 3, 4, 8)),
             group_size.group_size(),

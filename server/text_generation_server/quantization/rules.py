@@ -116,7 +116,8 @@ def read_dynamic(settings: Settings) -> list[Override]:
     if not isinstance(rules, dict):
         raise settings.error("dynamic", "an object, pattern to settings")
     work, overrides = Work(), []
-    patterns = compile_patterns(settings, "dynamic", [text.removeprefix("-:").removeprefix("+:") for text in rules], work)
+    texts = [text.removeprefix("-:").removeprefix("+:") for text in rules]
+    patterns = compile_patterns(settings, "dynamic", texts, work)
     for (text, values), pattern in zip(rules.items(), patterns, strict=True):
         skipped = text.startswith("-:") or values is False
         if not skipped and not isinstance(values, dict):
