@@ -33,6 +33,16 @@ pub struct Args {
     /// The type computed in. By default the checkpoint's, as far as the processor computes it natively.
     #[arg(long, env, value_enum, help_heading = MODEL)]
     pub dtype: Option<Dtype>,
+    /// How the weights are quantized. By default what the checkpoint's own files say; a method that contradicts them is
+    /// an error.
+    #[arg(long, env, value_enum, help_heading = MODEL)]
+    pub quantize: Option<Quantize>,
+    /// The bits of gptq weights, where no file of the checkpoint says it.
+    #[arg(long, env, allow_negative_numbers = true, help_heading = MODEL)]
+    pub gptq_bits: Option<i32>,
+    /// The group size of gptq weights, where no file of the checkpoint says it; -1: one group.
+    #[arg(long, env, allow_negative_numbers = true, help_heading = MODEL)]
+    pub gptq_groupsize: Option<i32>,
     /// Lets code that comes with the model run, and lets files be unpickled.
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = MODEL)]
     pub trust_remote_code: bool,
@@ -168,6 +178,49 @@ impl Dtype {
     }
 }
 
+/// How weights are quantized.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Quantize {
+    /// A checkpoint of AutoAWQ or GPTQModel, 4 bits.
+    Awq,
+    /// A checkpoint of compressed-tensors: packed integers or 8-bit floats.
+    CompressedTensors,
+    /// Not served: the original weights are, with bitsandbytes or fp8.
+    Eetq,
+    /// Not served: take a gptq or awq checkpoint of the same model.
+    Exl2,
+    /// A checkpoint of AutoGPTQ, GPTQModel or Optimum, 2, 3, 4 or 8 bits.
+    Gptq,
+    /// Not served: the gptq checkpoint that it was made from is.
+    Marlin,
+    /// 8 bits: such a checkpoint, or plain weights quantized while they are loaded.
+    Bitsandbytes,
+    /// 4 bits, nf4: such a checkpoint, or plain weights quantized while they are loaded.
+    BitsandbytesNf4,
+    /// 4 bits, fp4: such a checkpoint, or plain weights quantized while they are loaded.
+    BitsandbytesFp4,
+    /// 8-bit floats: such a checkpoint, or plain weights quantized while they are loaded.
+    Fp8,
+}
+
+impl Quantize {
+    /// The name on every command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Awq => "awq",
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Eetq => "eetq",
+            Self::Exl2 => "exl2",
+            Self::Gptq => "gptq",
+            Self::Marlin => "marlin",
+            Self::Bitsandbytes => "bitsandbytes",
+            Self::BitsandbytesNf4 => "bitsandbytes-nf4",
+            Self::BitsandbytesFp4 => "bitsandbytes-fp4",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
 /// What computes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Device {
@@ -197,18 +250,6 @@ struct Foreign {
 
 const SWITCH: &[&str] = &["true", "false"];
 const ANY: &[&str] = &[];
-const QUANTIZE: &[&str] = &[
-    "awq",
-    "compressed-tensors",
-    "eetq",
-    "exl2",
-    "gptq",
-    "marlin",
-    "bitsandbytes",
-    "bitsandbytes-nf4",
-    "bitsandbytes-fp4",
-    "fp8",
-];
 
 const fn refused(flag: &'static str, values: &'static [&'static str], why: &'static str) -> Foreign {
     Foreign { flag, values, fate: Fate::Refused(&[]), why }
@@ -235,7 +276,6 @@ const FOREIGN: &[Foreign] = &[
         fate: Fate::Noticed(&["off"]),
         why: "nothing is ever sent anywhere",
     },
-    refused("quantize", QUANTIZE, "quantized checkpoints are served from a later version; leave it out"),
     Foreign { flag: "speculate", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
     refused("kv-cache-dtype", ANY, "the cache has the type of the model; leave it out"),
     Foreign { flag: "cuda-graphs", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
@@ -459,7 +499,6 @@ mod tests {
     #[test]
     fn a_flag_known_to_tgi_but_not_served_is_refused_by_name() {
         for (flags, name) in [
-            (vec!["--quantize", "gptq"], "--quantize"),
             (vec!["--speculate", "2"], "--speculate"),
             (vec!["--api-key", "secret"], "--api-key"),
             (vec!["--ngrok"], "--ngrok"),
@@ -475,6 +514,27 @@ mod tests {
             assert!(!message.contains("secret"), "{message}");
         }
         assert!(refusal(&["--device", "cuda"]).contains("--device cuda is not served yet"));
+    }
+
+    #[test]
+    fn every_method_of_tgi_is_a_value_of_quantize_under_its_own_name() {
+        let names = [
+            "awq",
+            "compressed-tensors",
+            "eetq",
+            "exl2",
+            "gptq",
+            "marlin",
+            "bitsandbytes",
+            "bitsandbytes-nf4",
+            "bitsandbytes-fp4",
+            "fp8",
+        ];
+        for name in names {
+            assert_eq!(parsed(&["--quantize", name]).unwrap().quantize.map(Quantize::name), Some(name));
+        }
+        let args = parsed(&["--gptq-bits", "4", "--gptq-groupsize", "-1"]).unwrap();
+        assert_eq!((args.gptq_bits, args.gptq_groupsize), (Some(4), Some(-1)));
     }
 
     #[test]

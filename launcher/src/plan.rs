@@ -171,9 +171,16 @@ pub fn download_command(args: &Args, programs: &Programs) -> CommandLine {
 pub fn preflight_command(args: &Args, programs: &Programs, model_dir: &Path, world_size: u32) -> CommandLine {
     let mut command = CommandLine::new(&programs.server);
     command.word("plan").word(model_dir.display()).flag("--num-shard", world_size);
-    command.optional("--dtype", args.dtype.map(crate::args::Dtype::name));
+    with_weights(&mut command, args);
     command.word("--json");
     command
+}
+
+/// How weights are stored and computed with.
+fn with_weights(command: &mut CommandLine, args: &Args) {
+    command.optional("--dtype", args.dtype.map(crate::args::Dtype::name));
+    command.optional("--quantize", args.quantize.map(crate::args::Quantize::name));
+    command.optional("--gptq-bits", args.gptq_bits).optional("--gptq-groupsize", args.gptq_groupsize);
 }
 
 fn with_hub_cache(mut command: CommandLine, args: &Args) -> CommandLine {
@@ -221,7 +228,7 @@ pub fn launch(
     let mut shard = CommandLine::new(&programs.server);
     shard.word("serve").word(model.model_dir.display()).flag("--world-size", world_size);
     shard.flag("--num-threads", threads_per_rank).flag("--memory-bytes", memory_bytes_per_rank);
-    shard.optional("--dtype", args.dtype.map(crate::args::Dtype::name));
+    with_weights(&mut shard, args);
     shard.optional("--revision", args.revision.as_deref()).switch("--trust-remote-code", args.trust_remote_code);
     shard.flag("--device", "cpu").flag("--logger-level", logger_level(&args.log_level));
     shard.switch("--json-output", args.json_output).word("--exit-with-stdin");
@@ -392,12 +399,12 @@ mod tests {
     #[test]
     fn every_flag_of_the_shards_reaches_them() {
         let plan =
-            planned("--dtype bfloat16 --revision main --trust-remote-code --json-output --log-level debug").unwrap();
+            planned("--dtype bfloat16 --quantize bitsandbytes-nf4 --revision main --trust-remote-code --json-output --log-level debug").unwrap();
         assert_eq!(
             plan.shard(0, Path::new("/s")).args,
             words(
-                "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --dtype bfloat16 --revision main \
-                 --trust-remote-code --device cpu --logger-level DEBUG --json-output --exit-with-stdin --rank 0 \
+                "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --dtype bfloat16 --quantize bitsandbytes-nf4 \
+                 --revision main --trust-remote-code --device cpu --logger-level DEBUG --json-output --exit-with-stdin --rank 0 \
                  --uds-path /s"
             )
         );
@@ -439,10 +446,12 @@ mod tests {
 
     #[test]
     fn the_preflight_asks_with_the_flags_that_change_the_answer() {
-        let args = args("--dtype float32 --num-shard 2");
+        let args = args("--dtype float32 --num-shard 2 --quantize gptq --gptq-bits 4 --gptq-groupsize -1");
         assert_eq!(
             preflight_command(&args, &programs(), Path::new("/m"), 2).args,
-            words("plan /m --num-shard 2 --dtype float32 --json")
+            words(
+                "plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize -1 --json"
+            )
         );
         let download = download_command(&super::tests::args("--revision v1 --huggingface-hub-cache /c"), &programs());
         assert_eq!(download.args, words("download-weights models/m --revision v1"));

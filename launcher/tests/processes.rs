@@ -308,7 +308,7 @@ fn wrong_arguments_end_with_code_2_and_the_name_of_the_flag() {
     for (flags, name) in [
         ("--max-concurrent-requests abc", "--max-concurrent-requests"),
         ("--max-input-tokens 10 --max-total-tokens 5", "--max-input-tokens 10"),
-        ("--quantize gptq", "--quantize is not served yet"),
+        ("--quantize int7", "--quantize"),
         ("--log-level ,=", "--log-level"),
         ("--no-such-flag", "--no-such-flag"),
     ] {

@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_served_ends_with_one_line_that_names_it(tmp_path
         (["--dtype", "int3"], "--dtype is 'int3'"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--device", "cuda"], "--device cuda is not served yet"),
-        (["--quantize", "gptq"], "--quantize gptq is not served yet"),
+        (["--quantize", "gptq"], "--quantize gptq: the weights in"),
         (["--logger-level", "LOUD"], "--logger-level is 'LOUD', expected one of TRACE"),
         (["--uds-path", "/tmp/" + "x" * 110], "longer than the 107 bytes"),
         (["--world-size", 3], "4 attention heads do not divide over 3 shards"),

@@ -52,7 +52,7 @@ def test_planning_does_not_import_torch() -> None:
     [
         ({"world_size": 3}, "4 attention heads do not divide over 3 shards; expected one of 1, 2, 4"),
         ({"world_size": 0}, "do not divide over 0 shards"),
-        ({"quantize": "gptq"}, "--quantize gptq is not served yet"),
+        ({"quantize": "gptq"}, "--quantize gptq: the weights in .* are not quantized .*leave the flag out"),
         ({"dtype": "float16"}, "--dtype float16 is not served on cpu"),
         ({"dtype": "int7"}, "--dtype int7 is unknown"),
         ({"device": "cuda"}, "--device cuda is not served yet; use --device cpu"),

@@ -112,7 +112,7 @@ def devices(file: str, source: str) -> list[str]:
     if room(file) in ("kernels", "kv_cache", "graphs", "distributed", "shared_memory", "config", "cli"):
         return []
     # What a default says for the kernels to check is not a decision.
-    source = source.replace('device: str = "cpu"', "")
+    source = source.replace('device: str = "cpu"', "device: str")
     return words(file, source, r"^(cpu|cuda|is_cuda|xpu|mps|nccl|gloo)$|^cuda:\d")
 
 
@@ -123,7 +123,7 @@ def weight_formats(file: str, source: str) -> list[str]:
             file, source, r"(?i)(gptq|awq|bitsandbytes|marlin|exl2|eetq|fp8|int8|nf4|dense|qweight|qzeros|g_idx)"
         )
     if room(file) == "quantization":
-        return words(file, source, r"(?i)(llama|qwen|mistral|falcon|bloom|gemma|^rank$|world_size|tp_rank)")
+        return words(file, source, r"(?i)((?<!ex)llama|qwen|mistral|falcon|bloom|gemma|^rank$|world_size|tp_rank)")
     return []
 
 

@@ -19,7 +19,20 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(envvar="MODEL_ID", help="Folder of the model, or its id on the hub.")]
 Revision = Annotated[str | None, typer.Option(envvar="REVISION", help="Branch, tag or commit on the hub.")]
 Quantize = Annotated[
-    str | None, typer.Option(envvar="QUANTIZE", help="Weight format; found in the checkpoint if absent.")
+    str | None,
+    typer.Option(
+        envvar="QUANTIZE",
+        help="Method that the weights must be quantized with (found in the checkpoint if absent): gptq, awq, "
+        "compressed-tensors, fp8, bitsandbytes, bitsandbytes-nf4 or bitsandbytes-fp4. The last four also quantize "
+        "plain weights while they are loaded.",
+    ),
+]
+GptqBits = Annotated[
+    int | None, typer.Option(envvar="GPTQ_BITS", help="Bits of gptq tensors of which no file says it.")
+]
+GptqGroupsize = Annotated[
+    int | None,
+    typer.Option(envvar="GPTQ_GROUPSIZE", help="Group size of gptq tensors of which no file says it; -1: one group."),
 ]
 Dtype = Annotated[
     str | None,
@@ -50,6 +63,8 @@ def serve(
     ] = 4 << 30,
     revision: Revision = None,
     quantize: Quantize = None,
+    gptq_bits: GptqBits = None,
+    gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu; cuda is not served yet.")] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -85,6 +100,8 @@ def serve(
             memory_bytes=memory_bytes,
             dtype=dtype,
             quantize=quantize,
+            gptq_bits=gptq_bits,
+            gptq_groupsize=gptq_groupsize,
             device=device,
             exit_with_stdin=exit_with_stdin,
             logits_digest_dir=logits_digest_dir,
@@ -101,17 +118,28 @@ def plan(
     num_shard: Annotated[int, typer.Option(envvar="NUM_SHARD", help="Number of ranks.")] = 1,
     revision: Revision = None,
     quantize: Quantize = None,
+    gptq_bits: GptqBits = None,
+    gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what would be loaded, from the configuration and the headers of the weights alone."""
-    from .planning import preflight
+    from .planning import plan_model
 
     try:
         folder = local_folder(model_id, revision)
-        facts = preflight(folder, world_size=num_shard, dtype=dtype, quantize=quantize).summary()
+        planned = plan_model(
+            folder,
+            world_size=num_shard,
+            dtype=dtype,
+            quantize=quantize,
+            gptq_bits=gptq_bits,
+            gptq_groupsize=gptq_groupsize,
+        )
+        planned.check_tokenizer()
     except ShardError as error:
         refuse(error)
+    facts = planned.summary()
     if as_json:
         typer.echo(json.dumps(facts))
     else:

@@ -23,6 +23,8 @@ class ServeConfig:
     memory_bytes: int
     dtype: str | None
     quantize: str | None
+    gptq_bits: int | None
+    gptq_groupsize: int | None
     device: str
     exit_with_stdin: bool
     logits_digest_dir: Path | None

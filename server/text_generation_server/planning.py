@@ -1,5 +1,7 @@
 """config.json and the headers of the weights -> what would be loaded, in how much memory. Never imports torch."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -9,13 +11,16 @@ from typing import Any
 from .checkpoint.index import TensorInfo, read_index, read_json
 from .checkpoint.model_config import CONFIG_NAME, ModelSettings, check_tokenizer, read_eos_token_ids, read_settings
 from .errors import CheckpointError, ConfigError
-from .kernels.select import compute_dtype
+from .kernels.select import compute_dtype, dense_weight_bytes
 from .quantization.config import Quantization, read_quantization
 from .quantization.dense import Dense
+from .quantization.detect import Request
 from .quantization.format import StoredLinear
 from .quantization.spec import FLOATS, Shape
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of layers that differ from the others, in the line about quantization.
+_MAX_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,19 @@ class ModelPlan:
     weight_bytes_per_rank: int  # as held by the rank that holds most
     kv_bytes_per_token_per_rank: int
 
+    def describe_quantization(self) -> str:
+        """One line: the method, its settings, where they were found, and which layers differ."""
+        by_format: dict[str, list[str]] = {}
+        for name, linear in self.linears.items():
+            by_format.setdefault(linear.format.name, []).append(name)
+        ordered = sorted(by_format, key=lambda format_: (format_ == Dense.name, -len(by_format[format_])))
+        exceptions = [f"; {format_}: {_kinds(by_format[format_])}" for format_ in ordered[1:]]
+        return self.quantization.describe() + "".join(exceptions)
+
+    def check_tokenizer(self) -> None:
+        """Refuses a folder whose tokenizer the router could not read. (A rank needs none.)"""
+        check_tokenizer(self.model_dir)
+
     def summary(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
@@ -44,7 +62,7 @@ class ModelPlan:
             "world_size": self.world_size,
             "dtype": self.dtype,
             "quantize": self.quantization.method,
-            "quantization": self.quantization.describe(),
+            "quantization": self.describe_quantization(),
             "num_layers": self.settings.num_layers,
             "num_parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
@@ -56,27 +74,45 @@ class ModelPlan:
         }
 
 
+def _kinds(names: list[str]) -> str:
+    """Layers with the number of the block left out, and how many of each."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in counts.most_common(_MAX_KINDS)]
+    return ", ".join(shown) + (f" and {len(counts) - _MAX_KINDS} more kinds" if len(counts) > _MAX_KINDS else "")
+
+
 def plan_model(
-    model_dir: Path, *, world_size: int, dtype: str | None = None, quantize: str | None = None, device: str = "cpu"
+    model_dir: Path,
+    *,
+    world_size: int,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    gptq_bits: int | None = None,
+    gptq_groupsize: int | None = None,
+    device: str = "cpu",
 ) -> ModelPlan:
     """Checks that the folder can be served by `world_size` shards.
+
+    gptq_bits, gptq_groupsize: of packed tensors of which no file says it.
 
     Raises:
         ConfigError: a setting or a value of config.json that cannot be served.
         CheckpointError: a file or a tensor that is missing, damaged or of the wrong shape.
     """
-    chosen = compute_dtype(device, dtype)
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such folder; expected one with config.json and *.safetensors")
     settings = read_settings(model_dir)
     check_shards(settings, world_size)
     eos_token_ids = read_eos_token_ids(model_dir, settings.vocab_size)
     index = read_index(model_dir)
-    quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, quantize)
+    request = Request(quantize, gptq_bits, gptq_groupsize)
+    quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, request)
+    chosen = compute_dtype(device, dtype, quantization.method is not None)
     linears = {
         name: StoredLinear(shape, quantization.format_of(name)) for name, shape in linear_shapes(settings).items()
     }
-    stored = check_tensors(index, linears, settings, model_dir)
+    weights = {name: info for name, info in index.items() if name not in quantization.own_tensors}
+    stored = check_tensors(weights, linears, settings, model_dir)
     return ModelPlan(
         model_dir=model_dir,
         settings=settings,
@@ -90,18 +126,11 @@ def plan_model(
             prod(shape) for shape in (*linear_shapes(settings).values(), *other_tensors(settings).values())
         ),
         weight_bytes=sum(index[name].num_bytes for name in stored),
-        weight_bytes_per_rank=weight_bytes_per_rank(settings, linears, world_size, _BYTES[chosen]),
+        weight_bytes_per_rank=weight_bytes_per_rank(settings, linears, world_size, chosen),
         kv_bytes_per_token_per_rank=(
             2 * settings.num_layers * settings.kv_heads_per_rank(world_size) * settings.head_dim * _BYTES[chosen]
         ),
     )
-
-
-def preflight(model_dir: Path, *, world_size: int, dtype: str | None, quantize: str | None) -> ModelPlan:
-    """As `plan_model`, for a whole server: what the router needs of the folder is checked too."""
-    plan = plan_model(model_dir, world_size=world_size, dtype=dtype, quantize=quantize)
-    check_tokenizer(model_dir)
-    return plan
 
 
 def linear_shapes(settings: ModelSettings) -> dict[str, Shape]:
@@ -150,7 +179,7 @@ def other_tensors(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
 
 
 def weight_bytes_per_rank(
-    settings: ModelSettings, linears: Mapping[str, StoredLinear], world_size: int, dtype_bytes: int
+    settings: ModelSettings, linears: Mapping[str, StoredLinear], world_size: int, dtype: str
 ) -> int:
     """Memory of the weights that rank 0 holds; no rank holds more."""
     kv_rows = settings.kv_heads_per_rank(world_size) * settings.head_dim
@@ -164,14 +193,14 @@ def weight_bytes_per_rank(
                 in_ = -(-in_ // world_size)
             case _:
                 out = -(-out // world_size)
-        total += linear.format.held_bytes(Shape(out, in_), dtype_bytes)
+        total += linear.format.held_bytes(Shape(out, in_), dense_weight_bytes(dtype))
     for name, shape in other_tensors(settings).items():
         split = world_size if name == "model.embed_tokens.weight" else 1
         if name.endswith(("k_proj.bias", "v_proj.bias")):
             shape = (kv_rows,)
         elif name.endswith(".bias") and not name.endswith(("o_proj.bias", "down_proj.bias")):
             split = world_size
-        total += -(-shape[0] // split) * prod(shape[1:]) * dtype_bytes
+        total += -(-shape[0] // split) * prod(shape[1:]) * _BYTES[dtype]
     return total
 
 

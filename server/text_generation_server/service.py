@@ -108,6 +108,8 @@ class StepThread(threading.Thread):
             world_size=config.world_size,
             dtype=config.dtype,
             quantize=config.quantize,
+            gptq_bits=config.gptq_bits,
+            gptq_groupsize=config.gptq_groupsize,
             device=config.device,
         )
         from .shard import Shard

@@ -56,6 +56,7 @@ class Shard:
         torch.set_grad_enabled(False)
         self.group = Group(config.rank, config.world_size, self.faults)
         kernels = select_kernels(config.device)
+        logger.info("quantization: {}", self.plan.describe_quantization())
         health.total = self.plan.weight_bytes_per_rank
         health.enter(Phase.LOADING, "loading weights")
         report = Reporter(health)
