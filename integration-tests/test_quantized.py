@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -29,7 +28,7 @@ SERVED = [
     for i, name in enumerate(CHECKPOINTS)
     for flag in (False, True)
     for num_shard in (1, 2)
-    if FULL or (i + flag + num_shard) % 2 == 0 and (flag or i < 1)
+    if FULL or ((i + flag + num_shard) % 2 == 0 and (flag or i < 1))
 ]
 
 
