@@ -16,7 +16,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
     Values may lie across two words, as those of 3 bits do; n is then a multiple of `bits`.
     """
-    data = words.contiguous().view(torch.uint8)
+    # By way of one dimension: strides of a dimension of size 1 may be anything.
+    data = words.reshape(-1).view(torch.uint8).view(len(words), 4 * words.shape[1])
     if bits == 8:
         return data
     if bits in (2, 4):
