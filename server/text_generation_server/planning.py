@@ -227,7 +227,11 @@ def check_tensors(
         _check_tensor(index, name, shape, FLOATS, where)
     known = set(others)
     for linear, (shape, format_) in ((name, (stored.shape, stored.format)) for name, stored in linears.items()):
-        for spec in format_.specs(shape):
+        try:
+            specs = format_.specs(shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {linear}: {error}") from error
+        for spec in specs:
             name = f"{linear}.{spec.suffix}"
             if not spec.optional or name in index:
                 found = index[name].shape if name in index else None
