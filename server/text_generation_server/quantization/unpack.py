@@ -1,0 +1,91 @@
+"""What formats of integers in words have in common: words to codes, and the values that no format may hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+# The features of AutoAWQ's `gemm` words, low bits first, as two runs: even features, then odd ones.
+_GEMM_RUNS = (2, 4)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """words int32 [rows, n] -> uint8 [rows, n * 32 / bits]: value i is in the bits from i * bits on, low bits first.
+
+    Values may lie across two words, as those of 3 bits do; n is then a multiple of `bits`.
+    """
+    # By way of one dimension: strides of a dimension of size 1 may be anything.
+    data = words.reshape(-1).view(torch.uint8).view(len(words), 4 * words.shape[1])
+    if bits == 8:
+        return data
+    if bits in (2, 4):
+        num = 8 // bits
+        values = data.new_empty(*data.shape, num)
+        for i in range(num):
+            torch.bitwise_and(data >> (i * bits), 2**bits - 1, out=values[..., i])
+        return values.flatten(1)
+    # Eight values are in as many bytes as each has bits.
+    data = data.view(len(data), -1, bits)
+    values = data.new_empty(len(data), data.shape[1], 8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = data[..., byte] >> shift
+        if shift + bits > 8:
+            value |= data[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(value, 2**bits - 1, out=values[..., i])
+    return values.flatten(1)
+
+
+def unpack_gemm(words: Tensor) -> Tensor:
+    """words int32 [n, out / 8] of AutoAWQ's `gemm`, 4-bit values in the order 0 2 4 6 1 3 5 7 -> uint8 [out, n]."""
+    values = unpack_words(words, 4).view(len(words), -1, *_GEMM_RUNS)
+    return values.permute(1, 3, 2, 0).reshape(-1, len(words))
+
+
+def add_to_fields(words: Tensor, bits: int) -> Tensor:
+    """One more in every field of `bits` bits, a carry going into the next field of the word."""
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return words + ones
+
+
+def groups_in_order(columns: range, group_size: int, first: int = 0) -> Tensor:
+    """int64 [columns]: the group of each feature where groups follow each other, counted from the one of `first`."""
+    return torch.arange(columns.start, columns.stop) // group_size - first // group_size
+
+
+def read_group_index(index: Tensor, num_groups: int, where: str) -> Tensor:
+    """A stored index [columns] as int64.
+
+    Raises:
+        CheckpointError: it names a group that there is not.
+    """
+    groups = index.long()
+    wrong = (groups < 0) | (groups >= num_groups)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise CheckpointError(
+            f"{where} puts a feature into group {int(groups[at])}; expected groups from 0 to {num_groups - 1}, as many "
+            f"as there are scales; fetch the file again, or quantize the model again"
+        )
+    return groups
+
+
+def check_finite(scales: Tensor, where: str) -> None:
+    """Refuses scales that would make every product NaN.
+
+    Raises:
+        CheckpointError: one is NaN or infinite.
+    """
+    finite = torch.isfinite(scales)
+    if not bool(finite.all()):
+        value = float(scales[~finite][0])
+        raise CheckpointError(
+            f"{where} holds {value}; expected finite scales; fetch the file again, or quantize the model again"
+        )
+
+
+def all_equal(values: Tensor, value: int) -> bool:
+    """Whether there are values, and each is this one."""
+    return values.numel() > 0 and bool((values == value).all())
