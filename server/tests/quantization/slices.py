@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from makers import Kept, matrix_of, share
 from text_generation_server.checkpoint.index import read_index
 from text_generation_server.checkpoint.tensors import DTYPES, Checkpoint
 from text_generation_server.errors import CheckpointError
@@ -18,25 +18,6 @@ from text_generation_server.quantization.spec import Shape
 from torch import Tensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass
-class Kept:
-    """A stored tensor in memory."""
-
-    tensor: Tensor
-    where: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def read(self, ranges: Mapping[int, range] | None = None) -> Tensor:
-        part = self.tensor
-        for dim, r in (ranges or {}).items():
-            assert 0 <= r.start <= r.stop <= part.shape[dim]
-            part = part.narrow(dim, r.start, len(r))
-        return part.clone()
 
 
 def source(tensors: Mapping[str, Tensor], layer: str = "layer") -> dict[str, Kept]:
@@ -54,17 +35,12 @@ def read(
 
 
 def numbers(weights: list[Tensor | QuantizedWeight]) -> Tensor:
-    """float32 [out, in] with the features of IN in their own order."""
-    rows = []
-    for weight in weights:
-        values = weight if isinstance(weight, Tensor) else weight.dequantize()
-        order = None if isinstance(weight, Tensor) else weight.order
-        rows.append(values if order is None else values[:, torch.argsort(order)])
-    return torch.cat(rows)
+    """float64 [out, in] with the features of IN in their own order."""
+    return torch.from_numpy(matrix_of(weights))
 
 
 def served(tensors: Mapping[str, Tensor], format_: WeightFormat, shape: Shape) -> Tensor:
-    """The whole of a linear given by its tensors by suffix, float32 [out, in]."""
+    """The whole of a linear given by its tensors by suffix, float64 [out, in]."""
     return numbers(read(source(tensors), "layer", format_, shape))
 
 
@@ -72,8 +48,8 @@ def cuts(shape: Shape) -> Iterator[tuple[range | None, range | None]]:
     """Rows and columns of every rank of 1 to 4."""
     for size in (1, 2, 3, 4):
         for rank in range(size):
-            yield range(shape.out * rank // size, shape.out * (rank + 1) // size), None
-            yield None, range(shape.in_ * rank // size, shape.in_ * (rank + 1) // size)
+            yield share(shape.out, rank, size), None
+            yield None, share(shape.in_, rank, size)
 
 
 def check_cuts(
@@ -89,7 +65,7 @@ def check_cuts(
 
 def same(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected.double())
 
 
 def close(found: Tensor, expected: Tensor) -> None:

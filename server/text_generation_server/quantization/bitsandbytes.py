@@ -64,7 +64,8 @@ class Bitsandbytes4bit:
         values = tuple(table.tensor.tolist())
         absmax = pieces["weight.absmax"]
         scales = self._plain_absmax(pieces, state)
-        check_scales(scales, max(map(abs, values)), absmax.where)
+        made_of = " with weight.nested_quant_map and weight.nested_absmax" if self.nested else ""
+        check_scales(scales, max(map(abs, values)), f"{absmax.where}{made_of} times weight.quant_map")
         scales, group_of = scales_of_blocks(scales, absmax.first[0] // self.block_size, self.block_size, cut)
         flat = cut.along(Along.FLAT)
         skipped = flat.start - pieces["weight"].first[0]
