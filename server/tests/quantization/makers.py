@@ -151,7 +151,7 @@ def gptq_matrix(format_: WeightFormat, tensors: Mapping[str, Tensor], shape: Sha
     if format_.checkpoint_format == "gptq":
         zeros = (zeros + 1) % 2**format_.bits
     in_order = np.arange(shape.in_) // (shape.in_ if format_.group_size == -1 else format_.group_size)
-    return combine(codes, zeros, tensors["scales"].T, tensors["g_idx"].numpy() if "g_idx" in tensors else in_order)
+    return combine(codes, zeros, tensors["scales"].mT, tensors["g_idx"].numpy() if "g_idx" in tensors else in_order)
 
 
 def gemv_width(in_: int, group_size: int) -> int:
@@ -184,7 +184,7 @@ def awq(rng: np.random.Generator, shape: Shape, format_: Awq, dtype: torch.dtype
 def awq_matrix(format_: WeightFormat, tensors: Mapping[str, Tensor], shape: Shape) -> Matrix:
     assert isinstance(format_, Awq)
     size = shape.in_ if format_.group_size == -1 else format_.group_size
-    scales = tensors["scales"].T if format_.version == "gemm" else tensors["scales"]
+    scales = tensors["scales"].mT if format_.version == "gemm" else tensors["scales"]
     zeros = np.full(scales.shape, 8, np.int64)
     if format_.version == "gemm":
         codes = unpack_gemm(tensors["qweight"]).T
@@ -289,7 +289,8 @@ def check_cuts(layers: Mapping[str, Layer], kernels: Kernels, sizes: Sequence[in
         for rank in range(size):
             # Two ranges, as of a rank with query heads that are not neighbours.
             rows = share(out, rank, size)
-            pieces = (range(rows.start, rows.start + len(rows) // 3), range(rows.start + len(rows) // 3, rows.stop))
+            middle = rows.start + len(rows) // 3
+            pieces = tuple(r for r in (range(rows.start, middle), range(middle, rows.stop)) if r)
             weights = read(layers, pieces)
             assert merged is None or len(weights) == merged
             expected = np.concatenate([layer.weight[rows.start : rows.stop] for layer in layers.values()])

@@ -16,8 +16,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
     Values may lie across two words, as those of 3 bits do; n is then a multiple of `bits`.
     """
-    # By way of one dimension: strides of a dimension of size 1 may be anything.
-    data = words.reshape(-1).view(torch.uint8).view(len(words), 4 * words.shape[1])
+    # A copy: dimensions of size 1 count as contiguous with any stride, but no view as bytes is possible then.
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return data
     if bits in (2, 4):
