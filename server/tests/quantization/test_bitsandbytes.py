@@ -337,6 +337,15 @@ def test_memory_is_what_the_plan_says() -> None:
         assert weight.num_bytes == format_.held_bytes(Shape(*expected.shape), 4)
 
 
+def test_memory_of_a_cut_inside_a_block_is_about_what_the_plan_says() -> None:
+    tensors = {"weight": weight_of((24, 5632))}
+    (weight,) = read(source(tensors), "layer", Quantize4bit("nf4"), Shape(24, 5632), None, range(1878, 3755))
+    assert isinstance(weight, QuantizedWeight)
+    index_bytes = 8 * 1877
+    planned = Quantize4bit("nf4").held_bytes(Shape(24, 1877), 4)
+    assert planned == pytest.approx(weight.num_bytes - index_bytes, rel=0.02)
+
+
 def test_rounding_is_fast() -> None:
     torch.set_num_threads(1)
     weight = torch.randn(1024, 4096)

@@ -117,7 +117,10 @@ class Bitsandbytes4bit:
         return state
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
-        return held_bytes(shape, 4, shape.in_ // math.gcd(self.block_size, shape.in_), 4)
+        group = math.gcd(self.block_size, shape.in_)
+        # Rows of models are multiples of 8; others are cuts, most of whose groups are whole blocks.
+        groups = shape.in_ // group if shape.in_ % 8 == 0 else -(-shape.in_ // self.block_size) + 1
+        return held_bytes(shape, 4, groups, 4)
 
 
 def _parse_state(piece: Piece) -> dict[str, Any]:
