@@ -144,6 +144,6 @@ def test_what_a_rank_needs_of_a_later_format_follows_from_its_declaration(declar
     cut = Cut(declared.shape, range(256, 512), range(1024, 2048))
 
     def needed(axis: Axis) -> range:
-        return range(axis.elements) if axis.along is NEITHER else axis.cover(cut.along(axis.along))[0]
+        return range(axis.elements) if axis.along is NEITHER else axis.cover(cut.along(axis.along), cut.shape)[0]
 
     assert {spec.suffix: tuple(needed(axis) for axis in spec.axes) for spec in declared.specs} == declared.read
