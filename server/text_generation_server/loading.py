@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -74,6 +75,13 @@ class TensorParallel:
         """As `share`, but the last ranks own fewer, or nothing, where `total` does not divide."""
         part = -(-total // self.size)
         return range(min(self.rank * part, total), min((self.rank + 1) * part, total))
+
+
+def give_back_memory() -> None:
+    """Returns what the C library keeps of freed memory: loading makes and drops many large tensors."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from .checkpoint.index import TensorInfo, read_index, read_json
 from .checkpoint.model_config import CONFIG_NAME, ModelSettings, check_tokenizer, read_eos_token_ids, read_settings
 from .errors import CheckpointError, ConfigError
-from .kernels.select import compute_dtype, dense_weight_bytes
+from .kernels.select import compute_dtype
 from .quantization.config import Quantization, read_quantization
 from .quantization.dense import Dense
 from .quantization.detect import Request
@@ -193,7 +193,7 @@ def weight_bytes_per_rank(
                 in_ = -(-in_ // world_size)
             case _:
                 out = -(-out // world_size)
-        total += linear.format.held_bytes(Shape(out, in_), dense_weight_bytes(dtype))
+        total += linear.format.held_bytes(Shape(out, in_), _BYTES[dtype])
     for name, shape in other_tensors(settings).items():
         split = world_size if name == "model.embed_tokens.weight" else 1
         if name.endswith(("k_proj.bias", "v_proj.bias")):

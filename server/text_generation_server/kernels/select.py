@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .cpu.features import computes_bfloat16, multiplies_bfloat16
+from .cpu.features import computes_bfloat16
 
 if TYPE_CHECKING:
     from .interface import Kernels
@@ -32,11 +32,6 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     if requested not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {requested} is unknown; expected float32 or bfloat16")
     return requested
-
-
-def dense_weight_bytes(dtype: str) -> int:
-    """Memory of an element of a dense linear: where there are no products of bfloat16, it is held in float32."""
-    return 2 if dtype == "bfloat16" and multiplies_bfloat16() else 4
 
 
 def select_kernels(device: str) -> Kernels:

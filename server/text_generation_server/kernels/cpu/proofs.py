@@ -17,15 +17,19 @@ ROW_COUNTS = (1, 2, 8, 16, 32, 64, 128, 256, 512)
 MAX_PRODUCT = 1 << 34
 
 
-def cancelling(rows: int, size: int, columns: int) -> tuple[Tensor, Tensor]:
-    """x [rows, size] and w [columns, size] float32, exact in bfloat16, whose x @ w.T is zero in exact arithmetic."""
+# Columns of a probe that differ from each other; more are these again. A probe is as large as the weight it stands for.
+DISTINCT_COLUMNS = 61
+
+
+def cancelling(rows: int, size: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """x [rows, size] and w [columns, size], exact in bfloat16, whose x @ w.T is zero in exact arithmetic."""
     generator = torch.Generator().manual_seed(size * 1_000_003 + columns)
     x = torch.randn(rows, size, generator=generator).bfloat16().float()
-    w = torch.randn(columns, size, generator=generator).bfloat16().float()
+    w = torch.randn(min(columns, DISTINCT_COLUMNS), size, generator=generator).bfloat16().float()
     order, half = torch.randperm(size, generator=generator), size // 2
     x[:, order[half : 2 * half]] = x[:, order[:half]]
     w[:, order[half : 2 * half]] = -w[:, order[:half]]
-    return x, w
+    return x.to(dtype), w.to(dtype).index_select(0, torch.arange(columns) % len(w))
 
 
 def proven_row_counts(multiply: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, ...]:

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from ..interface import Matmul
 from ..weights import Float8, Integer, QuantizedWeight, Table
+from .blocks import BlockLinear, block_rows
 from .linear import Multiply, StableLinear
 from .proofs import BASE_ROWS, MAX_PRODUCT, ROW_COUNTS, RowSplitter, cancelling, proven_row_counts
 
 logger = logging.getLogger(__name__)
-
-# Values of a block of rows that are made into numbers at once: enough that starting an operation costs nothing, and
-# few enough that they stay in a core's own cache.
-BLOCK_VALUES = 1 << 19
 
 
 class Product(Protocol):
@@ -96,7 +93,7 @@ class Int4Packed:
 
         def probe(w: Tensor) -> Multiply:
             # Codes that cancel as the numbers of `cancelling` do: rounding is symmetric.
-            codes = (torch.round(w * 3) + 8).clamp_(1, 15).int()
+            codes = (torch.round(w.float() * 3) + 8).clamp_(1, 15).int()
             unscaled = torch.zeros(w.shape[1] // group, len(w), 2, dtype=dtype)
             unscaled[..., 0] = 1
             return self._multiply(codes, unscaled, group)
@@ -132,7 +129,9 @@ class Int8Packed:
         multiply = self._multiply((weight.codes() ^ 128).view(torch.int8), weight.scales[:, 0].to(dtype))
 
         def probe(w: Tensor) -> Multiply:
-            return self._multiply((w * 30).round_().clamp_(-127, 127).to(torch.int8), torch.ones(len(w), dtype=dtype))
+            return self._multiply(
+                (w.float() * 30).round_().clamp_(-127, 127).to(torch.int8), torch.ones(len(w), dtype=dtype)
+            )
 
         counts = row_counts(self.name, weight.in_features, weight.out_features, probe, dtype)
         return StableLinear(multiply, RowSplitter(counts), counts)
@@ -155,39 +154,17 @@ class Dequantized:
         # Where the processor has no bfloat16, numbers stay in float32, which is faster and nearer.
         native = dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         computed = dtype if native else torch.float32
-        block = max(16, min(BLOCK_VALUES // weight.in_features, weight.out_features + 15) // 16 * 16)
+        block = block_rows(weight.in_features, weight.out_features)
 
         def probe(w: Tensor) -> Multiply:
-            w = w.to(computed)
             return lambda x: F.linear(x, w)
 
         counts = row_counts(self.name, weight.in_features, block, probe, computed)
-        return DequantizedLinear(weight, block, dtype, computed, RowSplitter(counts))
 
+        def make(rows: slice) -> Tensor:
+            return weight.dequantize(rows).to(computed)
 
-class DequantizedLinear:
-    """y = x W.T, the rows of W made into numbers block by block."""
-
-    def __init__(
-        self, weight: QuantizedWeight, block: int, dtype: torch.dtype, computed: torch.dtype, splitter: RowSplitter
-    ):
-        self.weight, self.block, self.dtype, self.computed, self.splitter = weight, block, dtype, computed, splitter
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows, out = len(x), self.weight.out_features
-        pieces = self.splitter.split(rows)
-        x = F.pad(x.to(self.computed), (0, 0, 0, sum(pieces) - rows))
-        inputs = torch.split(x, pieces)
-        y = torch.empty(rows, out, dtype=self.dtype)
-        for first in range(0, out, self.block):
-            weight = self.weight.dequantize(slice(first, first + self.block)).to(self.computed)
-            wanted = len(weight)
-            # The last block is filled up: another number of columns may mean another order of sums.
-            weight = F.pad(weight, (0, 0, 0, self.block - wanted)) if wanted < self.block else weight
-            products = [F.linear(piece, weight) for piece in inputs]
-            product = products[0] if len(products) == 1 else torch.cat(products)
-            y[:, first : first + wanted] = product[:rows, :wanted]
-        return y
+        return BlockLinear(make, weight.out_features, block, dtype, computed, RowSplitter(counts))
 
 
 PRODUCTS: tuple[Product, ...] = (Int4Packed(), Int8Packed(), Dequantized())
@@ -227,8 +204,10 @@ class QuantizedLinearFactory:
         full_key = (key, in_, out, dtype, torch.get_num_threads())
         if full_key not in self._counts:
             most = max(4 * BASE_ROWS, max((c for c in ROW_COUNTS if c * in_ * out <= MAX_PRODUCT), default=0))
-            x, w = cancelling(most, in_, out)
-            counts = proven_row_counts(probe(w), x.to(dtype))
+            x, w = cancelling(most, in_, out, dtype)
+            multiply = probe(w)
+            del w
+            counts = proven_row_counts(multiply, x)
             if not counts:
                 self.row_stable, counts = False, (BASE_ROWS,)
                 logger.warning("%s, %d x %d: rows influence each other; replay is not exact", key, in_, out)
