@@ -64,7 +64,8 @@ class Bitsandbytes4bit:
         values = tuple(table.tensor.tolist())
         absmax = pieces["weight.absmax"]
         scales = self._plain_absmax(pieces, state)
-        check_scales(scales, max(map(abs, values)), absmax.where)
+        made_of = " with weight.nested_quant_map and weight.nested_absmax" if self.nested else ""
+        check_scales(scales, max(map(abs, values)), f"{absmax.where}{made_of} times weight.quant_map")
         scales, group_of = scales_of_blocks(scales, absmax.first[0] // self.block_size, self.block_size, cut)
         flat = cut.along(Along.FLAT)
         skipped = flat.start - pieces["weight"].first[0]
@@ -116,7 +117,10 @@ class Bitsandbytes4bit:
         return state
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
-        return held_bytes(shape, 4, shape.in_ // math.gcd(self.block_size, shape.in_), 4)
+        group = math.gcd(self.block_size, shape.in_)
+        # Rows of models are multiples of 8; others are cuts, most of whose groups are whole blocks.
+        groups = shape.in_ // group if shape.in_ % 8 == 0 else -(-shape.in_ // self.block_size) + 1
+        return held_bytes(shape, 4, groups, 4)
 
 
 def _parse_state(piece: Piece) -> dict[str, Any]:

@@ -16,7 +16,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
     Values may lie across two words, as those of 3 bits do; n is then a multiple of `bits`.
     """
-    data = words.contiguous().view(torch.uint8)
+    # A copy: dimensions of size 1 count as contiguous with any stride, but no view as bytes is possible then.
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return data
     if bits in (2, 4):
