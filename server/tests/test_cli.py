@@ -56,6 +56,25 @@ def test_the_help_names_every_command():
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "tokenizer.json: no such file; expected the model's tokenizer; convert tokenizer.model"),
+        ("", "tokenizer.json: is not JSON"),
+        ("{}", "tokenizer.json: model is missing; expected a tokenizer"),
+        ('{"model": {}}', "tokenizer.json: model is without a vocab"),
+    ],
+)
+def test_a_plan_refuses_a_folder_whose_tokenizer_cannot_be_read(content, message, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(LLAMA, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").touch()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    assert message in refusal(run("plan", folder, "--json"))
+
+
+@pytest.mark.parametrize(
     ("model", "dtype", "world_size"), [(LLAMA, "float32", 1), (LLAMA, "bfloat16", 2), (QWEN2, "float32", 2)]
 )
 def test_a_plan_is_one_json_object_of_plain_facts(model, dtype, world_size):

@@ -128,16 +128,18 @@ def plan(
 
     try:
         folder = local_folder(model_id, revision)
-        facts = plan_model(
+        planned = plan_model(
             folder,
             world_size=num_shard,
             dtype=dtype,
             quantize=quantize,
             gptq_bits=gptq_bits,
             gptq_groupsize=gptq_groupsize,
-        ).summary()
+        )
+        planned.check_tokenizer()
     except ShardError as error:
         refuse(error)
+    facts = planned.summary()
     if as_json:
         typer.echo(json.dumps(facts))
     else:

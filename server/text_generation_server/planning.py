@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.index import TensorInfo, read_index, read_json
-from .checkpoint.model_config import CONFIG_NAME, ModelSettings, read_eos_token_ids, read_settings
+from .checkpoint.model_config import CONFIG_NAME, ModelSettings, check_tokenizer, read_eos_token_ids, read_settings
 from .errors import CheckpointError, ConfigError
-from .kernels.select import compute_dtype
+from .kernels.select import compute_dtype, dense_weight_bytes
 from .quantization.config import Quantization, read_quantization
 from .quantization.dense import Dense
 from .quantization.detect import Request
@@ -48,6 +48,10 @@ class ModelPlan:
         ordered = sorted(by_format, key=lambda format_: (format_ == Dense.name, -len(by_format[format_])))
         exceptions = [f"; {format_}: {_kinds(by_format[format_])}" for format_ in ordered[1:]]
         return self.quantization.describe() + "".join(exceptions)
+
+    def check_tokenizer(self) -> None:
+        """Refuses a folder whose tokenizer the router could not read. (A rank needs none.)"""
+        check_tokenizer(self.model_dir)
 
     def summary(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -95,7 +99,6 @@ def plan_model(
         ConfigError: a setting or a value of config.json that cannot be served.
         CheckpointError: a file or a tensor that is missing, damaged or of the wrong shape.
     """
-    chosen = compute_dtype(device, dtype)
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such folder; expected one with config.json and *.safetensors")
     settings = read_settings(model_dir)
@@ -104,6 +107,7 @@ def plan_model(
     index = read_index(model_dir)
     request = Request(quantize, gptq_bits, gptq_groupsize)
     quantization = read_quantization(model_dir, read_json(model_dir / CONFIG_NAME), index, request)
+    chosen = compute_dtype(device, dtype, quantization.method is not None)
     linears = {
         name: StoredLinear(shape, quantization.format_of(name)) for name, shape in linear_shapes(settings).items()
     }
@@ -122,7 +126,7 @@ def plan_model(
             prod(shape) for shape in (*linear_shapes(settings).values(), *other_tensors(settings).values())
         ),
         weight_bytes=sum(index[name].num_bytes for name in stored),
-        weight_bytes_per_rank=weight_bytes_per_rank(settings, linears, world_size, _BYTES[chosen]),
+        weight_bytes_per_rank=weight_bytes_per_rank(settings, linears, world_size, chosen),
         kv_bytes_per_token_per_rank=(
             2 * settings.num_layers * settings.kv_heads_per_rank(world_size) * settings.head_dim * _BYTES[chosen]
         ),
@@ -175,7 +179,7 @@ def other_tensors(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
 
 
 def weight_bytes_per_rank(
-    settings: ModelSettings, linears: Mapping[str, StoredLinear], world_size: int, dtype_bytes: int
+    settings: ModelSettings, linears: Mapping[str, StoredLinear], world_size: int, dtype: str
 ) -> int:
     """Memory of the weights that rank 0 holds; no rank holds more."""
     kv_rows = settings.kv_heads_per_rank(world_size) * settings.head_dim
@@ -189,14 +193,14 @@ def weight_bytes_per_rank(
                 in_ = -(-in_ // world_size)
             case _:
                 out = -(-out // world_size)
-        total += linear.format.held_bytes(Shape(out, in_), dtype_bytes)
+        total += linear.format.held_bytes(Shape(out, in_), dense_weight_bytes(dtype))
     for name, shape in other_tensors(settings).items():
         split = world_size if name == "model.embed_tokens.weight" else 1
         if name.endswith(("k_proj.bias", "v_proj.bias")):
             shape = (kv_rows,)
         elif name.endswith(".bias") and not name.endswith(("o_proj.bias", "down_proj.bias")):
             split = world_size
-        total += -(-shape[0] // split) * prod(shape[1:]) * dtype_bytes
+        total += -(-shape[0] // split) * prod(shape[1:]) * _BYTES[dtype]
     return total
 
 
@@ -223,7 +227,11 @@ def check_tensors(
         _check_tensor(index, name, shape, FLOATS, where)
     known = set(others)
     for linear, (shape, format_) in ((name, (stored.shape, stored.format)) for name, stored in linears.items()):
-        for spec in format_.specs(shape):
+        try:
+            specs = format_.specs(shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {linear}: {error}") from error
+        for spec in specs:
             name = f"{linear}.{spec.suffix}"
             if not spec.optional or name in index:
                 found = index[name].shape if name in index else None

@@ -88,7 +88,7 @@ def test_windows_are_those_of_transformers(changes: dict[str, Any], windows: lis
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"hidden_size": REMOVED}, "hidden_size is missing; expected a positive integer"),
+    ({"hidden_size": REMOVED}, "hidden_size is missing; expected an integer from 1 to 2147483648"),
     ({"hidden_size": 0}, "hidden_size is 0"),
     ({"hidden_size": "64"}, "hidden_size is '64'"),
     ({"hidden_size": True}, "hidden_size is True"),
@@ -116,6 +116,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention"),
     ({"rope_parameters": 3}, "rope_parameters is 3; expected an object"),
     ({"rope_theta": -1}, "rope_theta is -1"),
+    ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000; expected an integer from 1 to 4096"),
+    ({"num_attention_heads": 1 << 40}, "num_attention_heads is 1099511627776; expected an integer from 1 to 65536"),
+    ({"max_position_embeddings": 1}, "max_position_embeddings is 1; expected an integer from 2 to"),
     ({"rope_theta": 2e4, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 20000.0; expected 10000.0"),
     ({"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling is"),
     ({"sliding_window": 5}, "sliding_window is 5; expected null"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_generation_server.errors import ConfigError
 from text_generation_server.kernels.cpu import linear
-from text_generation_server.kernels.cpu.features import computes_bfloat16
+from text_generation_server.kernels.cpu.features import computes_bfloat16, multiplies_bfloat16
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.proofs import (
     RowSplitter,
@@ -127,7 +127,11 @@ def test_the_default_dtype_is_what_the_processor_multiplies(flags: str, native: 
 
 
 def test_unserved_devices_are_refused_by_name() -> None:
-    assert compute_dtype("cpu", "bfloat16") == "bfloat16"
-    assert compute_dtype("cpu", None) in ("float32", "bfloat16")
+    assert compute_dtype("cpu", "bfloat16", quantized=False) == "bfloat16"
+    assert compute_dtype("cpu", None, quantized=True) == "bfloat16"
+    assert compute_dtype("cpu", "float32", quantized=True) == "float32"
+    native = "bfloat16" if computes_bfloat16() else "float32"
+    assert compute_dtype("cpu", None, quantized=False) == native
+    assert multiplies_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with pytest.raises(ConfigError, match="--device cuda is not served yet; use --device cpu"):
         select_kernels("cuda")

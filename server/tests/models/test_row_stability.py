@@ -5,13 +5,14 @@ with other blocks, behind a prefix that another sequence computed.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from harness import LLAMA, QWEN2, Log, Shard, load, run_ranks
+from harness import LLAMA, MODELS, QWEN2, Log, Shard, load, run_ranks
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import Matmul
 from text_generation_server.loading import Alone, TensorParallel
@@ -20,6 +21,10 @@ from torch import Tensor
 PROMPT, LENGTH, BLOCK = 150, 166, 16
 BLOCKS_PER_LOG = -(-LENGTH // BLOCK)
 Digests = dict[int, str]
+FULL = bool(os.environ.get("FULL"))
+QUANTIZED = sorted(MODELS.glob("docs-llama-7m-*"))
+# One that torch's 4-bit product serves, on shards whose slices have other groups, and one that is dequantized.
+SAMPLED = [(MODELS / "docs-llama-7m-gptq-4bit-g128", 4), (MODELS / "docs-llama-7m-bnb-nf4", 1)]
 
 
 def log_of(seed: int, blocks: range | list[int], length: int = LENGTH) -> Log:
@@ -135,7 +140,8 @@ def differing(setup: Setup, kernels: CpuKernels, names: Sequence[str] = tuple(WA
 @pytest.mark.parametrize(
     "setup",
     [Setup(path, dtype) for path in (LLAMA, QWEN2) for dtype in ("float32", "bfloat16")]
-    + [Setup(QWEN2, dtype, size=2) for dtype in ("float32", "bfloat16")],
+    + [Setup(QWEN2, dtype, size=2) for dtype in ("float32", "bfloat16")]
+    + [Setup(path, "bfloat16", size) for path in QUANTIZED for size in (1, 2, 4) if FULL or (path, size) in SAMPLED],
     ids=str,
 )
 def test_every_way_to_compute_a_log_gives_the_same_bits(setup: Setup, kernels: CpuKernels) -> None:

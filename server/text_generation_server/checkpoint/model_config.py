@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from .index import read_json
 
 CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer.json"
+# Far beyond any model, and few enough to go through.
+MOST_LAYERS, MOST_HEADS = 4096, 65536
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,13 @@ class _Reader:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
+        """Bounded, for sizes decide how long something takes."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or value < 1:
-            raise self.error(key, "a positive integer")
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(key, f"an integer from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -151,12 +155,12 @@ def read_settings(model_dir: Path) -> ModelSettings:
     architecture = _read_architecture(config)
     family = FAMILIES[architecture]
     _refuse_what_is_not_implemented(config)
-    hidden, num_layers = config.count("hidden_size"), config.count("num_hidden_layers")
-    num_heads = config.count("num_attention_heads")
+    hidden, num_layers = config.count("hidden_size"), config.count("num_hidden_layers", most=MOST_LAYERS)
+    num_heads = config.count("num_attention_heads", most=MOST_HEADS)
     num_kv_heads = config.count("num_key_value_heads", family.num_kv_heads or num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, which is {num_heads}")
-    max_positions = config.count("max_position_embeddings", family.max_positions)
+    max_positions = config.count("max_position_embeddings", family.max_positions, least=2)
     attention_bias = config.flag("attention_bias", False) if family.qkv_bias is None else False
     return ModelSettings(
         model_type=config.text("model_type"),
@@ -292,8 +296,25 @@ def read_eos_token_ids(model_dir: Path, vocab_size: int) -> tuple[int, ...]:
     return _read_eos_of_tokenizer(model_dir, vocab_size)
 
 
+def check_tokenizer(model_dir: Path) -> None:
+    """Refuses a folder without a tokenizer that the router can read.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or is not the JSON of a tokenizer.
+    """
+    path = model_dir / TOKENIZER_NAME
+    if not path.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (model_dir / name).is_file()]
+        hint = f"; convert {others[0]} with transformers' AutoTokenizer and save_pretrained" if others else ""
+        raise CheckpointError(f"{path}: no such file; expected the model's tokenizer{hint}")
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        found = "missing" if model is None else "without a vocab" if isinstance(model, dict) else repr(model)[:80]
+        raise CheckpointError(f"{path}: model is {found}; expected a tokenizer as the tokenizers library saves it")
+
+
 def _read_eos_of_tokenizer(model_dir: Path, vocab_size: int) -> tuple[int, ...]:
-    config_path, path = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
+    config_path, path = model_dir / "tokenizer_config.json", model_dir / TOKENIZER_NAME
     if not config_path.is_file() or not path.is_file():
         return ()
     token = read_json(config_path).get("eos_token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .cpu.features import computes_bfloat16
+from .cpu.features import computes_bfloat16, multiplies_bfloat16
 
 if TYPE_CHECKING:
     from .interface import Kernels
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 _NOT_SERVED = "--device cuda is not served yet; use --device cpu"
 
 
-def compute_dtype(device: str, requested: str | None) -> str:
+def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     """The dtype of weights, activations and cache: what was asked for, else the fastest that is safe on the device.
+
+    Where weights are quantized that is bfloat16 on every processor: the products with packed integers take no other.
 
     Raises:
         ConfigError: the device, or the dtype on this device, is not served.
     """
     _check_device(device)
     if requested is None:
-        return "bfloat16" if computes_bfloat16() else "float32"
+        return "bfloat16" if quantized or computes_bfloat16() else "float32"
     if requested == "float16":
         raise ConfigError(
             "--dtype float16 is not served on cpu: no processor multiplies it natively, and it overflows where "
@@ -30,6 +32,11 @@ def compute_dtype(device: str, requested: str | None) -> str:
     if requested not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {requested} is unknown; expected float32 or bfloat16")
     return requested
+
+
+def dense_weight_bytes(dtype: str) -> int:
+    """Memory of an element of a dense linear: where there are no products of bfloat16, it is held in float32."""
+    return 2 if dtype == "bfloat16" and multiplies_bfloat16() else 4
 
 
 def select_kernels(device: str) -> Kernels:

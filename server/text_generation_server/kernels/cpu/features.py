@@ -2,12 +2,22 @@
 
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
 
-def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
+
+def _flags(cpuinfo: Path) -> set[str]:
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+
+
+def computes_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
+    return bool(_flags(cpuinfo) & {"avx512_bf16", "amx_bf16"})
+
+
+def multiplies_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether oneDNN has products of bfloat16 weights for the processor, native or not: it wants these of AVX512."""
+    return _flags(cpuinfo) >= {"avx512vl", "avx512bw", "avx512dq"}

@@ -1,0 +1,329 @@
+"""Measure quantized checkpoints beside the same model in bfloat16: loading, memory, decode and prefill.
+
+The model has TinyLlama's dimensions (1.1 billion parameters) and random weights, made here from a fixed seed; speed does
+not depend on what the numbers are. Each side is a process of its own that keeps its model; sides take turns, so that a
+machine that slows down in between favours none. Activations are bfloat16 everywhere.
+
+Decode steps run against a cache of the stated length whose content is zeros, which costs what any content costs. Beside
+the figures stands what the memory allows: a step reads every weight that the side holds once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+
+LOAD_TIMEOUT_S = 600.0
+ROUND_TIMEOUT_S = 600.0
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
+Tensors = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A checkpoint, and how it is loaded."""
+
+    checkpoint: str
+    quantize: str | None = None
+
+
+SIDES = {
+    "bf16": Side("bf16"),
+    "gptq 4 bits g128": Side("gptq-4-128"),
+    "gptq 4 bits g128 act-order": Side("gptq-4-128-order"),
+    "awq 4 bits g128": Side("awq-4-128"),
+    "gptq 2 bits g128": Side("gptq-2-128"),
+    "gptq 3 bits g128": Side("gptq-3-128"),
+    "gptq 8 bits g128": Side("gptq-8-128"),
+    "nf4 on the fly": Side("bf16", "bitsandbytes-nf4"),
+    "int8 on the fly": Side("bf16", "bitsandbytes"),
+    "fp8 on the fly": Side("bf16", "fp8"),
+}
+
+
+def linears() -> dict[str, tuple[int, int]]:
+    """OUT and IN features of every linear of a block, by its name in the block."""
+    hidden, size, kv = 2048, 5632, 4 * 64
+    return {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden),
+        "mlp.down_proj": (hidden, size),
+    }  # fmt: skip
+
+
+def make_checkpoint(name: str, folder: Path) -> None:
+    """Write the checkpoint `name` (bf16, or method-bits-group[-order])."""
+    import torch
+    from safetensors.torch import save_file
+
+    method, _, settings = name.partition("-")
+    generator = torch.Generator().manual_seed(0)
+    config: dict[str, Any] = dict(TINY_LLAMA)
+    tensors: Tensors = {"model.norm.weight": torch.ones(2048).bfloat16()}
+    for embedding in ("model.embed_tokens", "lm_head"):
+        tensors[f"{embedding}.weight"] = (torch.randn(32000, 2048, generator=generator) * 0.02).bfloat16()
+    make: Callable[[int, int], Tensors]
+    if method == "bf16":
+
+        def make(out: int, in_: int) -> Tensors:
+            return {"weight": (torch.randn(out, in_, generator=generator) * 0.02).bfloat16()}
+
+    else:
+        bits, group, *order = settings.split("-")
+        config["quantization_config"] = {"quant_method": method, "bits": int(bits), "group_size": int(group)}
+        if method == "gptq":
+            config["quantization_config"] |= {"desc_act": bool(order), "sym": True, "checkpoint_format": "gptq_v2"}
+        else:
+            config["quantization_config"] |= {"zero_point": True, "version": "gemm"}
+
+        def words(*shape: int) -> Any:
+            return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+        def make(out: int, in_: int) -> Tensors:
+            return quantized(method, int(bits), int(group), bool(order), out, in_, words)
+
+    for layer in range(TINY_LLAMA["num_hidden_layers"]):  # type: ignore[call-overload]
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(2048).bfloat16()
+        for linear, (out, in_) in linears().items():
+            tensors |= {f"{prefix}{linear}.{suffix}": tensor for suffix, tensor in make(out, in_).items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def quantized(
+    method: str, bits: int, group: int, order: bool, out: int, in_: int, words: Callable[..., Any]
+) -> Tensors:
+    """Random codes, symmetric where the format can say so, scaled to the spread of the dense weights."""
+    import torch
+
+    groups = in_ // group
+    scales = torch.full((groups, out), 0.02 / (2**bits / 3.46), dtype=torch.float16)
+    if method == "awq":
+        middle = torch.full((groups, out // 8), -0x77777778, dtype=torch.int32)
+        return {"qweight": words(in_, out // 8), "qzeros": middle, "scales": scales}
+    bit = torch.arange(out * bits).view(out, bits) % bits == bits - 1  # the highest of each zero point's bits
+    middle = (bit.view(-1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32).expand(groups, -1).contiguous()
+    index = torch.arange(in_, dtype=torch.int32) // group
+    if order:
+        index = index[torch.randperm(in_, generator=torch.Generator().manual_seed(in_))].contiguous()
+    return {"qweight": words(in_ * bits // 32, out), "qzeros": middle, "scales": scales, "g_idx": index}
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes: VmRSS or VmHWM (its peak) of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:"))) * 1024
+
+
+def work(folder: Path, quantize: str | None, threads: int) -> None:
+    """Load a model, say how it went, then answer commands on standard input: `decode BATCH CONTEXT`, `prefill TOKENS`."""
+    import torch
+    from text_generation_server.batch import StepBatch
+    from text_generation_server.kernels.select import select_kernels
+    from text_generation_server.loading import Alone, TensorParallel
+    from text_generation_server.models.registry import load_model
+    from text_generation_server.planning import plan_model
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    kernels = select_kernels("cpu")
+    before = memory_of_process("VmRSS")
+    start = time.perf_counter()
+    plan = plan_model(folder, world_size=1, dtype="bfloat16", quantize=quantize)
+    model = load_model(plan, TensorParallel(0, 1, Alone()), kernels)
+    say({
+        "load_s": time.perf_counter() - start,
+        "file_bytes": plan.weight_bytes,
+        "plan_bytes": plan.weight_bytes_per_rank,
+        "peak_bytes": memory_of_process("VmHWM") - before,
+        "held_bytes": memory_of_process("VmRSS") - before,
+        "row_stable": kernels.row_stable,
+    })  # fmt: skip
+    block, longest = 16, 2048 + 16
+    most = 16
+    cache = kernels.new_kv_cache(model.cache_spec, most * longest // block, block)
+
+    def step(rows: Sequence[tuple[int, int]]) -> None:
+        """rows: for each, positions in the cache before, and tokens to compute."""
+        starts, positions, slots = [0], [], []
+        width = max(-(-(before + count) // block) for before, count in rows)
+        for row, (before, count) in enumerate(rows):
+            for position in range(before, before + count):
+                positions.append(position)
+                slots.append((row * longest // block + position // block) * block + position % block)
+            starts.append(len(positions))
+        model.forward(StepBatch(
+            token_ids=torch.arange(len(positions)) * 7 % 32000,
+            positions=torch.tensor(positions),
+            starts=starts,
+            context_lengths=[before + count for before, count in rows],
+            slots=torch.tensor(slots),
+            block_tables=torch.tensor([[row * longest // block + i for i in range(width)] for row in range(len(rows))]),
+            sample_rows=torch.tensor([end - 1 for end in starts[1:]]),
+            kv_cache=cache,
+        ))  # fmt: skip
+
+    for k, v in cache.layers:
+        k.zero_(), v.zero_()
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        batch, length = map(int, numbers)
+        rows = [(length, 1)] * batch if command == "decode" else [(0, length)] * batch
+        step(rows)
+        steps, start = 0, time.perf_counter()
+        # At least a second, but one step of whatever length.
+        while steps == 0 or time.perf_counter() - start < 1:
+            step(rows)
+            steps += 1
+        say({"s": (time.perf_counter() - start) / steps, "steps": steps})
+
+
+def say(value: dict[str, Any]) -> None:
+    """A line of JSON for the parent."""
+    print(json.dumps(value), flush=True)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second of reading 1 GiB that no cache holds: the best of five."""
+    import torch
+
+    torch.set_num_threads(threads)
+    data = torch.ones(1 << 28)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, data.numel() * 4 / (time.perf_counter() - start))
+    return best
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
+    """Run every side; the tables, and whether the limits held."""
+    sides = {name: SIDES[name] for name in arguments.sides}
+    for checkpoint in sorted({side.checkpoint for side in sides.values()}):
+        if not (folder / checkpoint / "config.json").exists():
+            print(f"making {checkpoint}", file=sys.stderr, flush=True)
+            make_checkpoint(checkpoint, folder / checkpoint)
+    bandwidth = read_bandwidth(arguments.threads)
+    work_items = [("decode", b, n) for b in arguments.batches for n in arguments.contexts]
+    work_items += [("prefill", 1, n) for n in arguments.prompts]
+    loaded: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str, int, int], list[float]] = {}
+    servers: dict[str, common.Server] = {}
+    try:
+        for name, side in sides.items():
+            command = [sys.executable, __file__, "--work", str(folder / side.checkpoint)]
+            command += ["--threads", str(arguments.threads), "--quantize", side.quantize or ""]
+            servers[name] = common.Server(command, log=folder / "log")
+            loaded[name] = json.loads(servers[name].read_line(LOAD_TIMEOUT_S))
+            print(f"{name}: {loaded[name]}", file=sys.stderr, flush=True)
+        for _ in range(arguments.rounds):
+            for item in work_items:
+                for name, server in servers.items():
+                    server.write_line(" ".join(map(str, item)))
+                    seconds = json.loads(server.read_line(ROUND_TIMEOUT_S))["s"]
+                    found.setdefault((name, *item), []).append(seconds)
+                print(item, {n: round(found[(n, *item)][-1] * 1e3, 1) for n in servers}, file=sys.stderr, flush=True)
+    finally:
+        for server in servers.values():
+            server.__exit__(None, None, None)
+    return report(arguments, sides, loaded, found, bandwidth)
+
+
+def report(
+    arguments: argparse.Namespace,
+    sides: dict[str, Side],
+    loaded: dict[str, dict[str, Any]],
+    found: dict[tuple[str, str, int, int], list[float]],
+    bandwidth: float,
+) -> tuple[str, bool]:
+    """The tables in markdown."""
+    held = True
+    mib = 2**20
+    # Of a block, as the checkpoint stores it: a 22nd of everything but embedding and head.
+    rows = []
+    for name, facts in loaded.items():
+        layer = (facts["file_bytes"] - 2 * 32000 * 2048 * 2) / 22
+        limit = 1.25 * facts["file_bytes"] + layer
+        within = facts["peak_bytes"] <= limit
+        if sides[name].checkpoint.startswith("gptq"):
+            held = held and within
+        rows.append([
+            name, f"{facts['load_s']:.1f}", f"{facts['file_bytes'] / mib:.0f}", f"{facts['held_bytes'] / mib:.0f}",
+            f"{facts['peak_bytes'] / mib:.0f}", f"{limit / mib:.0f}", "held" if within else "NOT HELD",
+            "yes" if facts["row_stable"] else "NO",
+        ])  # fmt: skip
+    head = ["", "load s", "file MiB", "held MiB", "peak MiB", "limit: file + 25 % + a layer", "", "rows stable"]
+    parts = ["## Loading and memory\n", common.table(head, rows)]
+    for command, batch, length in dict.fromkeys((c, b, n) for _, c, b, n in found):
+        tokens = batch if command == "decode" else batch * length
+        title = f"decode, batch {batch}, {length} tokens before" if command == "decode" else f"prefill of {length}"
+        rows = []
+        for name in loaded:
+            seconds = found[(name, command, batch, length)]
+            ratios = [a / b for a, b in zip(found[("bf16", command, batch, length)], seconds, strict=True)]
+            rate = tokens / statistics.median(seconds)
+            bound = tokens * bandwidth / loaded[name]["plan_bytes"]
+            rows.append([
+                name, f"{1e3 * statistics.median(seconds):,.1f}", f"{rate:,.1f}", common.spread(ratios, 2),
+                f"{bound:,.1f}" if command == "decode" else "",
+            ])  # fmt: skip
+            if name == "gptq 4 bits g128" and command == "decode" and batch in (1, 4):
+                held = held and statistics.median(ratios) >= 1
+        head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)", "what the memory allows, tokens/s"]
+        parts += [f"\n## {title[0].upper()}{title[1:]}\n", common.table(head, rows)]
+    parts.append(f"\nRead bandwidth with {arguments.threads} threads: {bandwidth / 1e9:.1f} GB/s.")
+    parts.append(
+        "Limits: peak memory of the gptq checkpoints; decode of `gptq 4 bits g128` at batch 1 and 4 not slower than bf16: "
+        f"**{'held' if held else 'NOT HELD'}**."
+    )
+    return "\n".join(parts), held
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="what to compare")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences that decode together")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32, 512, 2048], help="tokens before, at most 2048")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="lengths of prefill, at most 2048")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are made and kept; by default they are removed")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--quantize", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.quantize or None, arguments.threads)
+        return
+    if "bf16" not in arguments.sides:
+        parser.error("--sides: expected bf16 among them; the others are compared with it")
+    head = common.environment()
+    with tempfile.TemporaryDirectory() as temporary:
+        body, held = measure(arguments, arguments.folder or Path(temporary))
+    common.write_result("quantized", "Quantized checkpoints beside bfloat16", head, body)
+    if not held:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

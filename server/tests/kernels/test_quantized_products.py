@@ -1,0 +1,159 @@
+"""Products with quantized weights equal float64 arithmetic on their codes, and give a row the same bits anywhere."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.cpu.quantized import PRODUCTS, Product
+from text_generation_server.kernels.interface import Matmul
+from text_generation_server.kernels.reference.kernels import ReferenceKernels
+from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, Table, alike, pack, unpack
+from torch import Tensor
+
+# Not the table of any format.
+TABLE = tuple(((i * 7) % 16 - 8) / 8 for i in range(16))
+CODINGS = [Integer(2), Integer(3), Integer(4), Integer(8), Table(TABLE), Float8("e4m3fn"), Float8("e5m2")]
+
+
+def make(
+    coding: Coding, out: int, in_: int, groups: int | Tensor, zeros: bool, order: bool, dtype: torch.dtype
+) -> tuple[QuantizedWeight, Tensor]:
+    """A weight, and [out, in] float64 of the same by plain arithmetic."""
+    g = torch.Generator().manual_seed(out * in_ + coding.bits)
+    codes = torch.randint(0, 2**coding.bits, (out, in_), generator=g, dtype=torch.uint8)
+    match coding:
+        case Integer(bits):
+            values = codes.double()
+            middle = 2.0 ** (bits - 1)
+        case Table(table):
+            values, middle = torch.tensor(table, dtype=torch.float64)[codes.long()], 0.0
+        case Float8(kind):
+            codes %= 120  # every code below is a finite number
+            values, middle = codes.view(getattr(torch, f"float8_{kind}")).double(), 0.0
+    group_of = torch.arange(in_) // groups if isinstance(groups, int) else groups
+    num = int(group_of.max()) + 1
+    scales = (torch.rand(out, num, generator=g) + 0.5).to(dtype)
+    zero_points = None
+    zero = torch.full((out, num), middle, dtype=torch.float64)
+    if zeros:
+        zero_points = torch.randint(0, 2**coding.bits, (out, num), generator=g, dtype=torch.uint8)
+        zero = zero_points.double()
+    matrix = (values - zero[:, group_of]) * scales.double()[:, group_of]
+    permutation = torch.randperm(in_, generator=g) if order else None
+    weight = QuantizedWeight(coding, in_, pack(codes, coding.bits), scales, zero_points, groups, permutation)
+    if permutation is not None:
+        # Place p holds feature permutation[p].
+        matrix = torch.empty_like(matrix).index_copy_(1, permutation, matrix)
+    return weight, matrix
+
+
+def close(y: Tensor, x: Tensor, matrix: Tensor, tolerance: float) -> None:
+    want = x.double() @ matrix.T
+    assert torch.linalg.norm(y.double() - want) <= tolerance * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+@pytest.mark.parametrize(
+    ("out", "in_", "groups"),
+    [(96, 256, 128), (96, 256, 256), (40, 160, 32), (17, 104, 16), (24, 4304, 128), (48, 256, 64)],
+)
+def test_products_equal_float64(
+    out: int, in_: int, groups: int, coding: Coding, dtype: torch.dtype, kernels: CpuKernels
+) -> None:
+    for zeros in [False, True] if isinstance(coding, Integer) else [False]:
+        weight, matrix = make(coding, out, in_, groups, zeros, order=False, dtype=torch.float16)
+        x = torch.randn(7, in_, generator=torch.Generator().manual_seed(1)).to(dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        for matmul in (
+            kernels.quantized_linear(weight, dtype, "layer"),
+            ReferenceKernels().quantized_linear(weight, dtype, "layer"),
+        ):
+            y = matmul(x)
+            assert y.dtype == dtype
+            close(y, x, matrix, tolerance)
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+@pytest.mark.parametrize("index", [True, False])
+def test_products_with_reordered_features_equal_float64(coding: Coding, index: bool, kernels: CpuKernels) -> None:
+    groups: int | Tensor = torch.tensor([0] * 33 + [1] * 5 + [2] * 90) if index else 32
+    weight, matrix = make(coding, 24, 128, groups, isinstance(coding, Integer), order=True, dtype=torch.bfloat16)
+    x = torch.randn(3, 128)
+    for kernel in (kernels, ReferenceKernels()):
+        close(kernel.quantized_linear(weight, torch.float32, "layer")(x), x, matrix, 1e-5)
+
+
+# A weight that each product takes.
+TAKEN: dict[str, Callable[[], QuantizedWeight]] = {
+    "int4 (torch)": lambda: make(Integer(4), 64, 256, 256, True, False, torch.float16)[0],
+    "int8 (torch)": lambda: make(Integer(8), 64, 256, 256, False, False, torch.float32)[0],
+    "dequantized blocks": lambda: make(Table(TABLE), 80, 256, 64, False, False, torch.float32)[0],
+}
+
+
+def prepare(product: Product, weight: QuantizedWeight, dtype: torch.dtype, kernels: CpuKernels) -> Matmul:
+    return product.prepare(weight, dtype, kernels._quantized._row_counts)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+def test_a_row_has_the_same_bits_among_any_others(product: Product, kernels: CpuKernels) -> None:
+    weight = TAKEN[product.name]()
+    assert product.why_not(weight, torch.bfloat16) is None
+    matmul = prepare(product, weight, torch.bfloat16, kernels)
+    x = torch.randn(130, 256).bfloat16()
+    alone = torch.cat([matmul(row[None]) for row in x])
+    for rows in (2, 3, 5, 8, 17, 33, 130):
+        for first in (0, 1, 130 - rows):
+            assert torch.equal(matmul(x[first : first + rows]), alone[first : first + rows]), (rows, first)
+    assert kernels.row_stable
+
+
+CHOICES: list[tuple[QuantizedWeight, torch.dtype, str]] = [
+    (make(Integer(4), 64, 256, 128, True, False, torch.float16)[0], torch.bfloat16, "int4 (torch)"),
+    (make(Integer(4), 64, 256, 256, True, False, torch.float16)[0], torch.bfloat16, "int4 (torch)"),
+    (make(Integer(4), 64, 2048, 1024, True, False, torch.float16)[0], torch.bfloat16, "int4 (torch)"),
+    (make(Integer(4), 64, 96, 96, True, True, torch.float16)[0], torch.bfloat16, "int4 (torch)"),
+    (make(Integer(4), 64, 256, 128, True, False, torch.float16)[0], torch.float32, "dequantized blocks"),
+    (make(Integer(4), 64, 256, 16, True, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(4), 40, 256, 128, True, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(3), 64, 256, 128, True, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(8), 64, 256, 256, False, False, torch.float16)[0], torch.bfloat16, "int8 (torch)"),
+    (make(Integer(8), 64, 256, 256, True, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(8), 64, 256, 128, False, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Table(TABLE), 64, 256, 64, False, False, torch.float32)[0], torch.bfloat16, "dequantized blocks"),
+]
+
+
+@pytest.mark.parametrize(("weight", "dtype", "name"), CHOICES)
+def test_the_first_product_with_nothing_against_it_is_chosen(
+    weight: QuantizedWeight, dtype: torch.dtype, name: str
+) -> None:
+    assert next(product.name for product in PRODUCTS if product.why_not(weight, dtype) is None) == name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 3, 8, 31, 104, 128])
+def test_unpacking_undoes_packing(bits: int, size: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, size), dtype=torch.uint8)
+    planes = pack(codes, bits)
+    for dtype in (torch.uint8, torch.float32):
+        assert torch.equal(unpack(planes, bits, torch.full((5, size), 7, dtype=dtype)).to(torch.uint8), codes)
+    if size % 8 == 0:
+        assert sum(plane.numel() for plane in planes) == codes.numel() * bits // 8
+
+
+def test_weights_of_other_groups_or_codings_are_not_alike() -> None:
+    weight, _ = make(Integer(4), 16, 64, 32, True, False, torch.float16)
+    assert alike(weight, make(Integer(4), 24, 64, 32, True, False, torch.float16)[0])
+    for other in (
+        make(Integer(4), 16, 64, 64, True, False, torch.float16)[0],
+        make(Integer(8), 16, 64, 32, True, False, torch.float16)[0],
+        make(Integer(4), 16, 64, 32, False, False, torch.float16)[0],
+        make(Integer(4), 16, 64, 32, True, True, torch.float16)[0],
+        replace(weight, groups=torch.arange(64) // 32),
+        replace(weight, scales=weight.scales.float()),
+    ):
+        assert not alike(weight, other)
