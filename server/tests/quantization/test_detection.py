@@ -1,9 +1,11 @@
 """What the files of a checkpoint say of its quantization: found as every tool writes it, refused where it says less."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from text_generation_server.quantization.fp8 import Fp8, QuantizeFp8
 from text_generation_server.quantization.gptq import Gptq
 from text_generation_server.quantization.pack_quantized import PackQuantized
 
+FULL = bool(os.environ.get("FULL"))
 AUTOGPTQ = {
     "bits": 4, "group_size": 64, "damp_percent": 0.1, "desc_act": False, "sym": True, "true_sequential": True,
     "model_name_or_path": None, "model_file_base_name": "model",
@@ -474,6 +477,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "gptq for BitBLAS": ({"linear": gptq, "config": OPTIMUM | {"checkpoint_format": "bitblas"}}, {}, [
         "checkpoint_format is 'bitblas'", "gptq, gptq_v2", "made from"]),
     "words of 64 bits": ({"linear": gptq, "config": GPTQMODEL | {"pack_dtype": "int64"}}, {}, ["pack_dtype", "int32"]),
+    "GPTQModel without a format": ({"linear": gptq, "config": without(GPTQMODEL, "checkpoint_format")}, {}, [
+        "nothing says format", "checkpoint_format"]),
     "turned weights": ({"linear": gptq, "config": GPTQMODEL | {"rotation": "hadamard"}}, {}, ["rotation", "hadamard"]),
     "an adapter": ({"linear": gptq, "config": GPTQMODEL | {"adapter": {"name": "lora"}}}, {}, ["adapter", "lora"]),
     "the method marlin": ({"linear": gptq, "config": {"quant_method": "marlin", "group_size": 128}}, {}, [
@@ -521,6 +526,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         "strategy is 'tensor_group'", "group, channel"]),
     "5 bits of compressed-tensors": ({"linear": packed, "config": compressed(INT4 | {"num_bits": 5})}, {}, [
         "num_bits is 5"]),
+    "blocks of integers": ({"linear": packed, "config": compressed(INT4 | {"block_structure": [8, 8]})}, {}, [
+        "block_structure is [8, 8]"]),
+    "no targets": ({"linear": packed, "config": compressed(INT4, group={"targets": None})}, {}, ["says targets"]),
     "no groups": ({"linear": packed, "config": compressed(INT4, config_groups={})}, {}, ["config_groups"]),
     "a preset by name": ({"linear": packed, "config": compressed(INT4, config_groups={"W4A16": ["Linear"]})}, {}, [
         "config_groups", "W4A16"]),
@@ -591,3 +599,52 @@ def test_the_same_settings_twice_in_one_file_are_refused(tmp_path: Path) -> None
     (tmp_path / "quantize_config.json").write_text(text.replace("{", '{"bits": 8, ', 1))
     with pytest.raises(ShardError, match='"bits" occurs twice'):
         plan_model(tmp_path, world_size=1)
+
+
+ODD_VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    7,
+    2.5,
+    10**30,
+    "",
+    "x",
+    [],
+    [1],
+    ["re:("],
+    [["a"], 1],
+    {},
+    {"a": {}},
+    {".*": 1},
+]
+
+
+def odd_settings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings with one of them replaced, on any level, or with one missing."""
+    for key, value in values.items():
+        yield without(values, key)
+        for odd in ODD_VALUES:
+            yield values | {key: odd}
+        if isinstance(value, dict):
+            for changed in odd_settings(value):
+                yield values | {key: changed}
+
+
+@pytest.mark.parametrize("case", DETECTED)
+def test_settings_of_any_shape_are_served_or_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    folder, _, _ = DETECTED[case]
+    write(tmp_path, **folder)
+    name = "config.json" if "config" in folder else next(iter(folder.get("files", {"config.json": {}})))
+    path, key = tmp_path / name, folder.get("key", "quantization_config")
+    values = json.loads(path.read_text())
+    settings = list(odd_settings(values[key] if "config" in folder else values))
+    for changed in settings if FULL else settings[::7]:
+        path.write_text(json.dumps(values | {key: changed} if "config" in folder else changed))
+        try:
+            line = plan_model(tmp_path, world_size=1).describe_quantization()
+        except ShardError as error:
+            line = str(error)
+        assert "\n" not in line and len(line) < 2000
