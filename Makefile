@@ -13,7 +13,7 @@ PYTHON := $(VENV)/bin/python
 CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
 
-.PHONY: help install run check test test-full test-rust test-python test-integration simulate bench clean
+.PHONY: help install run check test test-full test-rust test-python test-integration matrix simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test      every test: Rust, Python, integration"
 	@echo "make test-full the Python and integration tests with every type and number of shards"
 	@echo "make check     the fast lints: rustfmt, clippy, ruff, mypy, tidy"
+	@echo "make matrix    write the support matrix of docs/quantization.md from the tests"
 	@echo "make simulate  a million random schedules of the scheduler (COUNT=..., FIRST=...)"
 	@echo "make bench     the benchmarks; see benchmark/README.md"
 	@echo "make clean     remove what was built"
@@ -55,6 +56,9 @@ test-integration: install
 test-full: install
 	FULL=1 $(PYTHON) -m pytest server/tests
 	FULL=1 $(PYTHON) -m pytest integration-tests
+
+matrix: install
+	$(PYTHON) scripts/support_matrix.py
 
 # A million schedules take about ten minutes on one core.
 simulate: COUNT ?= 1000000

@@ -111,6 +111,8 @@ def _read_group(settings: Settings, name: str, values: Any, work: Work) -> _Grou
     group.must_be("output_activations", {})
     weights = _table(group, "weights")
     _check_activations(group)
+    if "targets" not in group:
+        raise group.error("targets", "a list of names, patterns or classes of layers")
     targets = Targets(group, "targets", work)
     format_ = group.get("format") or settings.get("format")
     stated = group if "format" in group else settings
@@ -160,10 +162,10 @@ def _integers(weights: Settings) -> PackQuantized:
         size = weights.group_size()
         if size == -1:
             raise weights.error("group_size", "a number of features for the strategy group")
+    if "block_structure" in weights:
+        raise weights.error("block_structure", "nothing for integers")
     # `group` reorders features, which weight_g_idx says.
-    order = weights.get("actorder")
-    if order not in (None, False, "group", "weight", "static", "dynamic"):
-        raise weights.error("actorder", "group, weight, or nothing")
+    weights.must_be("actorder", False, "group", "dynamic", "weight", "static")
     return PackQuantized(weights.integer("num_bits", BITS), size, symmetric)
 
 
@@ -172,6 +174,8 @@ def _floats(weights: Settings) -> tuple[str, tuple[int, int] | None]:
         raise weights.error("type", "float")
     weights.integer("num_bits", (8,))
     weights.must_be("symmetric", True)
+    weights.must_be("group_size", -1)
+    weights.must_be("actorder", False, "weight", "static")
     strategy = _strategy(weights, ("tensor", "channel", "block"))
     block = block_structure(weights, "block_structure")
     if (block is not None) != (strategy == "block"):

@@ -97,15 +97,16 @@ def own_tensors(index: Mapping[str, TensorInfo]) -> set[str]:
 def _from_json(path: Path, prefix: str, values: Any) -> Source:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {prefix.rstrip('.') or 'the file'} is {values!r}; expected an object")
-    stated = {_plain(values[key]) for key in ("quant_method", "method") if values.get(key) is not None}
-    if len(stated) > 1:
+    stated = {key: values[key] for key in ("quant_method", "method") if values.get(key) is not None}
+    for key, value in stated.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{path}: {prefix}{key} is {_short(value)}; expected the name of a method")
+    if len({value.lower() for value in stated.values()}) > 1:
         raise ConfigError(
             f"{path}: {prefix}quant_method is {values['quant_method']!r}, but {prefix}method is {values['method']!r}; "
             "expected the same"
         )
-    method = stated.pop() if stated else _guess(values)
-    if method is not None and not isinstance(method, str):
-        raise ConfigError(f"{path}: {prefix}quant_method is {method!r}; expected the name of a method")
+    method = next((value.lower() for value in stated.values()), None) or _guess(values)
     return Source(path.name, values, method, {key: f"{path}: {prefix}{key}" for key in values})
 
 

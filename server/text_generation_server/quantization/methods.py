@@ -95,9 +95,12 @@ class GptqMethod:
             settings.must_be(key, {}, [], "")
         if "zero_point" in settings and settings.get("zero_point") is settings.get("sym"):
             raise settings.error("zero_point", f"the opposite of sym, which is {settings.get('sym')}, or nothing")
-        # AutoGPTQ and TGI wrote no format as long as there was but one.
-        self.format = settings.word("format", ("gptq", "gptq_v2"), _MAKE_GPTQ) or "gptq"
         self._borrows = "gptqmodel" in json.dumps(settings.get("meta") or "").lower()
+        format_ = settings.word("format", ("gptq", "gptq_v2"), _MAKE_GPTQ)
+        if format_ is None and self._borrows:
+            raise settings.error("format", "gptq or gptq_v2 (called checkpoint_format), which GPTQModel always says")
+        # AutoGPTQ and TGI wrote no format as long as there was but one.
+        self.format = format_ or "gptq"
         self._base = self._format(settings, None)
         self._overrides: list[tuple[Override, WeightFormat | None]] = [
             (override, self._format(override.settings, settings) if override.settings else None)

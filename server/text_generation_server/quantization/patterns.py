@@ -1,13 +1,14 @@
 """Regular expressions that come with a checkpoint, matched in bounded time whatever they are. Never imports torch.
 
 Rules about layers are written as Python's regular expressions. Backtracking takes exponential time for some, and files
-are not to be trusted; here a match is the set of places where it can end, so time is bounded by pattern times name.
+are not to be trusted; here all matches are followed at once as the set of places where they can end, and what that may
+cost is limited.
 What cannot be matched so (references to groups, looking behind, flags) is refused; laziness changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +16,8 @@ from ..errors import ConfigError
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 20
-# Places tried for all the patterns of a checkpoint: a few seconds. Usual files need a thousandth of it.
-MAX_WORK = 5_000_000
+# Steps for all the patterns of one list: a second or two. Usual files need a hundredth of it.
+MAX_WORK = 2_000_000
 MAX_COUNT = 1000
 
 _CLASSES: dict[str, Callable[[str], bool]] = {
@@ -46,36 +47,37 @@ class Pattern:
             raise ConfigError(f"{where}: a pattern of {len(text)} characters; expected at most {MAX_LENGTH}")
         self._root = _Parser(text, where).parse()
 
-    def ends(self, name: str) -> frozenset[int]:
+    def ends(self, name: str) -> set[int]:
         """Where in `name` a match that begins at its start can end; empty: there is none."""
-        return _Match(name, self).ends(self._root, 0)
+        found = _Match(name, self._work, self.text).ends(self._root, 1)
+        return {place for place in range(len(name) + 1) if found >> place & 1}
 
     def matches(self, name: str) -> bool:
         """As `re.match`: from the start, to anywhere."""
         return bool(self.ends(name))
 
-    def spend(self) -> None:
-        self._work.spend(self.text)
-
 
 class _Match:
-    def __init__(self, name: str, pattern: Pattern):
-        self.name, self._pattern = name, pattern
-        self._known: dict[tuple[int, int], frozenset[int]] = {}
+    """Sets of places in one name are bits of a number."""
 
-    def ends(self, node: _Node, start: int) -> frozenset[int]:
-        self._pattern.spend()
-        key = (id(node), start)
-        if key not in self._known:
-            self._known[key] = node.ends(self, start)
-        return self._known[key]
+    def __init__(self, name: str, work: Work, pattern: str):
+        self.name, self._work, self._pattern = name, work, pattern
+        self._masks: dict[int, int] = {}
 
-    def all_ends(self, node: _Node, starts: frozenset[int]) -> frozenset[int]:
-        return frozenset().union(*(self.ends(node, start) for start in starts))
+    def ends(self, node: _Node, starts: int) -> int:
+        """Where matches end that begin at any of `starts`."""
+        self._work.spend(self._pattern)
+        return node.ends(self, starts)
+
+    def places(self, node: _One | _At | _Text) -> int:
+        """Every place where a condition holds."""
+        if id(node) not in self._masks:
+            self._masks[id(node)] = sum(1 << place for place in node.places(self.name))
+        return self._masks[id(node)]
 
 
 class _Node(Protocol):
-    def ends(self, match: _Match, start: int) -> frozenset[int]: ...
+    def ends(self, match: _Match, starts: int) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,27 @@ class _One:
 
     accepts: Callable[[str], bool]
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
-        return frozenset([start + 1] if start < len(match.name) and self.accepts(match.name[start]) else [])
+    def places(self, name: str) -> Iterator[int]:
+        return (place for place, c in enumerate(name) if self.accepts(c))
+
+    def ends(self, match: _Match, starts: int) -> int:
+        return (starts & match.places(self)) << 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Characters as they are."""
+
+    text: str
+
+    def places(self, name: str) -> Iterator[int]:
+        place = name.find(self.text)
+        while place >= 0:
+            yield place
+            place = name.find(self.text, place + 1)
+
+    def ends(self, match: _Match, starts: int) -> int:
+        return (starts & match.places(self)) << len(self.text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +115,11 @@ class _At:
 
     holds: Callable[[str, int], bool]
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
-        return frozenset([start] if self.holds(match.name, start) else [])
+    def places(self, name: str) -> Iterator[int]:
+        return (place for place in range(len(name) + 1) if self.holds(name, place))
+
+    def ends(self, match: _Match, starts: int) -> int:
+        return starts & match.places(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,29 +129,32 @@ class _Look:
     part: _Node
     wanted: bool
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
-        return frozenset([start] if bool(match.ends(self.part, start)) == self.wanted else [])
+    def ends(self, match: _Match, starts: int) -> int:
+        single = (1 << place for place in range(len(match.name) + 1) if starts >> place & 1)
+        return sum(start for start in single if bool(match.ends(self.part, start)) == self.wanted)
 
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:
     parts: list[_Node]
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
-        places = frozenset([start])
+    def ends(self, match: _Match, starts: int) -> int:
         for part in self.parts:
-            places = match.all_ends(part, places)
-            if not places:
+            if not starts:
                 break
-        return places
+            starts = match.ends(part, starts)
+        return starts
 
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
     options: list[_Node]
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
-        return frozenset().union(*(match.ends(option, start) for option in self.options))
+    def ends(self, match: _Match, starts: int) -> int:
+        found = 0
+        for option in self.options:
+            found |= match.ends(option, starts)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +163,25 @@ class _Repeat:
     least: int
     most: int | None
 
-    def ends(self, match: _Match, start: int) -> frozenset[int]:
+    def ends(self, match: _Match, starts: int) -> int:
         # More repetitions than characters consume nothing, and one of nothing is as good as many.
         enough = len(match.name) + 1
-        places = frozenset([start])
         for _ in range(min(self.least, enough)):
-            places = match.all_ends(self.part, places)
-        reached = new = places
+            starts = match.ends(self.part, starts)
+        if self.part is _ANY and self.most is None:
+            # From the first of them on.
+            return (1 << enough) - (starts & -starts) if starts else 0
+        reached = new = starts
         for _ in range(enough if self.most is None else min(self.most - self.least, enough)):
-            new = match.all_ends(self.part, new) - reached
+            new = match.ends(self.part, new) & ~reached
             if not new:
                 break
             reached |= new
         return reached
+
+
+# Names of tensors have one line.
+_ANY = _One(lambda c: True)
 
 
 def _is_word_boundary(name: str, at: int) -> bool:
@@ -199,7 +232,11 @@ class _Parser:
     def sequence(self) -> _Node:
         parts: list[_Node] = []
         while self.at < len(self.text) and not self.peek("|") and not self.peek(")"):
-            parts.append(self.repeated(self.atom()))
+            part = self.repeated(self.atom())
+            if parts and isinstance(part, _Text) and isinstance(before := parts[-1], _Text):
+                parts[-1] = _Text(before.text + part.text)
+            else:
+                parts.append(part)
         return parts[0] if len(parts) == 1 else _Sequence(parts)
 
     def repeated(self, part: _Node) -> _Node:
@@ -232,7 +269,7 @@ class _Parser:
         c = self.next()
         match c:
             case ".":
-                return _One(lambda c: c != "\n")
+                return _ANY
             case "^":
                 return _At(lambda name, at: at == 0)
             case "$":
@@ -243,9 +280,12 @@ class _Parser:
                 return self.group()
             case "\\":
                 return self.escape()
-            case "*" | "+" | "?":
-                raise self.error("a repetition of nothing")
-        return _One(c.__eq__)
+            case "*" | "+" | "?" | "{":
+                self.at -= 1
+                if self.counts() is not None:
+                    raise self.error("a repetition of nothing")
+                self.at += 1
+        return _Text(c)
 
     def group(self) -> _Node:
         look: bool | None = None
@@ -271,7 +311,8 @@ class _Parser:
                 "b": _is_word_boundary,
                 "B": lambda name, at: not _is_word_boundary(name, at),
             }[c])  # fmt: skip
-        return _One(self.one_of(c) or self.literal(c).__eq__)
+        accepts = self.one_of(c)
+        return _One(accepts) if accepts is not None else _Text(self.literal(c))
 
     def one_of(self, c: str) -> Callable[[str], bool] | None:
         """What \\d, \\w, \\s and their opposites accept."""
