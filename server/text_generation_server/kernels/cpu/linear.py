@@ -49,13 +49,13 @@ class LinearFactory:
 
     def __init__(self) -> None:
         self.row_stable = True
-        self._counts: dict[tuple[int, int, torch.dtype, int], tuple[int, ...]] = {}
+        self._counts: dict[tuple[str, int, int, torch.dtype, int], tuple[int, ...]] = {}
         self._splitters: dict[tuple[int, ...], RowSplitter] = {}
 
     def __call__(self, weight: Tensor) -> Matmul:
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return self._widened(weight)
-        splitter, counts = self._proven(len(weight), weight.shape[1], weight.dtype, prepack)
+        splitter, counts = self._proven("prepacked", len(weight), weight.shape[1], weight.dtype, prepack)
         return StableLinear(prepack(weight), splitter, counts)
 
     def _widened(self, weight: Tensor) -> Matmul:
@@ -66,13 +66,13 @@ class LinearFactory:
         """
         out, in_ = weight.shape
         block = block_rows(in_, out)
-        splitter, _ = self._proven(block, in_, torch.float32, lambda w: lambda x: F.linear(x, w))
+        splitter, _ = self._proven("widened", block, in_, torch.float32, lambda w: lambda x: F.linear(x, w))
         return BlockLinear(lambda rows: weight[rows].float(), out, block, torch.bfloat16, torch.float32, splitter)
 
     def _proven(
-        self, out: int, in_: int, dtype: torch.dtype, make: Callable[[Tensor], Multiply]
+        self, kind: str, out: int, in_: int, dtype: torch.dtype, make: Callable[[Tensor], Multiply]
     ) -> tuple[RowSplitter, tuple[int, ...]]:
-        key = (in_, out, dtype, torch.get_num_threads())
+        key = (kind, in_, out, dtype, torch.get_num_threads())
         if key not in self._counts:
             most = max(4 * BASE_ROWS, max((c for c in ROW_COUNTS if c * in_ * out <= MAX_PRODUCT), default=0))
             x, probe = cancelling(most, in_, out, dtype)
@@ -81,8 +81,8 @@ class LinearFactory:
             counts = proven_row_counts(multiply, x)
             if not counts:
                 self.row_stable, counts = False, (BASE_ROWS,)
-                logger.warning("linear %d x %d: rows influence each other; replay is not exact", in_, out)
-            logger.info("linear %d x %d %s: proven at rows %s", in_, out, dtype, list(counts))
+                logger.warning("%s linear %d x %d: rows influence each other; replay is not exact", kind, in_, out)
+            logger.info("%s linear %d x %d %s: proven at rows %s", kind, in_, out, dtype, list(counts))
             self._counts[key] = counts
         counts = self._counts[key]
         if counts not in self._splitters:
