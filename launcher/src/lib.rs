@@ -7,6 +7,8 @@
 
 pub mod args;
 pub mod control;
+pub mod entry;
+pub mod events;
 pub mod health;
 pub mod logs;
 pub mod machine;

@@ -295,6 +295,7 @@ fn router_command(
     router.optional("--queue-timeout", args.queue_timeout).optional("--step-timeout", args.step_timeout);
     router.flag("--validation-workers", args.validation_workers).flag("--payload-limit", args.payload_limit);
     router.flag("--graceful-termination-timeout", args.graceful_termination_timeout);
+    router.optional("--compute-type", args.compute_type.as_deref());
     for origin in &args.cors_allow_origin {
         router.flag("--cors-allow-origin", origin);
     }
@@ -421,7 +422,7 @@ mod tests {
             "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 \
              --max-input-length 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 \
              --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
-             --cors-allow-origin a --cors-allow-origin b --json-output",
+             --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --json-output",
         )
         .unwrap();
         assert_eq!(plan.url, "http://[::1]:8080");
@@ -432,7 +433,7 @@ mod tests {
                  /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 \
                  --max-stop-sequences 2 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
                  --max-batch-total-tokens 40 --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
-                 --graceful-termination-timeout 8 --cors-allow-origin a --cors-allow-origin b --json-output"
+                 --graceful-termination-timeout 8 --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --json-output"
             )
         );
     }

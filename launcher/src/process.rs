@@ -16,9 +16,9 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::events::Signal;
 use crate::logs::{Lines, Memory, Output};
 use crate::plan::CommandLine;
-use crate::supervisor::Signal;
 
 /// After a child's death its output is read for this long: a process of its own may hold the pipe open.
 const LAST_OUTPUT: Duration = Duration::from_millis(300);

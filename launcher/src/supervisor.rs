@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use text_generation_router::control::{RankAddress, ToLauncher, ToRouter};
 
+use crate::events::{Action, Event, Level, Outcome, Signal, Who};
 use crate::process::{Cause, Exit};
-use crate::watch::{self, Phase, Sample, Watch};
+use crate::watch::{self, Health, Phase, Sample, Watch};
 
 /// Limits and delays.
 #[derive(Clone, Debug)]
@@ -60,135 +61,6 @@ const TELL_PROGRESS: Duration = Duration::from_secs(5);
 /// The most that the time between two ticks counts: a launcher that was stopped itself blames nobody.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 
-/// A process.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Who {
-    /// A shard.
-    Rank {
-        /// Its rank.
-        rank: u32,
-        /// Counts the processes of this rank, from 1.
-        incarnation: u32,
-    },
-    /// The router.
-    Router {
-        /// Counts its processes, from 1.
-        incarnation: u32,
-    },
-}
-
-impl std::fmt::Display for Who {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Rank { rank, .. } => write!(f, "rank {rank}"),
-            Self::Router { .. } => f.write_str("router"),
-        }
-    }
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// Begin.
-    Start,
-    /// Time passed: comes ten times a second.
-    Tick,
-    /// A process runs.
-    Spawned {
-        /// Which.
-        who: Who,
-        /// Its id.
-        process_id: u32,
-    },
-    /// A process could not even be started.
-    NotSpawned {
-        /// Which.
-        who: Who,
-        /// Why.
-        error: String,
-    },
-    /// A process is gone and its output was read to the end.
-    Exited {
-        /// Which.
-        who: Who,
-        /// How.
-        exit: Exit,
-    },
-    /// A rank was looked at.
-    Sampled {
-        /// Which.
-        rank: u32,
-        /// Of it, which process.
-        incarnation: u32,
-        /// What was seen.
-        sample: Sample,
-    },
-    /// The router opened the control socket.
-    RouterConnected,
-    /// The router spoke.
-    RouterSaid(ToLauncher),
-    /// A signal asks to end, or Ctrl-C.
-    Stop,
-}
-
-/// A signal to a child.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Signal {
-    /// SIGUSR1: print the stacks of all threads.
-    Stacks,
-    /// SIGTERM
-    Term,
-    /// SIGKILL
-    Kill,
-}
-
-/// How the launcher ends.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Outcome {
-    /// As asked.
-    Stopped,
-    /// Something that the launcher could not mend, in words.
-    Failed(String),
-}
-
-/// How much a line of the log matters.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Level {
-    /// Worth knowing.
-    Info,
-    /// Something broke and is being mended.
-    Warn,
-    /// Someone must act.
-    Error,
-}
-
-/// What to do.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Action {
-    /// Start a process; answered by `Spawned` or `NotSpawned`.
-    Spawn(Who),
-    /// Send a signal.
-    Signal(Who, Signal),
-    /// Send the router a message.
-    Tell(ToRouter),
-    /// Tell the router that a generation is complete; its rendezvous file has the number in its name.
-    Announce {
-        /// Its number.
-        number: u64,
-        /// Rank, process id and incarnation of each, in order of rank.
-        ranks: Vec<(u32, u32, u32)>,
-    },
-    /// Look at the ranks often (while something is awaited) or seldom.
-    Poll {
-        /// Ten times a second rather than twice.
-        often: bool,
-    },
-    /// Write to the log.
-    Log(Level, String),
-    /// All children are gone.
-    End(Outcome),
-}
-
 /// What is known of one child.
 #[derive(Clone, Debug)]
 enum Life {
@@ -222,6 +94,15 @@ struct Router {
     connected: bool,
     /// This process has served.
     served: bool,
+    watch: Watch,
+    /// A ping is not answered yet.
+    owes_pong: bool,
+}
+
+impl Router {
+    fn new(incarnation: u32, life: Life) -> Self {
+        Self { incarnation, life, connected: false, served: false, watch: Watch::default(), owes_pong: false }
+    }
 }
 
 /// Counts losses towards giving up, and for the back-off.
@@ -341,6 +222,9 @@ impl Supervisor {
             Event::NotSpawned { who, error } => self.not_spawned(now, who, &error),
             Event::Exited { who, exit } => self.exited(now, who, &exit),
             Event::Sampled { rank, incarnation, sample } => self.sampled(now, (rank, incarnation), sample),
+            Event::RouterSampled { incarnation, processor_time } => {
+                self.router_sampled(now, incarnation, processor_time);
+            }
             Event::RouterConnected => self.router_connected(),
             Event::RouterSaid(message) => self.router_said(now, message),
             Event::Stop => self.stop(now),
@@ -468,7 +352,7 @@ impl Supervisor {
         }
         match &self.router {
             None if self.drain.is_none() => {
-                self.router = Some(Router { incarnation: 1, life: Life::Runs, connected: false, served: false });
+                self.router = Some(Router::new(1, Life::Runs));
                 self.log(Level::Info, "all ranks are loaded: starting the router");
                 self.act(Action::Spawn(Who::Router { incarnation: 1 }));
             }
@@ -505,6 +389,26 @@ impl Supervisor {
                 let hung = hung.into_iter().map(|(rank, why)| (rank as u32, format!("hung: {why}"))).collect();
                 self.replace(now, hung);
             }
+        }
+    }
+
+    /// Pings the router and judges it as a rank that owes nothing but an answer. While it drains it has a deadline, and
+    /// its loop may have ended before its last answers are sent.
+    fn router_sampled(&mut self, now: Instant, incarnation: u32, processor_time: Option<Duration>) {
+        let who = Who::Router { incarnation };
+        if !self.is_current(who) || self.ending.is_some() || self.drain.is_some() {
+            return;
+        }
+        let Some(router) = self.router.as_mut().filter(|router| router.connected) else { return };
+        let health = (!router.owes_pong).then(|| Health::of(Phase::Serving));
+        router.watch.observe(now, Sample { health, processor_time });
+        if let Some((_, why)) = watch::hung(&[&router.watch]).into_iter().next() {
+            (router.life, router.connected) = (Life::Killed, false);
+            self.log(Level::Warn, format!("router hung: {why}; it is killed and replaced"));
+            self.act(Action::Signal(who, Signal::Kill));
+        } else if !router.owes_pong {
+            router.owes_pong = true;
+            self.act(Action::Tell(ToRouter::Ping));
         }
     }
 
@@ -652,13 +556,11 @@ impl Supervisor {
         self.serving = false;
         self.stepped = false;
         let delay = self.router_losses.count(now, !served);
-        *router = Router {
-            incarnation: router.incarnation + 1,
-            life: Life::Due(now + delay),
-            connected: false,
-            served: false,
-        };
-        self.log(Level::Warn, exit.with_last_lines(&reason));
+        let was_killed = matches!(router.life, Life::Killed);
+        *router = Router::new(router.incarnation + 1, Life::Due(now + delay));
+        if !was_killed {
+            self.log(Level::Warn, exit.with_last_lines(&reason));
+        }
         if exit.cause == Cause::Code(2) && !self.ever_served {
             self.router = None;
             let message = exit.with_last_lines("the router refused its arguments");
@@ -685,6 +587,12 @@ impl Supervisor {
         if self.ending.is_some() {
             return;
         }
+        if message == ToLauncher::Pong {
+            if let Some(router) = &mut self.router {
+                router.owes_pong = false;
+            }
+            return;
+        }
         self.stalled = Duration::ZERO;
         match message {
             ToLauncher::Serving { number, epoch, num_blocks } if number == self.generation && self.whole => {
@@ -698,7 +606,7 @@ impl Supervisor {
             }
             ToLauncher::CannotServe { reason } => self.give_up(now, reason),
             // Of a generation that is already abandoned.
-            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Fault { .. } => {}
+            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Fault { .. } | ToLauncher::Pong => {}
         }
     }
 

@@ -66,6 +66,11 @@ pub struct Health {
 }
 
 impl Health {
+    /// A process in this phase that has done nothing yet.
+    pub fn of(phase: Phase) -> Self {
+        Self { phase, detail: String::new(), done: 0, total: 0, epoch: 0, step: 0, progress: 0, busy: false }
+    }
+
     /// For people: `loading 45 % of 13.6 MB`.
     pub fn describe(&self) -> String {
         let phase = self.phase.name();
@@ -261,16 +266,7 @@ mod tests {
 
     impl World {
         fn new(ranks: usize) -> Self {
-            let health = Health {
-                phase: Phase::Serving,
-                detail: String::new(),
-                done: 0,
-                total: 0,
-                epoch: 1,
-                step: 0,
-                progress: 0,
-                busy: false,
-            };
+            let health = Health { epoch: 1, ..Health::of(Phase::Serving) };
             let mut world =
                 Self { now: Instant::now(), ranks: vec![(Watch::default(), health, Duration::ZERO); ranks] };
             world.run(GAP, &vec![Nothing; ranks]);

@@ -265,7 +265,7 @@ fn a_model_that_cannot_be_served_is_refused_before_any_rank_is_spawned() {
     assert!(stage.assert_ends(1) < Duration::from_secs(5));
     assert_eq!(
         stage.stderr(),
-        "Error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model\n"
+        "error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model\n"
     );
     assert!(!stage.stdout().contains("rank 0"));
     stage.assert_nothing_is_left();
@@ -372,6 +372,20 @@ fn a_killed_router_is_restarted_and_told_the_present_generation() {
 }
 
 #[test]
+fn a_stopped_router_is_killed_and_replaced_within_ten_seconds() {
+    let stage = Stage::start("router-steps", "--num-shard 2");
+    stage.until_serving();
+    let router = process_id(&stage.notes("router")[0]);
+    let start = Instant::now();
+    kill(Pid::from_raw(router), Signal::SIGSTOP).unwrap();
+    assert_eq!(stage.generation(1), stage.generation(0), "its successor is told the same");
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(stage.notes("router").len(), 2);
+    assert!(!is_alive(router));
+    assert!(stage.stdout().contains("router hung: no answer for "), "{}", stage.stdout());
+}
+
+#[test]
 fn a_router_that_crashes_at_every_start_is_given_up_with_the_reason() {
     let mut stage = Stage::start("router-crashes", "");
     stage.assert_ends(1);
@@ -385,7 +399,7 @@ fn a_router_that_crashes_at_every_start_is_given_up_with_the_reason() {
 fn a_router_that_cannot_serve_ends_everything_with_its_reason() {
     let mut stage = Stage::start("router-cannot-serve", "");
     stage.assert_ends(1);
-    assert_eq!(stage.stderr(), "Error: no block fits into the memory\n");
+    assert_eq!(stage.stderr(), "error: no block fits into the memory\n");
     assert_eq!(stage.notes("gave_up").len(), 1);
     stage.assert_nothing_is_left();
 }

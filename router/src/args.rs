@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Parser};
 
@@ -49,6 +50,10 @@ pub struct Args {
     /// What a step may hold.
     #[command(flatten)]
     pub batch: BatchLimits,
+
+    /// What the answers' header `x-compute-type` says; by default the device of the shards, and `+optimized`.
+    #[arg(long, env, value_parser = header_value)]
+    pub compute_type: Option<HeaderValue>,
 
     /// Threads that tokenize prompts.
     #[arg(long, env, default_value_t = 2, value_parser = at_least_one)]
@@ -209,6 +214,10 @@ fn block_size(text: &str) -> Result<usize, String> {
     count(text, 1, 1024)
 }
 
+fn header_value(text: &str) -> Result<HeaderValue, String> {
+    HeaderValue::from_str(text).map_err(|_| "expected characters that may stand in an HTTP header".into())
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
@@ -261,6 +270,7 @@ mod tests {
         check("--block-size 0", "--block-size");
         check("--step-timeout nan", "--step-timeout");
         check("--max-total-tokens 1", "--max-total-tokens");
+        check("--compute-type=\u{7}", "--compute-type");
         check(
             "--max-input-tokens 10 --max-total-tokens 5",
             "--max-input-tokens 10 must be less than --max-total-tokens 5",

@@ -39,6 +39,35 @@ pub struct Sampling {
     pub top_n: u32,
 }
 
+/// For the log: what is not neutral, as the client writes it. The seed is told apart.
+impl fmt::Display for Sampling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            do_sample,
+            temperature,
+            top_k,
+            top_p,
+            typical_p,
+            repetition_penalty,
+            frequency_penalty,
+            seed: _,
+            top_n,
+        } = *self;
+        let numbers = [
+            ("temperature", temperature, 1.0),
+            ("top_k", top_k as f32, 0.0),
+            ("top_p", top_p, 1.0),
+            ("typical_p", typical_p, 1.0),
+            ("repetition_penalty", repetition_penalty, 1.0),
+            ("frequency_penalty", frequency_penalty, 0.0),
+            ("top_n_tokens", top_n as f32, 0.0),
+        ];
+        f.write_str(if do_sample { "sampled" } else { "greedy" })?;
+        let mut given = numbers.iter().filter(|(_, value, neutral)| value != neutral);
+        given.try_for_each(|(name, value, _)| write!(f, " {name}={value}"))
+    }
+}
+
 /// A request within every limit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidRequest {
@@ -434,6 +463,16 @@ mod tests {
         {
             assert!(!with(parameters).unwrap().do_sample(), "{parameters}");
         }
+    }
+
+    #[test]
+    fn the_log_names_what_is_not_neutral() {
+        let described = |parameters| with(parameters).unwrap().sampling().to_string();
+        assert_eq!(described(r#"{"seed":7,"stop":["x"]}"#), "greedy");
+        assert_eq!(
+            described(r#"{"temperature":0.7,"top_k":40,"repetition_penalty":1.25,"top_n_tokens":2}"#),
+            "sampled temperature=0.7 top_k=40 repetition_penalty=1.25 top_n_tokens=2"
+        );
     }
 
     #[test]

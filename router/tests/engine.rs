@@ -4,6 +4,7 @@
 
 mod engine_common;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use engine_common::*;
@@ -11,9 +12,10 @@ use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use text_generation_router::admin;
+use text_generation_router::control::{Link, ToLauncher, ToRouter};
 use text_generation_router::engine::fake::{self, FakeEngine};
-use text_generation_router::engine::{Config, Ended, FinishReason, GenerateError};
-use text_generation_router::shards::fake::{Corruption, FakeOptions};
+use text_generation_router::engine::{Config, Driver, Ended, FinishReason, GenerateError};
+use text_generation_router::shards::fake::{Corruption, FakeOptions, FakeShards};
 use tokio::time::sleep;
 
 async fn start(options: FakeOptions, config: Config) -> FakeEngine {
@@ -284,6 +286,25 @@ async fn draining_lets_running_streams_finish_and_refuses_new_ones() {
         assert_eq!(answer.unwrap(), alone(seed, 100).await);
     }
     assert_eq!((&mut fake.driver).await.unwrap(), Ended::Drained);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ping_is_answered_at_any_time_by_the_loop_itself() {
+    let (link, mut launcher) = Link::pair();
+    let shards = Arc::new(FakeShards::new(FakeOptions::default()));
+    let (driver, engine, _observer) = Driver::new(Config::default(), shards.clone(), link, tokenizer());
+    let driver = tokio::spawn(driver.run(std::future::pending()));
+    launcher.outgoing.send(ToRouter::Ping).await.unwrap();
+    assert_eq!(launcher.incoming.recv().await, Some(ToLauncher::Pong), "before there are shards");
+    let generation = ToRouter::Generation { number: 1, ranks: shards.addresses(), rendezvous: "r".into() };
+    launcher.outgoing.send(generation).await.unwrap();
+    ready(&engine).await;
+    assert!(matches!(launcher.incoming.recv().await, Some(ToLauncher::Serving { number: 1, .. })));
+    shards.stall(0);
+    let _stream = submit(&engine, request(1, 100)).await;
+    launcher.outgoing.send(ToRouter::Ping).await.unwrap();
+    assert_eq!(launcher.incoming.recv().await, Some(ToLauncher::Pong), "while a step is not answered");
+    driver.abort();
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +43,9 @@ pub struct Config {
     pub step_timeout: Duration,
     /// How long running requests may go on after draining has begun.
     pub grace: Duration,
+    /// Whether the process ends when the scheduler's books contradict themselves. Checking them after every step takes
+    /// longer the more there is in them: for tests.
+    pub checks_books: bool,
     /// For tests of crashes; see [`SelfKill`].
     pub fault_file: Option<PathBuf>,
 }
@@ -55,6 +57,7 @@ impl From<&Args> for Config {
             queue_timeout: args.queue_timeout,
             step_timeout: args.step_timeout,
             grace: args.graceful_termination_timeout,
+            checks_books: cfg!(debug_assertions),
             fault_file: args.fault_file.clone(),
         }
     }
@@ -194,8 +197,17 @@ impl Driver {
     }
 
     /// Runs until the launcher is gone, nothing can be served, or `drain` has resolved and all streams have ended.
-    pub async fn run(mut self, drain: impl Future<Output = ()>) -> Ended {
-        let mut drain = pin!(drain.fuse());
+    pub fn run(self, drain: impl Future<Output = ()> + Send + 'static) -> BoxFuture<'static, Ended> {
+        self.run_until(drain.boxed())
+    }
+
+    /// Without type parameters, so that it is compiled once and not by all who call it.
+    fn run_until(self, drain: BoxFuture<'static, ()>) -> BoxFuture<'static, Ended> {
+        self.turn(drain).boxed()
+    }
+
+    async fn turn(mut self, drain: BoxFuture<'static, ()>) -> Ended {
+        let mut drain = drain.fuse();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -276,7 +288,7 @@ impl Driver {
     async fn send_plans(&mut self) {
         while let Phase::Serving(group) = &mut self.phase {
             let step = self.scheduler.plan();
-            check(&self.scheduler);
+            check(&self.scheduler, &self.config);
             let Some(step) = step else { return };
             let sampling = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
             debug!(
@@ -306,7 +318,7 @@ impl Driver {
         });
         let result = StepResult { epoch: answer.epoch, step: answer.step, rows: rows.collect() };
         let committed = self.scheduler.commit(&result);
-        check(&self.scheduler);
+        check(&self.scheduler, &self.config);
         match committed {
             Ok(events) => {
                 self.deliver(events, Some((&plan.step, answer)));
@@ -392,6 +404,7 @@ impl Driver {
                 self.lose(&format!("the shards are being restarted: {reason}"));
             }
             Some(ToRouter::Lost { .. }) => {}
+            Some(ToRouter::Ping) => self.tell(ToLauncher::Pong),
             Some(ToRouter::GaveUp { reason }) => self.ended = Some(Ended::LauncherGone { reason }),
             None => self.ended = Some(Ended::LauncherGone { reason: "the launcher is gone".into() }),
         }
@@ -531,9 +544,8 @@ impl Driver {
     }
 }
 
-/// In debug builds, ends the process if the scheduler's books contradict themselves.
-fn check(scheduler: &Scheduler) {
-    if cfg!(debug_assertions) {
+fn check(scheduler: &Scheduler, config: &Config) {
+    if config.checks_books {
         scheduler.check();
     }
 }

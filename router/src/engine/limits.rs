@@ -29,6 +29,22 @@ pub struct Wishes {
     pub max_open_steps: usize,
 }
 
+impl Default for Wishes {
+    /// What the command line gives without flags.
+    fn default() -> Self {
+        Self {
+            max_input_tokens: None,
+            max_total_tokens: None,
+            max_step_tokens: None,
+            max_cached_tokens: None,
+            max_running: None,
+            max_concurrent: 128,
+            block_size: 16,
+            max_open_steps: 2,
+        }
+    }
+}
+
 impl From<&Args> for Wishes {
     fn from(args: &Args) -> Self {
         Self {
@@ -169,19 +185,6 @@ pub fn agree(wishes: &Wishes, model: &Description, num_blocks: u32, is_restart: 
 mod tests {
     use super::*;
 
-    fn wishes() -> Wishes {
-        Wishes {
-            max_input_tokens: None,
-            max_total_tokens: None,
-            max_step_tokens: None,
-            max_cached_tokens: None,
-            max_running: None,
-            max_concurrent: 128,
-            block_size: 16,
-            max_open_steps: 2,
-        }
-    }
-
     fn model(max_positions: u32, device: &str) -> Description {
         let device = device.into();
         Description { max_positions, device, vocab_size: 10, num_cache_groups: 1, ..Default::default() }
@@ -190,7 +193,7 @@ mod tests {
     #[test]
     fn the_step_budget_follows_device_positions_and_running_sequences() {
         let check = |max_positions, device, max_running, expected| {
-            let bounds = bounds(&Wishes { max_running, ..wishes() }, &model(max_positions, device)).unwrap();
+            let bounds = bounds(&Wishes { max_running, ..Wishes::default() }, &model(max_positions, device)).unwrap();
             assert_eq!(bounds.max_step_tokens, expected, "{max_positions} {device} {max_running:?}");
         };
         check(2048, "cpu", None, 512);
@@ -203,14 +206,14 @@ mod tests {
 
     #[test]
     fn a_small_step_budget_lowers_the_number_of_running_sequences() {
-        let bounds = bounds(&Wishes { max_step_tokens: Some(8), ..wishes() }, &model(64, "cpu")).unwrap();
+        let bounds = bounds(&Wishes { max_step_tokens: Some(8), ..Wishes::default() }, &model(64, "cpu")).unwrap();
         assert_eq!((bounds.max_running, bounds.max_step_tokens, bounds.max_blocks), (8, 8, 8 * 4));
     }
 
     #[test]
     fn the_longest_sequence_follows_positions_and_blocks() {
         let check = |num_blocks, total, input| {
-            let facts = agree(&wishes(), &model(2048, "cpu"), num_blocks, false).unwrap().facts;
+            let facts = agree(&Wishes::default(), &model(2048, "cpu"), num_blocks, false).unwrap().facts;
             assert_eq!((facts.max_total_tokens, facts.max_input_tokens), (total, input), "{num_blocks}");
         };
         check(1000, 2048, 2047);
@@ -220,13 +223,13 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_largest_values_that_do() {
-        let asked = Wishes { max_total_tokens: Some(1000), ..wishes() };
+        let asked = Wishes { max_total_tokens: Some(1000), ..Wishes::default() };
         let CannotServe(reason) = agree(&asked, &model(2048, "cpu"), 10, false).unwrap_err();
         assert!(reason.contains("1000 were asked for; use --max-total-tokens 160 --max-input-tokens 159"), "{reason}");
         assert_eq!(agree(&asked, &model(2048, "cpu"), 10, true).unwrap().facts.max_total_tokens, 160);
         let CannotServe(reason) = agree(&asked, &model(512, "cpu"), 1000, false).unwrap_err();
         assert!(reason.contains("512 positions; use --max-total-tokens 512"), "{reason}");
-        let CannotServe(reason) = agree(&wishes(), &model(512, "cpu"), 0, true).unwrap_err();
+        let CannotServe(reason) = agree(&Wishes::default(), &model(512, "cpu"), 0, true).unwrap_err();
         assert!(reason.contains("0 blocks"), "{reason}");
     }
 }

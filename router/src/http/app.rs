@@ -111,10 +111,7 @@ pub(super) async fn json_body(state: &State, headers: &HeaderMap, body: Body) ->
     match tokio::time::timeout(deadline, collect(body, limit)).await {
         Ok(Ok(collected)) => collected.ok_or_else(too_large),
         Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, "bad_request", "the body cannot be read").closing()),
-        Err(_) => {
-            let text = format!("the body did not arrive within {} s", deadline.as_secs_f32());
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing())
-        }
+        Err(_) => Err(ApiError::late("body", deadline)),
     }
 }
 

@@ -9,6 +9,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures::future::BoxFuture;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -32,9 +33,8 @@ pub(super) async fn accept(
     listener: TcpListener,
     app: Router,
     deadlines: Deadlines,
-    shutdown: impl Future<Output = ()> + Send + 'static,
+    mut shutdown: BoxFuture<'static, ()>,
 ) -> io::Result<()> {
-    let mut shutdown = pin!(shutdown);
     let (closing, is_closing) = watch::channel(false);
     loop {
         tokio::select! {

@@ -1,5 +1,7 @@
 //! The one map from what went wrong to a status and a JSON body.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -63,6 +65,12 @@ impl ApiError {
         Self::new(status, error_type, error).closing()
     }
 
+    /// A client took too long to send something.
+    pub fn late(what: &str, deadline: Duration) -> Self {
+        let text = format!("the {what} did not arrive within {} s", deadline.as_secs_f32());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing()
+    }
+
     /// A handler panicked, or a part of it.
     pub fn internal(error: &'static str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
@@ -100,6 +108,11 @@ impl ApiError {
     pub fn incomplete_stream() -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
         Self::new(status, "incomplete_generation_stream", "Incomplete generation stream").counted("incomplete")
+    }
+
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.status
     }
 
     /// The body, for an event of a stream whose status is sent.

@@ -84,7 +84,5 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
 
 /// In the text format of Prometheus.
 pub(super) async fn metrics(extract::State(state): Shared) -> Response {
-    // Buckets depend on the model: nothing is recorded before it is known.
-    state.model();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.config.metrics.text()).into_response()
 }

@@ -1,164 +1,15 @@
 //! The supervisor's decisions, as tables of events and what must follow. No process, no clock.
 #![allow(clippy::unwrap_used)] // A test file: helpers are not recognized as tests.
 
-use std::time::{Duration, Instant};
+mod world;
 
+use std::time::Duration;
+
+use text_generation_launcher::events::{Action, Event, Who};
 use text_generation_launcher::process::{Cause, Exit};
-use text_generation_launcher::supervisor::{Action, Event, Outcome, Policy, Signal, Supervisor, Who};
 use text_generation_launcher::watch::{Health, Phase, Sample};
-use text_generation_router::control::{ToLauncher, ToRouter};
-
-const SIGKILL: Cause = Cause::Signal(9);
-
-fn rank(rank: u32, incarnation: u32) -> Who {
-    Who::Rank { rank, incarnation }
-}
-
-fn router(incarnation: u32) -> Who {
-    Who::Router { incarnation }
-}
-
-fn name(who: Who) -> String {
-    match who {
-        Who::Rank { rank, incarnation } => format!("rank {rank}.{incarnation}"),
-        Who::Router { incarnation } => format!("router.{incarnation}"),
-    }
-}
-
-/// An action in a few words; lines of the log are left out.
-fn words(action: Action) -> Option<String> {
-    Some(match action {
-        Action::Spawn(who) => format!("spawn {}", name(who)),
-        Action::Signal(who, Signal::Stacks) => format!("stacks {}", name(who)),
-        Action::Signal(who, Signal::Term) => format!("term {}", name(who)),
-        Action::Signal(who, Signal::Kill) => format!("kill {}", name(who)),
-        Action::Tell(ToRouter::Lost { number, .. }) => format!("lost {number}"),
-        Action::Tell(ToRouter::GaveUp { .. }) => "gave up".into(),
-        Action::Announce { number, ranks } => {
-            let ranks: Vec<String> =
-                ranks.iter().map(|(rank, _, incarnation)| format!("{rank}.{incarnation}")).collect();
-            format!("generation {number}: {}", ranks.join(" "))
-        }
-        Action::End(Outcome::Stopped) => "end".into(),
-        Action::End(Outcome::Failed(reason)) => format!("fail: {}", reason.lines().next().unwrap()),
-        Action::Tell(ToRouter::Generation { .. }) | Action::Poll { .. } | Action::Log(..) => return None,
-    })
-}
-
-/// A supervisor and its time.
-struct World {
-    supervisor: Supervisor,
-    now: Instant,
-    world_size: u32,
-    logged: Vec<String>,
-}
-
-impl World {
-    /// Everything is spawned, nothing has answered.
-    fn new(world_size: u32) -> Self {
-        let policy = Policy {
-            world_size,
-            startup_stall: Duration::from_secs(120),
-            grace: Duration::from_secs(90),
-            url: "http://localhost".into(),
-        };
-        let mut world =
-            Self { supervisor: Supervisor::new(policy), now: Instant::now(), world_size, logged: Vec::new() };
-        let spawned = world.on(Event::Start);
-        assert_eq!(spawned, (0..world_size).map(|rank| format!("spawn rank {rank}.1")).collect::<Vec<_>>());
-        world
-    }
-
-    /// Serving, not a step completed.
-    fn serving(world_size: u32) -> Self {
-        let mut world = Self::new(world_size);
-        let mut actions = Vec::new();
-        for number in 0..world_size {
-            actions = world.loaded(number, 1);
-        }
-        assert_eq!(actions, ["spawn router.1"]);
-        let generation = world.on(Event::RouterConnected);
-        assert!(generation[0].starts_with("generation 1: 0.1"), "{generation:?}");
-        world.says(serving(1));
-        world
-    }
-
-    /// Serving, and steps were completed.
-    fn stepping(world_size: u32) -> Self {
-        let mut world = Self::serving(world_size);
-        world.says(ToLauncher::Stepped { number: 1 });
-        world
-    }
-
-    fn on(&mut self, event: Event) -> Vec<String> {
-        let mut found = Vec::new();
-        for action in self.supervisor.on(self.now, event) {
-            if let Action::Log(_, text) = &action {
-                self.logged.push(text.clone());
-            }
-            found.extend(words(action));
-        }
-        found
-    }
-
-    fn sees(
-        &mut self,
-        (rank, incarnation): (u32, u32),
-        health: Option<Health>,
-        processor_time: Duration,
-    ) -> Vec<String> {
-        let sample = Sample { health, processor_time: Some(processor_time) };
-        self.on(Event::Sampled { rank, incarnation, sample })
-    }
-
-    fn loaded(&mut self, rank: u32, incarnation: u32) -> Vec<String> {
-        self.sees((rank, incarnation), Some(health(Phase::Loaded, 0)), Duration::ZERO)
-    }
-
-    fn dies(&mut self, who: Who, cause: Cause) -> Vec<String> {
-        self.on(Event::Exited { who, exit: Exit { cause, last_lines: vec!["the last line".into()] } })
-    }
-
-    fn says(&mut self, message: ToLauncher) -> Vec<String> {
-        self.on(Event::RouterSaid(message))
-    }
-
-    /// Lets time pass in ticks; answers what came of it.
-    fn wait(&mut self, seconds: f64) -> Vec<String> {
-        let mut found = Vec::new();
-        for _ in 0..(seconds * 10.0).round() as u32 {
-            self.now += Duration::from_millis(100);
-            found.extend(self.on(Event::Tick));
-        }
-        found
-    }
-
-    /// All ranks answer that they are idle and loaded.
-    fn all_answer(&mut self, incarnations: &[u32]) -> Vec<String> {
-        (0..self.world_size).zip(incarnations).flat_map(|(rank, incarnation)| self.loaded(rank, *incarnation)).collect()
-    }
-
-    /// Everyone who was told to ends; answers how the launcher ends.
-    fn everyone_ends(&mut self, whos: &[Who]) -> Vec<String> {
-        whos.iter().flat_map(|who| self.dies(*who, Cause::Code(0))).filter(|action| is_end(action)).collect()
-    }
-}
-
-fn is_end(action: &str) -> bool {
-    action == "end" || action.starts_with("fail")
-}
-
-fn health(phase: Phase, progress: u64) -> Health {
-    Health { phase, detail: String::new(), done: 0, total: 0, epoch: 0, step: 0, progress, busy: false }
-}
-
-fn serving(number: u64) -> ToLauncher {
-    ToLauncher::Serving { number, epoch: number, num_blocks: 8 }
-}
-
-fn fault(number: u64, rank: Option<u32>, replace: bool) -> ToLauncher {
-    ToLauncher::Fault { number, rank, reason: "a stream broke".into(), replace }
-}
+use text_generation_router::control::ToLauncher;
+use world::*;
 
 #[test]
 fn the_router_starts_when_every_rank_has_loaded() {
@@ -378,6 +229,48 @@ fn a_router_that_dies_is_restarted_and_told_the_present_generation() {
     assert_eq!(world.wait(0.3), ["spawn router.3"]);
 }
 
+/// Looks at the first router every half second, for so long.
+fn look_at_router(world: &mut World, seconds: u32, mut answers: impl FnMut(u32) -> bool, busy: bool) -> Vec<String> {
+    let (mut found, start) = (Vec::new(), world.now);
+    for look in 0..2 * seconds {
+        world.now += Duration::from_millis(500);
+        let processor_time = Some(if busy { world.now - start } else { Duration::ZERO });
+        let actions = world.on(Event::RouterSampled { incarnation: 1, processor_time });
+        if actions == ["ping"] && answers(look) {
+            assert_eq!(world.says(ToLauncher::Pong), [""; 0]);
+        }
+        found.extend(actions.into_iter().filter(|action| action != "ping"));
+    }
+    found
+}
+
+#[test]
+fn a_router_that_no_longer_answers_is_killed_and_replaced_within_seconds() {
+    let mut world = World::stepping(2);
+    assert_eq!(look_at_router(&mut world, 600, |_| true, false), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 5, |_| false, false), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 600, |_| false, false), ["kill router.1"]);
+    assert!(world.logged.last().unwrap().starts_with("router hung: no answer for 5"), "{:?}", world.logged.last());
+    let logged = world.logged.len();
+    assert_eq!(world.dies(router(1), SIGKILL), ["spawn router.2"]);
+    assert_eq!(world.logged.len(), logged, "why it died is known");
+    assert_eq!(world.on(Event::RouterConnected), ["generation 1: 0.1 1.1"]);
+}
+
+#[test]
+fn a_router_that_is_slow_to_answer_but_works_is_given_a_minute() {
+    let mut world = World::stepping(1);
+    assert_eq!(look_at_router(&mut world, 59, |_| false, true), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 5, |_| false, true), ["kill router.1"]);
+}
+
+#[test]
+fn a_router_that_drains_is_not_judged() {
+    let mut world = World::stepping(1);
+    assert_eq!(world.on(Event::Stop), ["term router.1"]);
+    assert_eq!(look_at_router(&mut world, 600, |_| false, false), [""; 0]);
+}
+
 #[test]
 fn a_router_that_dies_during_recovery_is_told_the_next_generation() {
     let mut world = World::stepping(1);
@@ -534,9 +427,10 @@ fn whatever_happens_no_process_is_spawned_twice_and_none_is_forgotten_at_the_end
         let mut alive = vec![rank(0, 1), rank(1, 1), router(1)];
         let mut ended = false;
         for turn in 0..400 {
-            let event = match random(10) {
+            let event = match random(11) {
                 0 if turn < 300 => {
-                    let message = match random(3) {
+                    let message = match random(4) {
+                        3 => ToLauncher::Pong,
                         0 => fault(random(6), Some(random(3) as u32), random(2) == 0),
                         1 => serving(random(6)),
                         _ => ToLauncher::Stepped { number: random(6) },
@@ -556,6 +450,13 @@ fn whatever_happens_no_process_is_spawned_twice_and_none_is_forgotten_at_the_end
                     }
                     _ => Event::Tick,
                 },
+                6 => {
+                    let incarnation = alive.iter().find_map(|who| match who {
+                        Who::Router { incarnation } => Some(*incarnation),
+                        Who::Rank { .. } => None,
+                    });
+                    Event::RouterSampled { incarnation: incarnation.unwrap_or(1), processor_time: None }
+                }
                 _ => {
                     world.now += Duration::from_millis(random(3000));
                     Event::Tick
