@@ -1,8 +1,8 @@
 //! The bytes of one connection: the deadlines that hyper does not have, and its own rejections as JSON.
 //!
 //! hyper answers a head that it cannot read with a bare status line. `Wire` sees such an answer pass and puts the JSON
-//! body of every other rejection in. A head that does not come to its end in time is ended by `Wire` with a byte that no
-//! head may hold: hyper rejects it when its turn has come, and the rejection is made a 408. `Wire` also keeps the head of the request that is being read, because hyper forgets one
+//! body of every other rejection in. A head that does not come to its end in time is ended by `Wire` in a way that no
+//! head may end: hyper rejects it when its turn has come, and the rejection is made a 408. `Wire` also keeps the head of the request that is being read, because hyper forgets one
 //! of two contradicting lengths.
 
 use std::io;
@@ -25,8 +25,8 @@ pub(super) const MAX_HEAD_BYTES: usize = 64 << 10;
 /// connection and take the answer away.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 8 << 20;
-/// No method, path, name or value holds a NUL (RFC 9110, 5.5; RFC 9112).
-const NEVER_IN_A_HEAD: &[u8] = b"\0";
+/// The end of a head that nobody accepts: no method, path, name or value holds a NUL (RFC 9110, 5.5; RFC 9112).
+const BAD_END: &[u8] = b"\0\r\n\r\n";
 
 /// What the connection's two ends, bytes and handlers, know of each other.
 #[derive(Clone, Debug)]
@@ -168,7 +168,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<S> {
                 return Poll::Ready(Err(late("the client does not finish its request")));
             }
             wire.is_late = true;
-            buf.put_slice(NEVER_IN_A_HEAD);
+            buf.put_slice(&BAD_END[..BAD_END.len().min(buf.remaining())]);
             return Poll::Ready(Ok(()));
         }
         let new = &buf.filled()[before..];
