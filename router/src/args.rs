@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, env, value_parser = header_value)]
     pub compute_type: Option<HeaderValue>,
 
-    /// Threads that tokenize prompts.
+    /// Threads that tokenize prompts; half as many more tokenize long ones, which short ones need not wait for.
     #[arg(long, env, default_value_t = 2, value_parser = at_least_one)]
     pub validation_workers: usize,
 
@@ -141,9 +141,12 @@ pub struct BatchLimits {
     pub max_batch_size: Option<usize>,
 
     /// Tokens per block of the KV cache.
-    #[arg(long, env, default_value_t = 16, value_parser = block_size)]
+    #[arg(long, env, default_value_t = DEFAULT_BLOCK_SIZE, value_parser = block_size)]
     pub block_size: usize,
 }
+
+/// Tokens per block of the KV cache.
+pub const DEFAULT_BLOCK_SIZE: usize = 16;
 
 /// Two flags contradict each other.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
