@@ -50,15 +50,33 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
     drop(server.submission().await);
     asked.await.unwrap().check_error(500, "incomplete_generation");
 
+    // What no handler has seen is counted on neither side.
+    let body = r#"{"inputs":"a"}"#;
+    let with = |headers: &[(&str, &str)], body: &str| {
+        let length = body.len().to_string();
+        let headers = [headers, &[("Content-Length", &length), ("Connection", "close")]].concat();
+        [head("POST", "/generate", &headers), body.to_owned()].concat().into_bytes()
+    };
+    let json = ("Content-Type", "application/json");
+    ask(server.address, &with(&[("Content-Type", "text/plain")], body))
+        .await
+        .check_error(415, "unsupported_media_type");
+    let error = ask(server.address, &with(&[json, ("Content-Encoding", "gzip")], body)).await;
+    let text = error.check_error(415, "unsupported_media_type");
+    assert!(text.contains("`Content-Encoding: gzip`"), "{text}");
+    ask(server.address, &with(&[json], &"x".repeat(2_000_001))).await.check_error(413, "payload_too_large");
+    let chunks = [head("POST", "/generate", &[json, ("Transfer-Encoding", "chunked")]), "nonsense\r\n".into()].concat();
+    ask(server.address, chunks.as_bytes()).await.check_error(400, "bad_request");
+
     let answer = ask(server.address, &get("/metrics")).await;
     assert!(answer.headers["content-type"].starts_with("text/plain"));
     let lines: Vec<&str> = answer.body.lines().collect();
     let has = |line: &str| assert!(lines.contains(&line), "{line}: {}", answer.body);
-    has("tgi_request_count 7");
+    has("tgi_request_count 11");
     has("tgi_request_success 2");
     has(r#"tgi_request_failure{err="overloaded"} 1"#);
-    has(r#"tgi_request_failure{err="validation"} 1"#);
-    has(r#"tgi_request_failure{err="dropped"} 1"#);
+    has(r#"tgi_request_failure{err="validation"} 5"#);
+    has(r#"tgi_request_failure{err="dropped"} 2"#);
     has(r#"tgi_request_failure{err="incomplete"} 1"#);
     has("tgi_request_generated_tokens_sum 4");
     has("tgi_request_generated_tokens_count 2");

@@ -31,8 +31,8 @@ pub struct ErrorBody {
 pub struct ApiError {
     status: StatusCode,
     body: ErrorBody,
-    /// Why `tgi_request_failure` counts it; `None`: it does not.
-    pub reason: Option<&'static str>,
+    /// Why `tgi_request_failure` counts it; `None`: as its status says.
+    reason: Option<&'static str>,
     /// The connection is not fit for another request.
     closes: bool,
 }
@@ -71,12 +71,18 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing()
     }
 
+    /// A body in a form that is not read.
+    pub fn unsupported(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", error)
+    }
+
     /// A handler panicked, or a part of it.
     pub fn internal(error: &'static str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
     }
 
-    fn counted(mut self, reason: &'static str) -> Self {
+    /// The same, counted for this reason.
+    pub fn counted(mut self, reason: &'static str) -> Self {
         self.reason = Some(reason);
         self
     }
@@ -108,6 +114,11 @@ impl ApiError {
     pub fn incomplete_stream() -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
         Self::new(status, "incomplete_generation_stream", "Incomplete generation stream").counted("incomplete")
+    }
+
+    /// Why `tgi_request_failure` counts a request for tokens that ended so: every one of them is counted.
+    pub fn reason(&self) -> &'static str {
+        self.reason.unwrap_or(if self.status.is_client_error() { "validation" } else { "internal" })
     }
 
     /// The status.

@@ -114,9 +114,7 @@ impl Ticket {
     /// Counts and logs a request that ends with an error. What clients do wrong is no error of the server.
     fn failed(&mut self, error: &ApiError) {
         self.is_settled = true;
-        if let Some(reason) = error.reason {
-            counter!("tgi_request_failure", "err" => reason).increment(1);
-        }
+        counter!("tgi_request_failure", "err" => error.reason()).increment(1);
         let Self { id, trace, arrived, .. } = self;
         let (status, ErrorBody { error: text, error_type }) = (error.status(), error.body());
         macro_rules! log {

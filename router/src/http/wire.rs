@@ -42,12 +42,15 @@ struct HeadState {
     deadline: Instant,
     /// The client may still be sending what nobody will read.
     lingers: bool,
+    /// When a handler last had its answer, or bytes of one were taken.
+    answered: Option<Instant>,
 }
 
 impl Head {
     pub fn new(deadlines: &Deadlines) -> Self {
         let deadline = Instant::now() + deadlines.head;
-        Self(Arc::new(Mutex::new(HeadState { is_serving: false, bytes: vec![], deadline, lingers: false })))
+        let state = HeadState { is_serving: false, bytes: vec![], deadline, lingers: false, answered: None };
+        Self(Arc::new(Mutex::new(state)))
     }
 
     fn state(&self) -> MutexGuard<'_, HeadState> {
@@ -61,12 +64,19 @@ impl Head {
         std::mem::take(&mut state.bytes)
     }
 
+    /// Since when the connection waits for another request, as far as can be told: an answer may still be on its way.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        state.answered.filter(|_| !state.is_serving && state.bytes.is_empty())
+    }
+
     /// A handler has its answer.
     pub fn end(&self, status: StatusCode, deadlines: &Deadlines) {
         let mut state = self.state();
         state.is_serving = false;
         state.lingers |= status.is_client_error() || status.is_server_error();
-        state.deadline = Instant::now() + deadlines.idle;
+        let now = Instant::now();
+        (state.deadline, state.answered) = (now + deadlines.idle, Some(now));
     }
 }
 
@@ -116,7 +126,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
                 self.write_timer = None;
                 let mut head = self.head.state();
                 if !head.is_serving && head.bytes.is_empty() {
-                    head.deadline = Instant::now() + self.deadlines.idle;
+                    let now = Instant::now();
+                    (head.deadline, head.answered) = (now + self.deadlines.idle, Some(now));
                 }
                 Poll::Ready(written)
             }
