@@ -14,6 +14,10 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tracing::warn;
 
+/// The router's exit code when starting it again cannot help: the tokenizer cannot be read, or nothing can be served.
+/// As EX_CONFIG of sysexits.h.
+pub const CANNOT_SERVE: u8 = 78;
+
 /// One process of a generation.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct RankAddress {

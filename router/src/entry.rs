@@ -8,18 +8,19 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::args::Args;
-use crate::control::Link;
+use crate::control::{CANNOT_SERVE, Link};
 use crate::engine::{Config, Driver, Ended};
 use crate::shards::grpc::GrpcShards;
 use crate::telemetry::metrics::Exporter;
-use crate::text::tokenizer::Tokenizer;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
 use crate::{admin, http, telemetry};
 
 /// How long answers may take to reach their clients after the last sequence has ended.
@@ -34,24 +35,35 @@ pub fn main() -> ExitCode {
     if let Err(errno) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         eprintln!("error: cannot ask to be killed with the parent: {errno}");
     }
+    let unlimited = raise_file_limit();
     if args.exit_with_stdin {
         std::thread::spawn(exit_with_stdin);
     }
     if let Err(error) = telemetry::tracing::init(&args.log_level, args.json_output) {
         Args::command().error(clap::error::ErrorKind::ValueValidation, error).exit();
     }
+    if let Err(errno) = unlimited {
+        warn!("the limit of open files cannot be raised: {errno}");
+    }
     let json_output = args.json_output;
     match run(args) {
         Ok(code) => code,
-        Err(error) if json_output => {
-            error!("{error:#}");
-            ExitCode::FAILURE
-        }
         Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if json_output {
+                error!("{error:#}");
+            } else {
+                eprintln!("error: {error:#}");
+            }
+            let is_hopeless = error.downcast_ref::<TokenizerError>().is_some();
+            if is_hopeless { ExitCode::from(CANNOT_SERVE) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// Every connection is an open file: as many as may be had.
+fn raise_file_limit() -> nix::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
 }
 
 /// Standard input is the launcher's lifeline: when it closes, the launcher is gone, and nobody wants an answer.
@@ -101,8 +113,9 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
         Err(_) => info!("some clients did not read their last answer in time"),
     }
     Ok(match ended {
-        Ended::Drained => ExitCode::SUCCESS,
-        Ended::LauncherGone { .. } | Ended::CannotServe { .. } => ExitCode::FAILURE,
+        Ended::Drained | Ended::CutOff { .. } => ExitCode::SUCCESS,
+        Ended::LauncherGone { .. } => ExitCode::FAILURE,
+        Ended::CannotServe { .. } => ExitCode::from(CANNOT_SERVE),
     })
 }
 

@@ -311,10 +311,13 @@ async fn a_ping_is_answered_at_any_time_by_the_loop_itself() {
 async fn streams_that_outlast_the_grace_are_told_so() {
     let mut fake = start(FakeOptions::default(), Config { grace: Duration::from_secs(1), ..Config::default() }).await;
     fake.shards.slow(Duration::from_secs(1));
-    let stream = submit(&fake.engine, request(1, 100)).await;
+    let streams = join_all((0..3).map(|seed| submit(&fake.engine, request(seed, 100)))).await;
     fake.drain();
-    assert_eq!(read(stream).await, Err(GenerateError::ShuttingDown { reason: "the server is shutting down".into() }));
-    assert_eq!((&mut fake.driver).await.unwrap(), Ended::Drained);
+    for answer in join_all(streams.into_iter().map(read)).await {
+        let Err(GenerateError::ShuttingDown { reason }) = answer else { panic!("not cut off: {answer:?}") };
+        assert!(reason.contains("cut off after the 1 s"), "{reason}");
+    }
+    assert_eq!((&mut fake.driver).await.unwrap(), Ended::CutOff { requests: 3 });
 }
 
 #[tokio::test(start_paused = true)]

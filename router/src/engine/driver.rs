@@ -66,8 +66,13 @@ impl From<&Args> for Config {
 /// Why the loop ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Ended {
-    /// As asked: nothing was running any more, or the grace was over.
+    /// As asked: nothing was running any more.
     Drained,
+    /// As asked, but the grace was over before all requests had ended.
+    CutOff {
+        /// Requests that ended with an error.
+        requests: usize,
+    },
     /// The launcher gave up on the shards, or is gone.
     LauncherGone {
         /// In words.
@@ -326,7 +331,7 @@ impl Driver {
                 self.on_completed_step();
             }
             Err(fault) => {
-                self.on_fault(Fault::of(0, format!("the answer to step {} does not fit: {fault:?}", answer.step)));
+                self.on_fault(Fault::of(0, format!("the answer to step {} does not fit: {fault}", answer.step)));
             }
         }
     }
@@ -469,7 +474,8 @@ impl Driver {
         let Some(generation) = &self.generation else { return };
         let (number, now) = (generation.number, Instant::now());
         let replace = self.faults.is_repeated(generation.process_ids(), now) || fault.replace;
-        error!(generation = number, epoch = self.epoch, rank = fault.rank, reason = fault.reason, "the shards failed");
+        // Mended by the launcher, and an error only if it gives up.
+        warn!(generation = number, epoch = self.epoch, rank = fault.rank, reason = fault.reason, "the shards failed");
         self.sent.iter().for_each(|(_, method)| measure::failed(method));
         self.lose(&format!("the shards failed: {}", fault.reason));
         let Fault { rank, reason, .. } = fault;
@@ -526,11 +532,21 @@ impl Driver {
     /// Whether the loop ends here, after the clients were told.
     fn end(&mut self) -> Option<Ended> {
         let now = Instant::now();
-        let is_idle = self.clients.is_empty() && self.submissions.is_empty();
-        let is_drained = self.drain_until.is_some_and(|deadline| is_idle || now >= deadline);
-        let ended = self.ended.take().or(is_drained.then_some(Ended::Drained))?;
+        let requests = self.clients.num_open() + self.submissions.len();
+        let drained = self.drain_until.and_then(|deadline| match requests {
+            0 => Some(Ended::Drained),
+            _ => (now >= deadline).then_some(Ended::CutOff { requests }),
+        });
+        let ended = self.ended.take().or(drained)?;
+        let grace = self.config.grace.as_secs_f64();
+        if requests > 0 {
+            warn!(requests, "requests are cut off before their end, each with an error");
+        }
         let reason = match &ended {
             Ended::Drained => "the server is shutting down".to_owned(),
+            Ended::CutOff { .. } => format!(
+                "the server is shutting down: the answer was cut off after the {grace} s that it was given to finish"
+            ),
             Ended::LauncherGone { reason } | Ended::CannotServe { reason } => reason.clone(),
         };
         self.submissions.close();
@@ -567,8 +583,6 @@ fn refusal(rejected: Rejected) -> GenerateError {
     match rejected {
         Rejected::TooLong { tokens, limit } => GenerateError::TooLong { tokens, limit },
         Rejected::NotReady => GenerateError::ShuttingDown { reason: "the model is not loaded yet".into() },
-        other => {
-            GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other:?}") }
-        }
+        other => GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other}") },
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use scheduler::Limits;
 
 use super::ModelFacts;
-use crate::args::Args;
+use crate::args::{Args, DEFAULT_BLOCK_SIZE};
 use crate::shards::{Description, Warmup};
 
 /// What the operator asked for.
@@ -39,7 +39,7 @@ impl Default for Wishes {
             max_cached_tokens: None,
             max_running: None,
             max_concurrent: 128,
-            block_size: 16,
+            block_size: DEFAULT_BLOCK_SIZE,
             max_open_steps: 2,
         }
     }
@@ -85,13 +85,27 @@ const STEP_TOKENS_CPU: usize = 512;
 /// Judges the wishes by what the model says of itself.
 pub fn bounds(wishes: &Wishes, model: &Description) -> Result<Bounds, CannotServe> {
     let positions = model.max_positions as usize;
-    if positions < 2 || model.vocab_size == 0 || model.num_cache_groups != 1 {
-        return Err(CannotServe(format!("the shards describe a model that cannot be served: {model:?}")));
+    let facts = [
+        ("max_positions", model.max_positions, positions >= 2, "at least 2, one for the prompt and one for the answer"),
+        ("vocab_size", model.vocab_size, model.vocab_size > 0, "at least 1"),
+        ("num_cache_groups", model.num_cache_groups, model.num_cache_groups == 1, "1"),
+    ];
+    if let Some((name, found, _, expected)) = facts.into_iter().find(|(_, _, is_fine, _)| !is_fine) {
+        return Err(CannotServe(format!(
+            "the shards describe a model that cannot be served: {name} is {found}, expected {expected}; use another model"
+        )));
     }
     if let Some(asked) = wishes.max_total_tokens.filter(|asked| *asked > positions) {
         let advice = format!("use --max-total-tokens {positions} or less");
         return Err(CannotServe(format!(
             "--max-total-tokens {asked} exceeds the model's {positions} positions; {advice}"
+        )));
+    }
+    if let Some(asked) = wishes.max_input_tokens.filter(|asked| *asked >= positions) {
+        let most = positions - 1;
+        return Err(CannotServe(format!(
+            "--max-input-tokens {asked} and a token of the answer exceed the model's {positions} positions; use \
+             --max-input-tokens {most} or less"
         )));
     }
     let default = positions.min(if model.device == "cpu" { STEP_TOKENS_CPU } else { STEP_TOKENS });
@@ -219,6 +233,22 @@ mod tests {
         check(1000, 2048, 2047);
         check(10, 160, 159);
         check(1, 16, 15);
+    }
+
+    #[test]
+    fn a_model_that_cannot_be_served_is_refused_by_the_field_that_is_wrong() {
+        let good = model(64, "cpu");
+        for (model, expected) in [
+            (Description { max_positions: 1, ..good.clone() }, "max_positions is 1, expected at least 2"),
+            (Description { vocab_size: 0, ..good.clone() }, "vocab_size is 0, expected at least 1"),
+            (Description { num_cache_groups: 2, ..good.clone() }, "num_cache_groups is 2, expected 1;"),
+        ] {
+            let CannotServe(reason) = bounds(&Wishes::default(), &model).unwrap_err();
+            assert!(reason.contains(expected) && !reason.contains("Description"), "{reason}");
+        }
+        let asked = Wishes { max_input_tokens: Some(64), ..Wishes::default() };
+        let CannotServe(reason) = bounds(&asked, &good).unwrap_err();
+        assert!(reason.contains("--max-input-tokens 64") && reason.contains("use --max-input-tokens 63"), "{reason}");
     }
 
     #[test]

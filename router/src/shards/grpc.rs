@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
+use tracing::debug;
 
 use super::proto::shard_client::ShardClient;
 use super::proto::{self, health_reply, row_error};
@@ -94,10 +95,13 @@ fn describe_error(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
+/// What a shard answered has no cause on this side; what has one is a connection that broke.
 fn describe_status(call: &str, status: &Status) -> ShardError {
-    let cause =
-        std::error::Error::source(status).map_or(String::new(), |cause| format!(" ({})", describe_error(cause)));
-    let text = format!("{call}: {:?}: {}{cause}", status.code(), status.message());
+    if let Some(cause) = std::error::Error::source(status) {
+        debug!(call, status = status.message(), cause = describe_error(cause), "a connection to a shard broke");
+        return ShardError::Failed(format!("{call}: the connection broke, as it does when the process dies"));
+    }
+    let text = format!("{call}: {:?}: {}", status.code(), status.message());
     match status.code() {
         Code::ResourceExhausted => ShardError::OutOfMemory(text),
         _ => ShardError::Failed(text),
