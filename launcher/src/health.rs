@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::events::Event;
-use crate::process::start_and_processor_time;
+use crate::process::stat;
 use crate::watch::{Health, Phase, Sample};
 
 /// An answer later than this is none.
@@ -28,9 +28,12 @@ pub async fn look(
     let mut client = ShardClient::new(endpoint.connect_timeout(DEADLINE).connect_lazy());
     loop {
         let start = Instant::now();
+        let health = ask(&mut client).await;
+        let stat = stat(process_id);
         let sample = Sample {
-            health: ask(&mut client).await,
-            processor_time: start_and_processor_time(process_id).map(|(_, time)| time),
+            health,
+            processor_time: stat.as_ref().map(|stat| stat.processor_time),
+            state: stat.map(|stat| stat.state),
         };
         if events.send(Event::Sampled { rank, incarnation, sample }).await.is_err() {
             return;
@@ -50,7 +53,7 @@ pub async fn look_at_router(
     events: mpsc::Sender<Event>,
 ) {
     loop {
-        let processor_time = start_and_processor_time(process_id).map(|(_, time)| time);
+        let processor_time = stat(process_id).map(|stat| stat.processor_time);
         if events.send(Event::RouterSampled { incarnation, processor_time }).await.is_err() {
             return;
         }
@@ -82,5 +85,6 @@ fn health(reply: HealthReply) -> Health {
         step: reply.step,
         progress: reply.progress,
         busy: reply.busy,
+        waits: reply.waits,
     }
 }

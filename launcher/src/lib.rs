@@ -11,6 +11,7 @@ pub mod entry;
 pub mod events;
 pub mod health;
 pub mod logs;
+pub mod losses;
 pub mod machine;
 pub mod plan;
 pub mod process;

@@ -213,6 +213,9 @@ fn check_port(args: &Args) -> Result<(), Failure> {
 async fn locate_model(args: &Args, programs: &Programs, context: &mut Context<'_>) -> Result<Option<PathBuf>, Failure> {
     let path = Path::new(&args.model_id);
     if path.is_dir() {
+        if let Some(revision) = &args.revision {
+            info!("--revision {revision} has no effect on what is loaded: {} is a local folder", path.display());
+        }
         return path.canonicalize().map(Some).map_err(|error| failed(format!("--model-id {path:?}: {error}")));
     }
     if path.exists() {
@@ -289,20 +292,24 @@ async fn ask(
         .map_err(|error| failed(format!("{} cannot be started: {error}", command.program.display())))?;
     context.reaper.add(running.process_id);
     tokio::pin!(end);
-    let result = tokio::select! {
-        answer = &mut end => Some(answer),
-        () = context.stops.next() => {
-            info!("asked to end");
-            running.signal(Signal::Term);
-            let ended = tokio::select! {
-                ended = tokio::time::timeout(TERM, &mut end) => ended.is_ok(),
-                () = context.stops.next() => false,
-            };
-            if !ended {
-                running.signal(Signal::Kill);
-                end.await;
+    let mut ticks = tokio::time::interval(TICK);
+    let result = loop {
+        tokio::select! {
+            answer = &mut end => break Some(answer),
+            _ = ticks.tick() => context.reaper.watch(),
+            () = context.stops.next() => {
+                info!("asked to end");
+                running.signal(Signal::Term);
+                let ended = tokio::select! {
+                    ended = tokio::time::timeout(TERM, &mut end) => ended.is_ok(),
+                    () = context.stops.next() => false,
+                };
+                if !ended {
+                    running.signal(Signal::Kill);
+                    end.await;
+                }
+                break None;
             }
-            None
         }
     };
     context.reaper.remove(running.process_id);
@@ -362,6 +369,9 @@ async fn supervise(
                 () = context.stops.next() => Event::Stop,
             }
         };
+        if matches!(event, Event::Tick) {
+            shell.reaper.watch();
+        }
         shell.note(&event);
         for action in supervisor.on(Instant::now(), event) {
             shell.perform(action);

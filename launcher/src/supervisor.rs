@@ -9,12 +9,13 @@
 //! A rank is replaced alone; the others keep their weights and join the next generation. The router is restarted alone
 //! too and is told the present generation.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use text_generation_router::control::{RankAddress, ToLauncher, ToRouter};
+use text_generation_router::control::{CANNOT_SERVE, RankAddress, ToLauncher, ToRouter};
 
 use crate::events::{Action, Event, Level, Outcome, Signal, Who};
+use crate::losses::{Losses, back_off};
 use crate::process::{Cause, Exit};
 use crate::watch::{self, Health, Phase, Sample, Watch};
 
@@ -31,21 +32,6 @@ pub struct Policy {
     pub url: String,
 }
 
-/// Delays before the first, second … restart within a minute; the last for all further ones.
-const BACK_OFF: [Duration; 7] = [
-    Duration::ZERO,
-    Duration::from_millis(250),
-    Duration::from_millis(500),
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(4),
-    Duration::from_secs(5),
-];
-/// Losses before the first completed step: this many within a minute end everything.
-const LOSSES: usize = 3;
-const LOSSES_WITHIN: Duration = Duration::from_secs(60);
-/// The same, however long they take: a start may take longer than a minute.
-const LOSSES_EVER: usize = 5;
 /// Serving for this long without a loss is as good as a completed step: there may be nothing to do.
 const QUIET_START: Duration = Duration::from_secs(5);
 /// Times that the router may ask to join again without a step in between; then all ranks are replaced.
@@ -102,38 +88,6 @@ struct Router {
 impl Router {
     fn new(incarnation: u32, life: Life) -> Self {
         Self { incarnation, life, connected: false, served: false, watch: Watch::default(), owes_pong: false }
-    }
-}
-
-/// Counts losses towards giving up, and for the back-off.
-#[derive(Clone, Debug, Default)]
-struct Losses {
-    /// Before the first completed step.
-    counted: VecDeque<Instant>,
-    /// All of the last minute.
-    recent: VecDeque<Instant>,
-}
-
-impl Losses {
-    /// Counts a loss and answers the delay before the restart.
-    fn count(&mut self, now: Instant, towards_giving_up: bool) -> Duration {
-        if towards_giving_up {
-            self.counted.push_back(now);
-        }
-        self.recent.retain(|then| now.saturating_duration_since(*then) <= LOSSES_WITHIN);
-        let delay = BACK_OFF[self.recent.len().min(BACK_OFF.len() - 1)];
-        self.recent.push_back(now);
-        delay
-    }
-
-    fn too_many(&self) -> Option<String> {
-        let last = self.counted.back()?;
-        let within = self.counted.iter().filter(|then| last.saturating_duration_since(**then) <= LOSSES_WITHIN).count();
-        if within >= LOSSES {
-            Some(format!("{within} times within {} s", LOSSES_WITHIN.as_secs()))
-        } else {
-            (self.counted.len() >= LOSSES_EVER).then(|| format!("{} times", self.counted.len()))
-        }
     }
 }
 
@@ -401,7 +355,7 @@ impl Supervisor {
         }
         let Some(router) = self.router.as_mut().filter(|router| router.connected) else { return };
         let health = (!router.owes_pong).then(|| Health::of(Phase::Serving));
-        router.watch.observe(now, Sample { health, processor_time });
+        router.watch.observe(now, Sample { health, processor_time, state: None });
         if let Some((_, why)) = watch::hung(&[&router.watch]).into_iter().next() {
             (router.life, router.connected) = (Life::Killed, false);
             self.log(Level::Warn, format!("router hung: {why}; it is killed and replaced"));
@@ -543,6 +497,11 @@ impl Supervisor {
         let reason = format!("the router {}", exit.explain());
         let Some(router) = &mut self.router else { return };
         let served = router.served;
+        if exit.cause == Cause::Code(CANNOT_SERVE.into()) && self.drain.is_none() {
+            self.router = None;
+            let message = exit.last_lines.last().map_or(reason, |line| line.trim_start_matches("error: ").to_owned());
+            return self.give_up(now, format!("the router cannot serve: {message}"));
+        }
         if let Some(drain) = &self.drain {
             let clean = drain.overdue || exit.cause == Cause::Code(0);
             self.router = None;
@@ -614,13 +573,13 @@ impl Supervisor {
     fn stepped(&mut self) {
         self.stepped = true;
         self.rejoins = 0;
-        self.rank_losses.counted.clear();
+        self.rank_losses.forgive();
     }
 
     fn serves(&mut self, now: Instant, epoch: u64, num_blocks: u32) {
         self.serving = true;
         self.serving_since = Some(now);
-        self.router_losses.counted.clear();
+        self.router_losses.forgive();
         if let Some(router) = &mut self.router {
             router.served = true;
         }
@@ -633,13 +592,19 @@ impl Supervisor {
         }
     }
 
+    /// The ranks that do not only wait for another in a collective; all, if all do.
+    fn not_waiting(&self) -> Vec<u32> {
+        let all = 0..self.policy.world_size;
+        let busy: Vec<u32> = all.clone().filter(|rank| !self.ranks[*rank as usize].watch.waits_for_peer()).collect();
+        if busy.is_empty() { all.collect() } else { busy }
+    }
+
     fn fault(&mut self, now: Instant, rank: Option<u32>, reason: String, replace: bool) {
         let rank = rank.filter(|rank| *rank < self.policy.world_size);
         self.rejoins += 1;
         if replace || self.rejoins > REJOINS {
             self.rejoins = 0;
-            let all: Vec<u32> = (0..self.policy.world_size).collect();
-            let blamed = rank.filter(|_| replace).map_or(all, |rank| vec![rank]);
+            let blamed = rank.filter(|_| replace).map_or_else(|| self.not_waiting(), |rank| vec![rank]);
             let blamed: Vec<u32> =
                 blamed.into_iter().filter(|rank| matches!(self.ranks[*rank as usize].life, Life::Runs)).collect();
             return self
@@ -651,7 +616,7 @@ impl Supervisor {
             format!("generation {} cannot go on{blamed}: {reason}; the ranks join again", self.generation),
         );
         self.abandon();
-        self.rejoin_at = Some(now + BACK_OFF[self.rejoins - 1]);
+        self.rejoin_at = Some(now + back_off(self.rejoins - 1));
     }
 
     // Time.
@@ -686,6 +651,7 @@ impl Supervisor {
         if let Some((at, message)) = &self.stall_end {
             if now >= *at {
                 let message = message.clone();
+                self.tell_frozen();
                 self.give_up(now, message);
             }
             return;
@@ -704,6 +670,15 @@ impl Supervisor {
                 self.act(Action::Signal(who, Signal::Stacks));
             }
             self.stall_end = Some((now + STALL_STACKS, message));
+        }
+    }
+
+    /// Processes that could not print their stacks.
+    fn tell_frozen(&mut self) {
+        for rank in 0..self.policy.world_size {
+            if let Some(state) = self.ranks[rank as usize].watch.frozen() {
+                self.log(Level::Error, format!("rank {rank}: no stack, process state {state}"));
+            }
         }
     }
 
@@ -732,10 +707,9 @@ impl Supervisor {
         }
         if let Some(drain) = &mut self.drain {
             drain.overdue = true;
-            self.log(Level::Warn, "asked to end a second time: everything is killed");
-            self.end(now, Outcome::Stopped);
-            self.ending.as_mut().expect("set above").kill = now;
-            return;
+            self.log(Level::Warn, "asked to end a second time: running requests are cut off");
+            self.act(Action::Tell(ToRouter::GaveUp { reason: "the server was told to end at once".into() }));
+            return self.end_within(now, Outcome::Stopped, (TERM, TERM));
         }
         let router = self.router.as_ref().filter(|router| self.ever_served && matches!(router.life, Life::Runs));
         match router.map(|router| Who::Router { incarnation: router.incarnation }) {
@@ -764,7 +738,13 @@ impl Supervisor {
 
     /// Ends all children: SIGTERM, then SIGKILL. A router that was told to give up ends its streams first.
     fn end(&mut self, now: Instant, outcome: Outcome) {
-        let gave_up = matches!(outcome, Outcome::Failed(_));
+        let connected = self.router.as_ref().is_some_and(|router| router.connected);
+        let gave_up = matches!(outcome, Outcome::Failed(_)) && connected;
+        self.end_within(now, outcome, if gave_up { (STACKS, 3 * TERM) } else { (Duration::ZERO, TERM) });
+    }
+
+    /// The same; the router is given so long before its SIGTERM, and everyone before SIGKILL.
+    fn end_within(&mut self, now: Instant, outcome: Outcome, (term_router, kill): (Duration, Duration)) {
         for rank in 0..self.policy.world_size {
             let who = match self.ranks.get(rank as usize) {
                 Some(Rank { life: Life::Due(_) | Life::Gone, .. }) | None => continue,
@@ -778,8 +758,6 @@ impl Supervisor {
             }
         }
         self.router = self.router.take().filter(|router| !matches!(router.life, Life::Due(_)));
-        let connected = self.router.as_ref().is_some_and(|router| router.connected);
-        let (term_router, kill) = if gave_up && connected { (STACKS, 3 * TERM) } else { (Duration::ZERO, TERM) };
         self.ending = Some(Ending { outcome, term_router: Some(now + term_router), kill: now + kill, killed: false });
     }
 

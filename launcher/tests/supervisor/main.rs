@@ -202,6 +202,22 @@ fn faults_without_a_step_in_between_end_in_replacing_all_ranks() {
 }
 
 #[test]
+fn of_a_fault_that_nobody_is_blamed_for_those_are_replaced_that_do_not_wait_for_a_peer() {
+    let waits = Health { busy: true, waits: true, ..health(Phase::Serving, 7) };
+    let mut world = World::stepping(2);
+    world.sees((0, 1), Some(waits.clone()), Duration::ZERO);
+    world.sees((1, 1), None, Duration::ZERO);
+    assert_eq!(world.says(fault(1, None, true)), ["lost 1", "kill rank 1.1"]);
+    assert_eq!(world.dies(rank(1, 1), SIGKILL), ["spawn rank 1.2"]);
+    assert_eq!(world.all_answer(&[1, 2]), ["generation 2: 0.1 1.2"]);
+
+    let mut world = World::stepping(2);
+    world.sees((0, 1), Some(waits.clone()), Duration::ZERO);
+    world.sees((1, 1), Some(waits), Duration::ZERO);
+    assert_eq!(world.says(fault(1, None, true)), ["lost 1", "stacks rank 0.1", "stacks rank 1.1"]);
+}
+
+#[test]
 fn a_rank_that_the_router_wants_replaced_is_killed() {
     let mut world = World::stepping(2);
     assert_eq!(world.says(fault(1, Some(1), true)), ["lost 1", "stacks rank 1.1"]);
@@ -301,6 +317,16 @@ fn a_router_that_refuses_its_arguments_is_not_asked_again() {
 }
 
 #[test]
+fn a_router_that_can_never_work_is_not_started_again() {
+    let mut world = World::new(1);
+    world.loaded(0, 1);
+    let logged = world.logged.len();
+    assert_eq!(world.dies(router(1), Cause::Code(78)), ["term rank 0.1"]);
+    assert_eq!(world.everyone_ends(&[rank(0, 1)]), ["fail: the router cannot serve: the last line"]);
+    assert_eq!(world.logged.len(), logged, "the end of the launcher says it");
+}
+
+#[test]
 fn a_router_that_cannot_serve_ends_everything() {
     let mut world = World::new(1);
     world.loaded(0, 1);
@@ -363,11 +389,18 @@ fn a_rank_that_dies_during_a_drain_is_replaced_so_that_no_stream_is_lost() {
 }
 
 #[test]
-fn a_second_stop_kills_everything_at_once() {
+fn a_second_stop_ends_the_streams_at_once_and_a_third_kills_everything() {
     let mut world = World::stepping(1);
     world.on(Event::Stop);
-    let actions = world.on(Event::Stop);
-    assert!(actions.contains(&"kill rank 0.1".into()) && actions.contains(&"kill router.1".into()), "{actions:?}");
+    assert_eq!(world.on(Event::Stop), ["gave up", "term rank 0.1"]);
+    assert_eq!(world.wait(0.9), [""; 0], "the router tells its clients and ends");
+    assert_eq!(world.wait(0.1), ["term router.1", "kill rank 0.1", "kill router.1"]);
+    assert_eq!(world.everyone_ends(&[rank(0, 1), router(1)]), ["end"]);
+
+    let mut world = World::stepping(1);
+    world.on(Event::Stop);
+    world.on(Event::Stop);
+    assert_eq!(world.on(Event::Stop), ["kill rank 0.1", "kill router.1"]);
     assert_eq!(world.everyone_ends(&[rank(0, 1), router(1)]), ["end"]);
 
     let mut world = World::new(1);
@@ -386,6 +419,21 @@ fn a_start_without_progress_ends_with_the_stacks_of_all_ranks() {
         world.everyone_ends(&[rank(0, 1), rank(1, 1)]),
         ["fail: no progress for 120 s (--startup-stall-timeout): rank 0: loading, rank 1: started, never answered"]
     );
+}
+
+#[test]
+fn a_stalled_start_tells_which_rank_is_frozen() {
+    let mut world = World::new(2);
+    let sees = |world: &mut World, rank, state| {
+        let sample = Sample { health: None, processor_time: None, state: Some(state) };
+        world.on(Event::Sampled { rank, incarnation: 1, sample });
+    };
+    world.wait(121.0);
+    sees(&mut world, 0, 'S');
+    sees(&mut world, 1, 'T');
+    world.wait(1.0);
+    let frozen: Vec<&String> = world.logged.iter().filter(|line| line.contains("no stack")).collect();
+    assert_eq!(frozen, ["rank 1: no stack, process state T (stopped)"]);
 }
 
 #[test]
@@ -446,7 +494,7 @@ fn whatever_happens_no_process_is_spawned_twice_and_none_is_forgotten_at_the_end
                 4..6 => match alive.iter().find(|who| matches!(who, Who::Rank { .. })) {
                     Some(&Who::Rank { rank, incarnation }) => {
                         let health = (random(4) > 0).then(|| health(Phase::Loaded, random(3)));
-                        Event::Sampled { rank, incarnation, sample: Sample { health, processor_time: None } }
+                        Event::Sampled { rank, incarnation, sample: Sample { health, ..Sample::default() } }
                     }
                     _ => Event::Tick,
                 },

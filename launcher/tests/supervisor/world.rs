@@ -108,7 +108,7 @@ impl World {
         health: Option<Health>,
         processor_time: Duration,
     ) -> Vec<String> {
-        let sample = Sample { health, processor_time: Some(processor_time) };
+        let sample = Sample { health, processor_time: Some(processor_time), state: None };
         self.on(Event::Sampled { rank, incarnation, sample })
     }
 
