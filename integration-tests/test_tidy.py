@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files that were longer when the rule was made may only shrink: path -> lines. Keep it short.
 MAX_LINES = 600
 LONGER = {
-    "launcher/src/supervisor.rs": 822,
+    "launcher/src/supervisor.rs": 800,
     "router/scheduler/src/scheduler.rs": 671,
     "router/scheduler/tests/simulation/world.rs": 846,
 }

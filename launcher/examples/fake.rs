@@ -165,6 +165,10 @@ impl Shard for FakeShard {
 
 /// Notes its process id and every message; serves nobody.
 async fn router(args: &[String]) {
+    if fake("router-is-hopeless") {
+        eprintln!("error: tokenizer.json: is missing");
+        std::process::exit(78);
+    }
     if fake("router-crashes") {
         eprintln!("the router broke");
         std::process::exit(3);

@@ -30,7 +30,8 @@ pub struct Args {
     /// Branch, tag or commit of a model on the hub.
     #[arg(long, env, help_heading = MODEL)]
     pub revision: Option<String>,
-    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively.
+    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively. float16 is
+    /// refused on CPUs.
     #[arg(long, env, value_enum, help_heading = MODEL)]
     pub dtype: Option<Dtype>,
     /// Lets code that comes with the model run, and lets files be unpickled.
@@ -112,7 +113,7 @@ pub struct Args {
     #[arg(long, env, default_value = "2000000", value_parser = at_least_one(),
           allow_negative_numbers = true, help_heading = HTTP)]
     pub payload_limit: u32,
-    /// Threads that turn text into tokens.
+    /// Threads that turn text into tokens; half as many more do so for long texts, which short ones need not wait for.
     #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
           help_heading = HTTP)]
     pub validation_workers: u32,
