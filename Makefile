@@ -34,7 +34,7 @@ run: install
 
 check: install
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+	$(CARGO) clippy --locked --release --workspace --all-targets --all-features -- -D warnings
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd server && ../$(VENV)/bin/mypy
@@ -44,7 +44,8 @@ check: install
 test: install test-rust test-python test-integration
 
 test-rust: install
-	$(CARGO) test --locked --workspace --all-features
+	$(CARGO) test --locked --release --workspace
+	$(CARGO) test --locked --release -p scheduler --features planted-bugs --test planted_bugs
 
 test-python: install
 	$(PYTHON) -m pytest server/tests

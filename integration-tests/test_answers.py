@@ -17,17 +17,25 @@ def references(model: Path) -> list[dict[str, object]]:
     return json.loads((model / "reference.json").read_text())["greedy"]
 
 
-@pytest.mark.parametrize("model", [LLAMA, QWEN2], ids=lambda path: path.name)
-@pytest.mark.parametrize("num_shard", [1, 2])
-def test_greedy_tokens_equal_those_of_transformers(model: Path, num_shard: int) -> None:
+def assert_greedy_tokens(server: Server, model: Path) -> None:
     decode = Tokenizer.from_file(str(model / "tokenizer.json")).decode
-    with Server(model, "--dtype", "float32", "--num-shard", str(num_shard)) as server:
-        for reference in references(model):
-            expected = reference["generated_ids"]
-            answer = server.stream(reference["prompt"], max_new_tokens=len(expected), ignore_eos_token=True)
-            assert answer.ids == expected, reference["prompt"]
-            assert answer.generated_text == decode(expected)
-            assert answer.text == answer.generated_text
+    for reference in references(model):
+        expected = reference["generated_ids"]
+        answer = server.stream(reference["prompt"], max_new_tokens=len(expected), ignore_eos_token=True)
+        assert answer.ids == expected, reference["prompt"]
+        assert answer.generated_text == decode(expected)
+        assert answer.text == answer.generated_text
+
+
+@pytest.mark.parametrize("fixture", ["llama", "llama_tp2"])
+def test_greedy_tokens_of_llama_equal_those_of_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
+    assert_greedy_tokens(request.getfixturevalue(fixture), LLAMA)
+
+
+@pytest.mark.parametrize("num_shard", ["1", "2"])
+def test_greedy_tokens_of_qwen2_equal_those_of_transformers(num_shard: str) -> None:
+    with Server(QWEN2, "--dtype", "float32", "--num-shard", num_shard) as server:
+        assert_greedy_tokens(server, QWEN2)
 
 
 @pytest.mark.parametrize("fixture", ["llama", "llama_tp2"])
@@ -105,14 +113,13 @@ def test_truncate_keeps_the_last_tokens(llama: Server) -> None:
     assert_same(answers[:1], answers[1:], "what was dropped has no effect")
 
 
-def test_a_prompt_longer_than_a_step_gives_the_same_answer() -> None:
+def test_a_prompt_longer_than_a_step_gives_the_same_answer(llama: Server) -> None:
     prompt = " ".join(["In the beginning God created the heaven and the earth."] * 12)
-    answers = []
-    for budget in ("16", "512"):
-        flags = ("--max-batch-prefill-tokens", budget, "--max-batch-size", "8")
-        with Server(LLAMA, "--dtype", "float32", *flags) as server:
-            answers.append(server.stream(prompt, max_new_tokens=20))
-    assert_same(answers[:1], answers[1:], "chunked prefill")
+    golden = llama.stream(prompt, max_new_tokens=20)
+    with Server(LLAMA, "--dtype", "float32", "--max-batch-prefill-tokens", "16", "--max-batch-size", "8") as server:
+        answer = server.stream(prompt, max_new_tokens=20)
+    assert golden.events[-1]["details"]["input_length"] > 4 * 16
+    assert_same([answer], [golden], "chunked prefill")
 
 
 def test_aborts_at_random_points_return_everything(llama: Server) -> None:
@@ -148,13 +155,14 @@ def test_a_dropped_connection_ends_an_answer_in_one_piece_too(llama: Server) -> 
     assert after - before < 1000, "the answer was computed to its end"
 
 
-def test_prompts_with_a_common_beginning_share_blocks_and_answers_stay_the_same() -> None:
+def test_prompts_with_a_common_beginning_share_blocks_and_answers_stay_the_same(llama: Server) -> None:
     stem = " ".join(["And the LORD said unto Moses, speak unto the children."] * 6)
-    with Server(LLAMA, "--dtype", "float32") as server:
-        golden = server.stream(stem, max_new_tokens=30)
-        cached = server.wait_clean()["blocks"]["cached"]
-        assert cached > 0
-        assert_same([server.stream(stem, max_new_tokens=30)], [golden], "after a prefix hit")
+    before = llama.wait_clean()["blocks"]["cached"]
+    golden = llama.stream(stem, max_new_tokens=30)
+    cached = llama.wait_clean()["blocks"]["cached"]
+    assert cached > before
+    assert_same([llama.stream(stem, max_new_tokens=30)], [golden], "after a prefix hit")
+    assert llama.wait_clean()["blocks"]["cached"] == cached, "nothing new was kept: it was shared"
 
 
 def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:

@@ -3,7 +3,9 @@
 import http.client
 import json
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -111,6 +113,31 @@ def undisturbed(llama: Server) -> Any:
     llama.wait_clean()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def slow_client(llama: Server) -> Iterator[Callable[[], tuple[bytes, float]]]:
+    """Begins a head and sends no more; what it is answered, and after how long. It waits while other tests run."""
+    answer = bytearray()
+    ended = []
+    started = time.monotonic()
+
+    def send_and_wait() -> None:
+        with socket.create_connection(("127.0.0.1", llama.port), timeout=30) as s:
+            s.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")
+            while chunk := s.recv(4096):
+                answer.extend(chunk)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=send_and_wait, daemon=True)
+    thread.start()
+
+    def wait() -> tuple[bytes, float]:
+        thread.join(30)
+        return bytes(answer), ended[0] - started
+
+    yield wait
+    thread.join(30)
+
+
 @pytest.mark.parametrize("parameters", REFUSED_PARAMETERS, ids=str)
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 def test_a_parameter_out_of_range_is_refused(llama: Server, parameters: dict[str, Any], path: str) -> None:
@@ -178,15 +205,6 @@ def test_every_rejection_is_json(llama: Server, method: str, path: str, headers:
     connection.close()
 
 
-def test_a_client_that_sends_its_head_too_slowly_is_cut_off(llama: Server) -> None:
-    with socket.create_connection(("127.0.0.1", llama.port), timeout=30) as s:
-        s.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")
-        started = time.monotonic()
-        while s.recv(4096):
-            pass
-        assert time.monotonic() - started < 20
-
-
 def test_unicode_survives_the_way_there_and_back(llama: Server) -> None:
     for text in ("é🙂 naïve", "\u202e\u2066 bidi", "👨‍👩‍👧‍👦" * 20, "\x00\x01", "\ufffd\uffff"):
         answer = llama.generate(text, max_new_tokens=2, return_full_text=True)
@@ -224,3 +242,13 @@ def test_beyond_the_concurrency_limit_a_request_is_refused_at_once() -> None:
             connection.close()
         crowd.join()
         assert server.wait_clean()["permits"]["free"] == 4
+
+
+def test_a_client_that_sends_its_head_too_slowly_is_told_so(
+    slow_client: Callable[[], tuple[bytes, float]],
+) -> None:
+    answer, seconds = slow_client()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 "), answer
+    assert_json_error(json.loads(body))
+    assert 9 < seconds < 20

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files that were longer when the rule was made may only shrink: path -> lines. Keep it short.
 MAX_LINES = 600
 LONGER = {
-    "launcher/src/supervisor.rs": 914,
+    "launcher/src/supervisor.rs": 800,
     "router/scheduler/src/scheduler.rs": 671,
     "router/scheduler/tests/simulation/world.rs": 846,
 }
@@ -46,6 +46,7 @@ ROUTER_USES = {
     "shards": {"control", "request"},
     "engine": {"args", "control", "request", "shards", "text", "telemetry"},
     "admin": {"control", "engine", "shards"},
+    "entry": {"admin", "args", "control", "engine", "http", "shards", "telemetry", "text"},
     "http": {"engine", "request", "text", "telemetry"},
 }
 

@@ -72,7 +72,7 @@ async fn talk(router: UnixStream, generation: &ToRouter) -> anyhow::Result<()> {
             ToLauncher::Fault { reason, .. } | ToLauncher::CannotServe { reason } => {
                 anyhow::bail!("the router gave up on the stub shard: {reason}")
             }
-            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } => {}
+            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Pong => {}
         }
     }
     Ok(())

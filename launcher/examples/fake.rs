@@ -16,6 +16,7 @@ use text_generation_router::shards::proto::{
     WarmupReply, WarmupRequest,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -43,7 +44,9 @@ async fn main() {
             println!("some progress\n{{\"model_dir\": \"{}\"}}", std::env::var("FAKE_DIR").unwrap());
         }
         "plan" if fake("plan-refuses") => {
-            eprintln!("config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model");
+            eprintln!(
+                "error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model"
+            );
             std::process::exit(1);
         }
         "plan" => println!("{{\"model_dir\": \"{}\", \"weight_bytes_per_rank\": 10, \"max_positions\": 64}}", args[2]),
@@ -162,6 +165,10 @@ impl Shard for FakeShard {
 
 /// Notes its process id and every message; serves nobody.
 async fn router(args: &[String]) {
+    if fake("router-is-hopeless") {
+        eprintln!("error: tokenizer.json: is missing");
+        std::process::exit(78);
+    }
     if fake("router-crashes") {
         eprintln!("the router broke");
         std::process::exit(3);
@@ -183,8 +190,13 @@ async fn router(args: &[String]) {
     writeln!(notes, "{{\"type\": \"router\", \"process_id\": {}}}", std::process::id()).unwrap();
     let mut lines = BufReader::new(reader).lines();
     while let Some(line) = lines.next_line().await.unwrap() {
+        let message: ToRouter = serde_json::from_str(&line).unwrap();
+        if message == ToRouter::Ping {
+            say(&mut writer, ToLauncher::Pong).await;
+            continue;
+        }
         writeln!(notes, "{line}").unwrap();
-        let ToRouter::Generation { number, .. } = serde_json::from_str(&line).unwrap() else { continue };
+        let ToRouter::Generation { number, .. } = message else { continue };
         let mut answers = vec![ToLauncher::Serving { number, epoch: number, num_blocks: 7 }];
         if fake("router-steps") {
             answers.push(ToLauncher::Stepped { number });
@@ -193,9 +205,13 @@ async fn router(args: &[String]) {
             answers = vec![ToLauncher::CannotServe { reason: "no block fits into the memory".into() }];
         }
         for answer in answers {
-            let line = format!("{}\n", serde_json::to_string(&answer).unwrap());
-            writer.write_all(line.as_bytes()).await.unwrap();
+            say(&mut writer, answer).await;
         }
     }
     std::future::pending::<()>().await;
+}
+
+async fn say(writer: &mut OwnedWriteHalf, message: ToLauncher) {
+    let line = format!("{}\n", serde_json::to_string(&message).unwrap());
+    writer.write_all(line.as_bytes()).await.unwrap();
 }

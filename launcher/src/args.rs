@@ -30,7 +30,8 @@ pub struct Args {
     /// Branch, tag or commit of a model on the hub.
     #[arg(long, env, help_heading = MODEL)]
     pub revision: Option<String>,
-    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively.
+    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively. float16 is
+    /// refused on CPUs.
     #[arg(long, env, value_enum, help_heading = MODEL)]
     pub dtype: Option<Dtype>,
     /// How the weights are quantized. By default what the checkpoint's own files say; a method that contradicts them is
@@ -122,10 +123,13 @@ pub struct Args {
     #[arg(long, env, default_value = "2000000", value_parser = at_least_one(),
           allow_negative_numbers = true, help_heading = HTTP)]
     pub payload_limit: u32,
-    /// Threads that turn text into tokens.
+    /// Threads that turn text into tokens; half as many more do so for long texts, which short ones need not wait for.
     #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
           help_heading = HTTP)]
     pub validation_workers: u32,
+    /// What the answers' header `x-compute-type` says. By default the device, and `+optimized`.
+    #[arg(long, env, value_parser = header_value, help_heading = HTTP)]
+    pub compute_type: Option<String>,
     /// An origin that browsers may call from; may be given several times. By default any.
     #[arg(long, env, value_delimiter = ',', help_heading = HTTP)]
     pub cors_allow_origin: Vec<String>,
@@ -233,16 +237,16 @@ pub enum Device {
 /// What happens to a flag of TGI's that has no field in `Args`.
 enum Fate {
     /// An error, unless the value is one of these, which ask for what happens anyway.
-    Refused(&'static [&'static str]),
+    Refused(Values),
     /// A line in the log, unless the value is one of these.
-    Noticed(&'static [&'static str]),
+    Noticed(Values),
 }
 
 /// A flag of TGI's without a field in `Args`.
 struct Foreign {
     flag: &'static str,
     /// The legal values; empty: any. `SWITCH`: the flag takes none.
-    values: &'static [&'static str],
+    values: Values,
     fate: Fate,
     /// For a refusal: what there is instead. For a notice: why it has no effect.
     why: &'static str,
@@ -251,12 +255,22 @@ struct Foreign {
 const SWITCH: &[&str] = &["true", "false"];
 const ANY: &[&str] = &[];
 
-const fn refused(flag: &'static str, values: &'static [&'static str], why: &'static str) -> Foreign {
-    Foreign { flag, values, fate: Fate::Refused(&[]), why }
+type Values = &'static [&'static str];
+
+const fn refused(flag: &'static str, values: Values, why: &'static str) -> Foreign {
+    refused_unless(&[], flag, values, why)
 }
 
-const fn noticed(flag: &'static str, values: &'static [&'static str], why: &'static str) -> Foreign {
-    Foreign { flag, values, fate: Fate::Noticed(&[]), why }
+const fn refused_unless(accepted: Values, flag: &'static str, values: Values, why: &'static str) -> Foreign {
+    Foreign { flag, values, fate: Fate::Refused(accepted), why }
+}
+
+const fn noticed(flag: &'static str, values: Values, why: &'static str) -> Foreign {
+    noticed_unless(&[], flag, values, why)
+}
+
+const fn noticed_unless(accepted: Values, flag: &'static str, values: Values, why: &'static str) -> Foreign {
+    Foreign { flag, values, fate: Fate::Noticed(accepted), why }
 }
 
 const FOREIGN: &[Foreign] = &[
@@ -270,15 +284,10 @@ const FOREIGN: &[Foreign] = &[
     noticed("master-port", ANY, "the shards of one machine meet through the run directory, no port is used"),
     noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
     noticed("disable-grammar-support", SWITCH, "grammars are refused in this version in any case"),
-    Foreign {
-        flag: "usage-stats",
-        values: &["on", "off", "no-stack"],
-        fate: Fate::Noticed(&["off"]),
-        why: "nothing is ever sent anywhere",
-    },
-    Foreign { flag: "speculate", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
+    noticed_unless(&["off"], "usage-stats", &["on", "off", "no-stack"], "nothing is ever sent anywhere"),
+    refused_unless(&["0"], "speculate", ANY, "leave it out, or 0"),
     refused("kv-cache-dtype", ANY, "the cache has the type of the model; leave it out"),
-    Foreign { flag: "cuda-graphs", values: ANY, fate: Fate::Refused(&["0"]), why: "leave it out, or 0" },
+    refused_unless(&["0"], "cuda-graphs", ANY, "leave it out, or 0"),
     refused("cuda-memory-fraction", ANY, "use --memory-fraction for the share of this machine's memory"),
     refused("rope-scaling", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
     refused("rope-factor", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
@@ -286,24 +295,14 @@ const FOREIGN: &[Foreign] = &[
     refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
     refused("otlp-endpoint", ANY, "traces are not exported; leave it out"),
     refused("otlp-service-name", ANY, "traces are not exported; leave it out"),
-    Foreign {
-        flag: "max-best-of",
-        values: ANY,
-        fate: Fate::Refused(&["1"]),
-        why: "best_of is served from a later version; leave it out",
-    },
-    Foreign {
-        flag: "max-top-n-tokens",
-        values: ANY,
-        fate: Fate::Refused(&["0"]),
-        why: "top_n_tokens is served from a later version; leave it out",
-    },
-    Foreign {
-        flag: "max-client-batch-size",
-        values: ANY,
-        fate: Fate::Refused(&["1"]),
-        why: "/v1/completions is served from a later version; leave it out",
-    },
+    refused_unless(&["1"], "max-best-of", ANY, "best_of is served from a later version; leave it out"),
+    refused_unless(&["0"], "max-top-n-tokens", ANY, "top_n_tokens is served from a later version; leave it out"),
+    refused_unless(
+        &["1"],
+        "max-client-batch-size",
+        ANY,
+        "/v1/completions is served from a later version; leave it out",
+    ),
     refused(
         "api-key",
         ANY,
@@ -311,31 +310,21 @@ const FOREIGN: &[Foreign] = &[
     ),
     refused("watermark-gamma", ANY, "leave it out"),
     refused("watermark-delta", ANY, "leave it out"),
-    Foreign { flag: "ngrok", values: SWITCH, fate: Fate::Refused(&["false"]), why: "leave it out" },
+    refused_unless(&["false"], "ngrok", SWITCH, "leave it out"),
     refused("ngrok-authtoken", ANY, "leave it out"),
     refused("ngrok-edge", ANY, "leave it out"),
     refused("tokenizer-config-path", ANY, "chat templates are served from a later version; leave it out"),
     refused("lora-adapters", ANY, "leave it out"),
-    Foreign {
-        flag: "enable-prefill-logprobs",
-        values: SWITCH,
-        fate: Fate::Refused(&["false"]),
-        why: "prompt log-probabilities are served from a later version; leave it out",
-    },
-    Foreign { flag: "request-logprobs", values: ANY, fate: Fate::Refused(&["0", "false"]), why: "leave it out" },
+    refused_unless(
+        &["false"],
+        "enable-prefill-logprobs",
+        SWITCH,
+        "prompt log-probabilities are served from a later version; leave it out",
+    ),
+    refused_unless(&["0", "false"], "request-logprobs", ANY, "leave it out"),
     refused("attention", ANY, "there is one kind of attention; leave it out"),
-    Foreign {
-        flag: "prefix-caching",
-        values: ANY,
-        fate: Fate::Refused(&["1", "true"]),
-        why: "prefixes are always cached; leave it out",
-    },
-    Foreign {
-        flag: "prefill-chunking",
-        values: ANY,
-        fate: Fate::Refused(&["1", "true"]),
-        why: "long prompts are always computed in parts; leave it out",
-    },
+    refused_unless(&["1", "true"], "prefix-caching", ANY, "prefixes are always cached; leave it out"),
+    refused_unless(&["1", "true"], "prefill-chunking", ANY, "long prompts are always computed in parts; leave it out"),
     refused("tgi-wiggle-room", ANY, "use --memory-fraction for the share of this machine's memory"),
 ];
 
@@ -353,6 +342,11 @@ fn at_least_one() -> clap::builder::RangedI64ValueParser<u32> {
 fn seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
     seconds.ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
+}
+
+fn header_value(text: &str) -> Result<String, String> {
+    let is_legal = |byte: u8| byte.is_ascii_graphic() || matches!(byte, b' ' | b'\t');
+    text.bytes().all(is_legal).then(|| text.to_owned()).ok_or_else(|| "expected printable ASCII characters".into())
 }
 
 fn fraction(text: &str) -> Result<f64, String> {
@@ -567,6 +561,7 @@ mod tests {
             ("--graceful-termination-timeout", "0"),
             ("--step-timeout", "nan"),
             ("--hostname", "nonsense"),
+            ("--compute-type", "2\n3"),
             ("--quantize", "int7"),
             ("--dtype", "int8"),
         ] {

@@ -14,7 +14,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::supervisor::Event;
+use crate::events::Event;
 
 /// The longest message, in bytes.
 const MAX_MESSAGE: u64 = 64 * 1024;

@@ -9,8 +9,8 @@ use text_generation_router::shards::proto::{HealthReply, HealthRequest};
 use tokio::sync::{mpsc, watch};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::process::start_and_processor_time;
-use crate::supervisor::Event;
+use crate::events::Event;
+use crate::process::stat;
 use crate::watch::{Health, Phase, Sample};
 
 /// An answer later than this is none.
@@ -28,15 +28,36 @@ pub async fn look(
     let mut client = ShardClient::new(endpoint.connect_timeout(DEADLINE).connect_lazy());
     loop {
         let start = Instant::now();
+        let health = ask(&mut client).await;
+        let stat = stat(process_id);
         let sample = Sample {
-            health: ask(&mut client).await,
-            processor_time: start_and_processor_time(process_id).map(|(_, time)| time),
+            health,
+            processor_time: stat.as_ref().map(|stat| stat.processor_time),
+            state: stat.map(|stat| stat.state),
         };
         if events.send(Event::Sampled { rank, incarnation, sample }).await.is_err() {
             return;
         }
         let rest = interval.borrow_and_update().saturating_sub(start.elapsed());
         // A shorter interval ends a longer one that has begun.
+        let _ = tokio::time::timeout(rest, interval.changed()).await;
+    }
+}
+
+/// Sends the processor time of the router until nobody takes it. The router is asked for an answer by the supervisor, over
+/// the control socket.
+pub async fn look_at_router(
+    incarnation: u32,
+    process_id: u32,
+    mut interval: watch::Receiver<Duration>,
+    events: mpsc::Sender<Event>,
+) {
+    loop {
+        let processor_time = stat(process_id).map(|stat| stat.processor_time);
+        if events.send(Event::RouterSampled { incarnation, processor_time }).await.is_err() {
+            return;
+        }
+        let rest = *interval.borrow_and_update();
         let _ = tokio::time::timeout(rest, interval.changed()).await;
     }
 }
@@ -64,5 +85,6 @@ fn health(reply: HealthReply) -> Health {
         step: reply.step,
         progress: reply.progress,
         busy: reply.busy,
+        waits: reply.waits,
     }
 }

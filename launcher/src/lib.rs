@@ -7,8 +7,11 @@
 
 pub mod args;
 pub mod control;
+pub mod entry;
+pub mod events;
 pub mod health;
 pub mod logs;
+pub mod losses;
 pub mod machine;
 pub mod plan;
 pub mod process;

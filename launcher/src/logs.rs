@@ -8,8 +8,11 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use serde_json::{Map, Value};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 /// The longest line that is passed on, in bytes.
 pub const MAX_LINE: usize = 8 * 1024;
@@ -222,15 +225,41 @@ fn next(queue: &Queue) -> Vec<u8> {
 fn formatted(format: Format, process: &str, line: &str) -> String {
     match format {
         Format::Text => format!("{process} | {line}\n"),
-        Format::Json => {
-            let mut object = match serde_json::from_str(line) {
-                Ok(serde_json::Value::Object(object)) => object,
-                _ => serde_json::Map::from_iter([("message".to_owned(), line.into())]),
-            };
-            object.insert("process".into(), process.into());
-            format!("{}\n", serde_json::Value::Object(object))
-        }
+        Format::Json => in_one_schema(process, line),
     }
+}
+
+/// A line of any process as a flat object of at least `timestamp`, `level`, `process` and `message`, all strings. What a
+/// process writes beside its log (a library's warning, a stack) gets the time at which it came.
+fn in_one_schema(process: &str, line: &str) -> String {
+    let mut object = match serde_json::from_str(line) {
+        Ok(Value::Object(object)) => object,
+        _ => Map::new(),
+    };
+    let level = match object.get("level").and_then(Value::as_str) {
+        // Python's names.
+        Some("WARNING") => "WARN",
+        Some("CRITICAL") => "ERROR",
+        Some(level @ ("ERROR" | "WARN" | "DEBUG" | "TRACE")) => level,
+        _ => "INFO",
+    };
+    object.insert("level".into(), level.into());
+    object.insert("process".into(), process.into());
+    if !object.get("message").is_some_and(Value::is_string) {
+        object.insert("message".into(), line.into());
+    }
+    if !object.get("timestamp").is_some_and(Value::is_string) {
+        object.insert("timestamp".into(), now().into());
+    }
+    format!("{}\n", Value::Object(object))
+}
+
+/// The time, in the form of this program's own log.
+fn now() -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut text));
+    text
 }
 
 /// One line of the launcher's own log, handed on when it is complete.
@@ -253,7 +282,12 @@ impl Write for OwnLine {
 
 impl Drop for OwnLine {
     fn drop(&mut self) {
-        self.output.put(std::mem::take(&mut self.bytes), MAX_WAITING_OWN);
+        let bytes = std::mem::take(&mut self.bytes);
+        let line = match self.output.format {
+            Format::Text => bytes,
+            Format::Json => in_one_schema("launcher", String::from_utf8_lossy(&bytes).trim_end()).into_bytes(),
+        };
+        self.output.put(line, MAX_WAITING_OWN);
     }
 }
 
@@ -275,9 +309,10 @@ pub fn init(output: &Output, filter: &str) -> Result<(), String> {
     let directive = if is_level { format!("text_generation_launcher={filter}") } else { filter.to_owned() };
     let filter = EnvFilter::try_new(directive).map_err(|error| format!("--log-level {filter:?}: {error}"))?;
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(output.clone()).with_ansi(false);
+    let subscriber = subscriber.with_target(false);
     match output.format {
-        Format::Text => subscriber.with_target(false).init(),
-        Format::Json => subscriber.json().init(),
+        Format::Text => subscriber.init(),
+        Format::Json => subscriber.json().flatten_event(true).init(),
     }
     Ok(())
 }
@@ -337,14 +372,27 @@ mod tests {
 
     #[test]
     fn lines_of_children_carry_the_name_of_their_process() {
-        for (format, line, expected) in [
-            (Format::Text, "hello", "rank 0 | hello\n"),
-            (Format::Json, "hello", "{\"message\":\"hello\",\"process\":\"rank 0\"}\n"),
-            (Format::Json, r#"{"level":"INFO"}"#, "{\"level\":\"INFO\",\"process\":\"rank 0\"}\n"),
-            (Format::Json, "[1]", "{\"message\":\"[1]\",\"process\":\"rank 0\"}\n"),
+        assert_eq!(formatted(Format::Text, "rank 0", "hello"), "rank 0 | hello\n");
+        assert!(formatted(Format::Json, "rank 0", "hello").contains("\"process\":\"rank 0\""));
+    }
+
+    #[test]
+    fn in_json_every_line_of_every_process_is_a_flat_object_of_one_schema() {
+        for (line, level, message) in [
+            (r#"{"timestamp":"t","level":"INFO","message":"hello","rank":0}"#, "INFO", "hello"),
+            (r#"{"timestamp":"t","level":"WARNING","message":"hello"}"#, "WARN", "hello"),
+            (r#"{"level":"CRITICAL","message":"hello"}"#, "ERROR", "hello"),
+            (r#"{"level":7}"#, "INFO", r#"{"level":7}"#),
+            ("hello", "INFO", "hello"),
+            ("[1]", "INFO", "[1]"),
         ] {
-            assert_eq!(formatted(format, "rank 0", line), expected);
+            let object: Value = serde_json::from_str(&formatted(Format::Json, "rank 0", line)).unwrap();
+            assert_eq!((&object["process"], &object["level"]), (&"rank 0".into(), &level.into()), "{line}");
+            assert_eq!(object["message"], message, "{line}");
+            assert!(object["timestamp"].as_str().is_some_and(|time| !time.is_empty()), "{line}");
         }
+        let time = now();
+        assert!(time.starts_with("20") && time.ends_with('Z') && time.contains('T'), "{time}");
     }
 
     /// A reader that takes nothing until it is told to.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use text_generation_router::args::DEFAULT_BLOCK_SIZE;
 
 use crate::args::Args;
 use crate::machine::Machine;
@@ -22,7 +23,7 @@ pub struct CommandLine {
 
 impl CommandLine {
     fn new(program: &Path) -> Self {
-        // The log level is given as an argument; a filter for Rust crates would mean nothing to Python.
+        // The log level is given as an argument, to each program in its own words.
         Self { program: program.into(), args: Vec::new(), env: Vec::new(), env_remove: vec!["LOG_LEVEL"] }
     }
 
@@ -32,7 +33,9 @@ impl CommandLine {
     }
 
     fn flag(&mut self, flag: &str, value: impl ToString) -> &mut Self {
-        self.word(flag).word(value)
+        let value = value.to_string();
+        // A value that looks like a flag would be taken for one.
+        if value.starts_with('-') { self.word(format!("{flag}={value}")) } else { self.word(flag).word(value) }
     }
 
     fn optional(&mut self, flag: &str, value: Option<impl ToString>) -> &mut Self {
@@ -132,7 +135,11 @@ pub fn check(args: &Args) -> Result<(), PlanError> {
     less(input, batch_total, "an answer needs at least one token")?;
     at_most(total, batch_total, "such a sequence would never fit")?;
     at_most(("--max-batch-size", args.max_batch_size), step, "a step has room for one token of every sequence")?;
-    at_most(("--block-size", args.block_size), batch_total, "the cache holds whole blocks")
+    let by_default = DEFAULT_BLOCK_SIZE as u32;
+    match args.block_size {
+        Some(_) => at_most(("--block-size", args.block_size), batch_total, "the cache holds whole blocks"),
+        None => at_most(("the default --block-size", Some(by_default)), batch_total, "the cache holds whole blocks"),
+    }
 }
 
 type Flag = (&'static str, Option<u32>);
@@ -262,6 +269,15 @@ fn check_model(args: &Args, model: &ModelPlan, memory_bytes_per_rank: u64) -> Re
             model.model_dir.display()
         )));
     }
+    if let (Some(input), Some(positions)) = (max_input_tokens(args), model.max_positions)
+        && input >= positions
+    {
+        return Err(PlanError::Model(format!(
+            "--max-input-tokens {input} and one token of the answer exceed the {positions} positions of {}; use {} or less",
+            model.model_dir.display(),
+            positions.saturating_sub(1)
+        )));
+    }
     if let Some(weights) = model.weight_bytes_per_rank.filter(|weights| *weights > memory_bytes_per_rank) {
         return Err(PlanError::Model(format!(
             "{}: the weights take {} per shard, but each shard may take {} (--memory-fraction {} of this machine, \
@@ -282,8 +298,6 @@ fn router_command(
     (control, admin): (&Path, &Path),
 ) -> CommandLine {
     let mut router = CommandLine::new(&programs.router);
-    // The router is a Rust program: the filter of the launcher's log is also its own.
-    router.env_remove.clear();
     router.flag("--tokenizer-name", model.model_dir.display()).flag("--model-id", &args.model_id);
     router.optional("--revision", args.revision.as_deref());
     router
@@ -302,10 +316,11 @@ fn router_command(
     router.optional("--queue-timeout", args.queue_timeout).optional("--step-timeout", args.step_timeout);
     router.flag("--validation-workers", args.validation_workers).flag("--payload-limit", args.payload_limit);
     router.flag("--graceful-termination-timeout", args.graceful_termination_timeout);
+    router.optional("--compute-type", args.compute_type.as_deref());
     for origin in &args.cors_allow_origin {
         router.flag("--cors-allow-origin", origin);
     }
-    router.switch("--json-output", args.json_output);
+    router.flag("--log-level", &args.log_level).switch("--json-output", args.json_output);
     router
 }
 
@@ -334,6 +349,8 @@ pub fn bytes(count: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use text_generation_router::args as router;
+
     use super::*;
     use crate::args::parse;
 
@@ -417,7 +434,8 @@ mod tests {
             words(
                 "--tokenizer-name /m --model-id models/m --control-socket /r/control --admin-socket /r/admin \
                  --exit-with-stdin --hostname 0.0.0.0 --port 3000 --max-concurrent-requests 128 \
-                 --max-stop-sequences 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90"
+                 --max-stop-sequences 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90 \
+                 --log-level info"
             )
         );
     }
@@ -428,7 +446,7 @@ mod tests {
             "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 \
              --max-input-length 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 \
              --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
-             --cors-allow-origin a --cors-allow-origin b --json-output",
+             --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --log-level debug --json-output",
         )
         .unwrap();
         assert_eq!(plan.url, "http://[::1]:8080");
@@ -439,7 +457,7 @@ mod tests {
                  /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 \
                  --max-stop-sequences 2 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
                  --max-batch-total-tokens 40 --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
-                 --graceful-termination-timeout 8 --cors-allow-origin a --cors-allow-origin b --json-output"
+                 --graceful-termination-timeout 8 --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --log-level debug --json-output"
             )
         );
     }
@@ -473,6 +491,7 @@ mod tests {
             ("--max-input-tokens 8 --max-batch-total-tokens 8", vec!["--max-input-tokens 8"]),
             ("--max-batch-size 9 --max-batch-prefill-tokens 8", vec!["--max-batch-size 9"]),
             ("--block-size 9 --max-batch-total-tokens 8", vec!["--block-size 9"]),
+            ("--max-batch-total-tokens 10", vec!["--block-size 16", "default", "--max-batch-total-tokens 10"]),
         ] {
             match planned(flags) {
                 Err(PlanError::Usage(message)) => {
@@ -484,10 +503,33 @@ mod tests {
     }
 
     #[test]
+    fn whatever_the_launcher_lets_pass_the_router_understands() {
+        for flags in [
+            "--max-batch-total-tokens 16",
+            "--max-batch-total-tokens 1 --block-size 1",
+            "--max-input-tokens 1 --max-total-tokens 2",
+            "--revision=-r --compute-type=-c --cors-allow-origin=-o",
+            "--log-level 3 --max-top-n-tokens 0 --graceful-termination-timeout 0.001 --queue-timeout 1e6",
+            "--log-level INFO --max-stop-sequences 0 --payload-limit 1 --step-timeout 0.5 --pipeline-depth 4",
+            "--log-level hyper=trace,info --hostname ::1 --port 65535 --block-size 1024 --max-batch-size 1",
+        ] {
+            use clap::Parser;
+            let router = planned(flags).unwrap().router.args;
+            let args = router::Args::try_parse_from(std::iter::once("router".to_owned()).chain(router));
+            let args = args.unwrap_or_else(|error| panic!("{flags}: {error}"));
+            assert_eq!(args.validate(), Ok(()), "{flags}");
+            assert!(text_generation_router::telemetry::tracing::filter(&args.log_level).is_ok(), "{flags}");
+        }
+    }
+
+    #[test]
     fn a_limit_beyond_the_positions_of_the_model_is_refused() {
         let error = planned("--max-total-tokens 2049").unwrap_err();
         assert!(matches!(&error, PlanError::Model(message) if message.contains("2049") && message.contains("2048")));
         assert!(planned("--max-total-tokens 2048").is_ok());
+        let error = planned("--max-input-tokens 2048").unwrap_err();
+        assert!(matches!(&error, PlanError::Model(message) if message.contains("--max-input-tokens 2048")));
+        assert!(planned("--max-input-tokens 2047").is_ok());
     }
 
     #[test]

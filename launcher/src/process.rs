@@ -16,9 +16,9 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::events::Signal;
 use crate::logs::{Lines, Memory, Output};
 use crate::plan::CommandLine;
-use crate::supervisor::Signal;
 
 /// After a child's death its output is read for this long: a process of its own may hold the pipe open.
 const LAST_OUTPUT: Duration = Duration::from_millis(300);
@@ -268,23 +268,32 @@ fn is_executable(file: &Path) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
-/// When the process was started, in clock ticks since boot, and the processor time it has used. Tells a process from a
-/// later one with the same id.
-pub fn start_and_processor_time(process_id: u32) -> Option<(u64, Duration)> {
+/// What the kernel tells of a process.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Stat {
+    /// One letter: R runs, S sleeps, T is stopped.
+    pub state: char,
+    /// When it was started, in clock ticks since boot. Tells a process from a later one with the same id.
+    pub start: u64,
+    /// That it has used, over all threads.
+    pub processor_time: Duration,
+}
+
+/// What the kernel tells of a process that has not ended.
+pub fn stat(process_id: u32) -> Option<Stat> {
     let stat = std::fs::read_to_string(format!("/proc/{process_id}/stat")).ok()?;
     parse_stat(&stat)
 }
 
-fn parse_stat(stat: &str) -> Option<(u64, Duration)> {
+fn parse_stat(stat: &str) -> Option<Stat> {
     // The second field is the name in parentheses and may hold anything, also parentheses.
     let (_, fields) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-    if fields.first() == Some(&"Z") {
-        return None;
-    }
+    let state = fields.first()?.chars().next().filter(|state| *state != 'Z')?;
     // The kernel counts for user programs in hundredths of a second on every Linux architecture.
-    Some((number(22)?, Duration::from_millis((number(14)? + number(15)?) * 10)))
+    let processor_time = Duration::from_millis((number(14)? + number(15)?) * 10);
+    Some(Stat { state, start: number(22)?, processor_time })
 }
 
 #[cfg(test)]
@@ -310,10 +319,10 @@ mod tests {
 
     #[test]
     fn the_statistics_of_a_process_survive_any_name() {
-        let stat = "42 (a) b (c)) S 1 42 42 0 -1 4194304 100 0 0 0 150 25 0 0 20 0 3 0 98765 1000 200";
-        assert_eq!(parse_stat(stat), Some((98765, Duration::from_millis(1750))));
-        let (start, _) = start_and_processor_time(std::process::id()).unwrap();
-        assert!(start > 0);
+        let stat_line = "42 (a) b (c)) S 1 42 42 0 -1 4194304 100 0 0 0 150 25 0 0 20 0 3 0 98765 1000 200";
+        let expected = Stat { state: 'S', start: 98765, processor_time: Duration::from_millis(1750) };
+        assert_eq!(parse_stat(stat_line), Some(expected));
+        assert!(stat(std::process::id()).unwrap().start > 0);
     }
 
     #[test]
@@ -363,7 +372,7 @@ mod tests {
         assert_eq!(exit.cause, Cause::Signal(9));
         let grandchild = answer.trim().parse().unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(start_and_processor_time(grandchild), None);
+        assert_eq!(stat(grandchild), None);
     }
 
     #[tokio::test]

@@ -13,13 +13,14 @@ use tokio::time::MissedTickBehavior;
 use tracing::{error, info, warn};
 
 use crate::args::Args;
+use crate::events::{Action, Event, Level, Outcome, Signal, Who};
 use crate::logs::Output;
 use crate::machine::{self, Machine};
 use crate::plan::{self, CommandLine, LaunchPlan, ModelPlan, PlanError, Programs};
 use crate::process::{self, Cause, Exit, Running};
 use crate::reaper::Reaper;
 use crate::run_directory::{self, RunDirectory};
-use crate::supervisor::{Action, Event, Level, Outcome, Policy, Signal, Supervisor, Who, generation_message};
+use crate::supervisor::{Policy, Supervisor, generation_message};
 use crate::{control, health};
 
 /// How often ranks are looked at while something is awaited, and otherwise.
@@ -212,6 +213,9 @@ fn check_port(args: &Args) -> Result<(), Failure> {
 async fn locate_model(args: &Args, programs: &Programs, context: &mut Context<'_>) -> Result<Option<PathBuf>, Failure> {
     let path = Path::new(&args.model_id);
     if path.is_dir() {
+        if let Some(revision) = &args.revision {
+            info!("--revision {revision} has no effect on what is loaded: {} is a local folder", path.display());
+        }
         return path.canonicalize().map(Some).map_err(|error| failed(format!("--model-id {path:?}: {error}")));
     }
     if path.exists() {
@@ -265,7 +269,8 @@ async fn preflight(
     };
     let Some((exit, answer)) = asked? else { return Ok(None) };
     if exit.cause == Cause::Code(1) && !exit.last_lines.is_empty() {
-        return Err(failed(exit.last_lines.join("\n")));
+        let lines = exit.last_lines.join("\n");
+        return Err(failed(lines.strip_prefix("error: ").unwrap_or(&lines)));
     }
     if exit.cause != Cause::Code(0) {
         return Err(failed(exit.with_last_lines(&format!("text-generation-server plan {}", exit.explain()))));
@@ -287,20 +292,24 @@ async fn ask(
         .map_err(|error| failed(format!("{} cannot be started: {error}", command.program.display())))?;
     context.reaper.add(running.process_id);
     tokio::pin!(end);
-    let result = tokio::select! {
-        answer = &mut end => Some(answer),
-        () = context.stops.next() => {
-            info!("asked to end");
-            running.signal(Signal::Term);
-            let ended = tokio::select! {
-                ended = tokio::time::timeout(TERM, &mut end) => ended.is_ok(),
-                () = context.stops.next() => false,
-            };
-            if !ended {
-                running.signal(Signal::Kill);
-                end.await;
+    let mut ticks = tokio::time::interval(TICK);
+    let result = loop {
+        tokio::select! {
+            answer = &mut end => break Some(answer),
+            _ = ticks.tick() => context.reaper.watch(),
+            () = context.stops.next() => {
+                info!("asked to end");
+                running.signal(Signal::Term);
+                let ended = tokio::select! {
+                    ended = tokio::time::timeout(TERM, &mut end) => ended.is_ok(),
+                    () = context.stops.next() => false,
+                };
+                if !ended {
+                    running.signal(Signal::Kill);
+                    end.await;
+                }
+                break None;
             }
-            None
         }
     };
     context.reaper.remove(running.process_id);
@@ -360,6 +369,9 @@ async fn supervise(
                 () = context.stops.next() => Event::Stop,
             }
         };
+        if matches!(event, Event::Tick) {
+            shell.reaper.watch();
+        }
         shell.note(&event);
         for action in supervisor.on(Instant::now(), event) {
             shell.perform(action);
@@ -434,12 +446,19 @@ impl Shell<'_> {
             // Nobody listens when everything has ended.
             let _ = events.send(Event::Exited { who, exit }).await;
         });
-        if let Who::Rank { rank, incarnation } = who {
-            let socket = self.directory.shard_socket(rank, incarnation);
-            let (interval, events) = (self.interval.subscribe(), self.events.clone());
-            let look = async move { health::look((rank, incarnation), process_id, &socket, interval, events).await };
-            self.looks.insert(who, tokio::spawn(look));
-        }
+        let (interval, events) = (self.interval.subscribe(), self.events.clone());
+        let look = match who {
+            Who::Rank { rank, incarnation } => {
+                let socket = self.directory.shard_socket(rank, incarnation);
+                tokio::spawn(
+                    async move { health::look((rank, incarnation), process_id, &socket, interval, events).await },
+                )
+            }
+            Who::Router { incarnation } => {
+                tokio::spawn(health::look_at_router(incarnation, process_id, interval, events))
+            }
+        };
+        self.looks.insert(who, look);
         Ok(process_id)
     }
 }

@@ -9,13 +9,15 @@
 //! A rank is replaced alone; the others keep their weights and join the next generation. The router is restarted alone
 //! too and is told the present generation.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use text_generation_router::control::{RankAddress, ToLauncher, ToRouter};
+use text_generation_router::control::{CANNOT_SERVE, RankAddress, ToLauncher, ToRouter};
 
+use crate::events::{Action, Event, Level, Outcome, Signal, Who};
+use crate::losses::{Losses, back_off};
 use crate::process::{Cause, Exit};
-use crate::watch::{self, Phase, Sample, Watch};
+use crate::watch::{self, Health, Phase, Sample, Watch};
 
 /// Limits and delays.
 #[derive(Clone, Debug)]
@@ -30,21 +32,6 @@ pub struct Policy {
     pub url: String,
 }
 
-/// Delays before the first, second … restart within a minute; the last for all further ones.
-const BACK_OFF: [Duration; 7] = [
-    Duration::ZERO,
-    Duration::from_millis(250),
-    Duration::from_millis(500),
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(4),
-    Duration::from_secs(5),
-];
-/// Losses before the first completed step: this many within a minute end everything.
-const LOSSES: usize = 3;
-const LOSSES_WITHIN: Duration = Duration::from_secs(60);
-/// The same, however long they take: a start may take longer than a minute.
-const LOSSES_EVER: usize = 5;
 /// Serving for this long without a loss is as good as a completed step: there may be nothing to do.
 const QUIET_START: Duration = Duration::from_secs(5);
 /// Times that the router may ask to join again without a step in between; then all ranks are replaced.
@@ -59,135 +46,6 @@ const TERM: Duration = Duration::from_secs(1);
 const TELL_PROGRESS: Duration = Duration::from_secs(5);
 /// The most that the time between two ticks counts: a launcher that was stopped itself blames nobody.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
-
-/// A process.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Who {
-    /// A shard.
-    Rank {
-        /// Its rank.
-        rank: u32,
-        /// Counts the processes of this rank, from 1.
-        incarnation: u32,
-    },
-    /// The router.
-    Router {
-        /// Counts its processes, from 1.
-        incarnation: u32,
-    },
-}
-
-impl std::fmt::Display for Who {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Rank { rank, .. } => write!(f, "rank {rank}"),
-            Self::Router { .. } => f.write_str("router"),
-        }
-    }
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// Begin.
-    Start,
-    /// Time passed: comes ten times a second.
-    Tick,
-    /// A process runs.
-    Spawned {
-        /// Which.
-        who: Who,
-        /// Its id.
-        process_id: u32,
-    },
-    /// A process could not even be started.
-    NotSpawned {
-        /// Which.
-        who: Who,
-        /// Why.
-        error: String,
-    },
-    /// A process is gone and its output was read to the end.
-    Exited {
-        /// Which.
-        who: Who,
-        /// How.
-        exit: Exit,
-    },
-    /// A rank was looked at.
-    Sampled {
-        /// Which.
-        rank: u32,
-        /// Of it, which process.
-        incarnation: u32,
-        /// What was seen.
-        sample: Sample,
-    },
-    /// The router opened the control socket.
-    RouterConnected,
-    /// The router spoke.
-    RouterSaid(ToLauncher),
-    /// A signal asks to end, or Ctrl-C.
-    Stop,
-}
-
-/// A signal to a child.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Signal {
-    /// SIGUSR1: print the stacks of all threads.
-    Stacks,
-    /// SIGTERM
-    Term,
-    /// SIGKILL
-    Kill,
-}
-
-/// How the launcher ends.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Outcome {
-    /// As asked.
-    Stopped,
-    /// Something that the launcher could not mend, in words.
-    Failed(String),
-}
-
-/// How much a line of the log matters.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Level {
-    /// Worth knowing.
-    Info,
-    /// Something broke and is being mended.
-    Warn,
-    /// Someone must act.
-    Error,
-}
-
-/// What to do.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Action {
-    /// Start a process; answered by `Spawned` or `NotSpawned`.
-    Spawn(Who),
-    /// Send a signal.
-    Signal(Who, Signal),
-    /// Send the router a message.
-    Tell(ToRouter),
-    /// Tell the router that a generation is complete; its rendezvous file has the number in its name.
-    Announce {
-        /// Its number.
-        number: u64,
-        /// Rank, process id and incarnation of each, in order of rank.
-        ranks: Vec<(u32, u32, u32)>,
-    },
-    /// Look at the ranks often (while something is awaited) or seldom.
-    Poll {
-        /// Ten times a second rather than twice.
-        often: bool,
-    },
-    /// Write to the log.
-    Log(Level, String),
-    /// All children are gone.
-    End(Outcome),
-}
 
 /// What is known of one child.
 #[derive(Clone, Debug)]
@@ -222,37 +80,14 @@ struct Router {
     connected: bool,
     /// This process has served.
     served: bool,
+    watch: Watch,
+    /// A ping is not answered yet.
+    owes_pong: bool,
 }
 
-/// Counts losses towards giving up, and for the back-off.
-#[derive(Clone, Debug, Default)]
-struct Losses {
-    /// Before the first completed step.
-    counted: VecDeque<Instant>,
-    /// All of the last minute.
-    recent: VecDeque<Instant>,
-}
-
-impl Losses {
-    /// Counts a loss and answers the delay before the restart.
-    fn count(&mut self, now: Instant, towards_giving_up: bool) -> Duration {
-        if towards_giving_up {
-            self.counted.push_back(now);
-        }
-        self.recent.retain(|then| now.saturating_duration_since(*then) <= LOSSES_WITHIN);
-        let delay = BACK_OFF[self.recent.len().min(BACK_OFF.len() - 1)];
-        self.recent.push_back(now);
-        delay
-    }
-
-    fn too_many(&self) -> Option<String> {
-        let last = self.counted.back()?;
-        let within = self.counted.iter().filter(|then| last.saturating_duration_since(**then) <= LOSSES_WITHIN).count();
-        if within >= LOSSES {
-            Some(format!("{within} times within {} s", LOSSES_WITHIN.as_secs()))
-        } else {
-            (self.counted.len() >= LOSSES_EVER).then(|| format!("{} times", self.counted.len()))
-        }
+impl Router {
+    fn new(incarnation: u32, life: Life) -> Self {
+        Self { incarnation, life, connected: false, served: false, watch: Watch::default(), owes_pong: false }
     }
 }
 
@@ -341,6 +176,9 @@ impl Supervisor {
             Event::NotSpawned { who, error } => self.not_spawned(now, who, &error),
             Event::Exited { who, exit } => self.exited(now, who, &exit),
             Event::Sampled { rank, incarnation, sample } => self.sampled(now, (rank, incarnation), sample),
+            Event::RouterSampled { incarnation, processor_time } => {
+                self.router_sampled(now, incarnation, processor_time);
+            }
             Event::RouterConnected => self.router_connected(),
             Event::RouterSaid(message) => self.router_said(now, message),
             Event::Stop => self.stop(now),
@@ -468,7 +306,7 @@ impl Supervisor {
         }
         match &self.router {
             None if self.drain.is_none() => {
-                self.router = Some(Router { incarnation: 1, life: Life::Runs, connected: false, served: false });
+                self.router = Some(Router::new(1, Life::Runs));
                 self.log(Level::Info, "all ranks are loaded: starting the router");
                 self.act(Action::Spawn(Who::Router { incarnation: 1 }));
             }
@@ -505,6 +343,26 @@ impl Supervisor {
                 let hung = hung.into_iter().map(|(rank, why)| (rank as u32, format!("hung: {why}"))).collect();
                 self.replace(now, hung);
             }
+        }
+    }
+
+    /// Pings the router and judges it as a rank that owes nothing but an answer. While it drains it has a deadline, and
+    /// its loop may have ended before its last answers are sent.
+    fn router_sampled(&mut self, now: Instant, incarnation: u32, processor_time: Option<Duration>) {
+        let who = Who::Router { incarnation };
+        if !self.is_current(who) || self.ending.is_some() || self.drain.is_some() {
+            return;
+        }
+        let Some(router) = self.router.as_mut().filter(|router| router.connected) else { return };
+        let health = (!router.owes_pong).then(|| Health::of(Phase::Serving));
+        router.watch.observe(now, Sample { health, processor_time, state: None });
+        if let Some((_, why)) = watch::hung(&[&router.watch]).into_iter().next() {
+            (router.life, router.connected) = (Life::Killed, false);
+            self.log(Level::Warn, format!("router hung: {why}; it is killed and replaced"));
+            self.act(Action::Signal(who, Signal::Kill));
+        } else if !router.owes_pong {
+            router.owes_pong = true;
+            self.act(Action::Tell(ToRouter::Ping));
         }
     }
 
@@ -639,6 +497,11 @@ impl Supervisor {
         let reason = format!("the router {}", exit.explain());
         let Some(router) = &mut self.router else { return };
         let served = router.served;
+        if exit.cause == Cause::Code(CANNOT_SERVE.into()) && self.drain.is_none() {
+            self.router = None;
+            let message = exit.last_lines.last().map_or(reason, |line| line.trim_start_matches("error: ").to_owned());
+            return self.give_up(now, format!("the router cannot serve: {message}"));
+        }
         if let Some(drain) = &self.drain {
             let clean = drain.overdue || exit.cause == Cause::Code(0);
             self.router = None;
@@ -652,13 +515,11 @@ impl Supervisor {
         self.serving = false;
         self.stepped = false;
         let delay = self.router_losses.count(now, !served);
-        *router = Router {
-            incarnation: router.incarnation + 1,
-            life: Life::Due(now + delay),
-            connected: false,
-            served: false,
-        };
-        self.log(Level::Warn, exit.with_last_lines(&reason));
+        let was_killed = matches!(router.life, Life::Killed);
+        *router = Router::new(router.incarnation + 1, Life::Due(now + delay));
+        if !was_killed {
+            self.log(Level::Warn, exit.with_last_lines(&reason));
+        }
         if exit.cause == Cause::Code(2) && !self.ever_served {
             self.router = None;
             let message = exit.with_last_lines("the router refused its arguments");
@@ -685,6 +546,12 @@ impl Supervisor {
         if self.ending.is_some() {
             return;
         }
+        if message == ToLauncher::Pong {
+            if let Some(router) = &mut self.router {
+                router.owes_pong = false;
+            }
+            return;
+        }
         self.stalled = Duration::ZERO;
         match message {
             ToLauncher::Serving { number, epoch, num_blocks } if number == self.generation && self.whole => {
@@ -698,7 +565,7 @@ impl Supervisor {
             }
             ToLauncher::CannotServe { reason } => self.give_up(now, reason),
             // Of a generation that is already abandoned.
-            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Fault { .. } => {}
+            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Fault { .. } | ToLauncher::Pong => {}
         }
     }
 
@@ -706,13 +573,13 @@ impl Supervisor {
     fn stepped(&mut self) {
         self.stepped = true;
         self.rejoins = 0;
-        self.rank_losses.counted.clear();
+        self.rank_losses.forgive();
     }
 
     fn serves(&mut self, now: Instant, epoch: u64, num_blocks: u32) {
         self.serving = true;
         self.serving_since = Some(now);
-        self.router_losses.counted.clear();
+        self.router_losses.forgive();
         if let Some(router) = &mut self.router {
             router.served = true;
         }
@@ -725,13 +592,19 @@ impl Supervisor {
         }
     }
 
+    /// The ranks that do not only wait for another in a collective; all, if all do.
+    fn not_waiting(&self) -> Vec<u32> {
+        let all = 0..self.policy.world_size;
+        let busy: Vec<u32> = all.clone().filter(|rank| !self.ranks[*rank as usize].watch.waits_for_peer()).collect();
+        if busy.is_empty() { all.collect() } else { busy }
+    }
+
     fn fault(&mut self, now: Instant, rank: Option<u32>, reason: String, replace: bool) {
         let rank = rank.filter(|rank| *rank < self.policy.world_size);
         self.rejoins += 1;
         if replace || self.rejoins > REJOINS {
             self.rejoins = 0;
-            let all: Vec<u32> = (0..self.policy.world_size).collect();
-            let blamed = rank.filter(|_| replace).map_or(all, |rank| vec![rank]);
+            let blamed = rank.filter(|_| replace).map_or_else(|| self.not_waiting(), |rank| vec![rank]);
             let blamed: Vec<u32> =
                 blamed.into_iter().filter(|rank| matches!(self.ranks[*rank as usize].life, Life::Runs)).collect();
             return self
@@ -743,7 +616,7 @@ impl Supervisor {
             format!("generation {} cannot go on{blamed}: {reason}; the ranks join again", self.generation),
         );
         self.abandon();
-        self.rejoin_at = Some(now + BACK_OFF[self.rejoins - 1]);
+        self.rejoin_at = Some(now + back_off(self.rejoins - 1));
     }
 
     // Time.
@@ -778,6 +651,7 @@ impl Supervisor {
         if let Some((at, message)) = &self.stall_end {
             if now >= *at {
                 let message = message.clone();
+                self.tell_frozen();
                 self.give_up(now, message);
             }
             return;
@@ -796,6 +670,15 @@ impl Supervisor {
                 self.act(Action::Signal(who, Signal::Stacks));
             }
             self.stall_end = Some((now + STALL_STACKS, message));
+        }
+    }
+
+    /// Processes that could not print their stacks.
+    fn tell_frozen(&mut self) {
+        for rank in 0..self.policy.world_size {
+            if let Some(state) = self.ranks[rank as usize].watch.frozen() {
+                self.log(Level::Error, format!("rank {rank}: no stack, process state {state}"));
+            }
         }
     }
 
@@ -824,10 +707,9 @@ impl Supervisor {
         }
         if let Some(drain) = &mut self.drain {
             drain.overdue = true;
-            self.log(Level::Warn, "asked to end a second time: everything is killed");
-            self.end(now, Outcome::Stopped);
-            self.ending.as_mut().expect("set above").kill = now;
-            return;
+            self.log(Level::Warn, "asked to end a second time: running requests are cut off");
+            self.act(Action::Tell(ToRouter::GaveUp { reason: "the server was told to end at once".into() }));
+            return self.end_within(now, Outcome::Stopped, (TERM, TERM));
         }
         let router = self.router.as_ref().filter(|router| self.ever_served && matches!(router.life, Life::Runs));
         match router.map(|router| Who::Router { incarnation: router.incarnation }) {
@@ -856,7 +738,13 @@ impl Supervisor {
 
     /// Ends all children: SIGTERM, then SIGKILL. A router that was told to give up ends its streams first.
     fn end(&mut self, now: Instant, outcome: Outcome) {
-        let gave_up = matches!(outcome, Outcome::Failed(_));
+        let connected = self.router.as_ref().is_some_and(|router| router.connected);
+        let gave_up = matches!(outcome, Outcome::Failed(_)) && connected;
+        self.end_within(now, outcome, if gave_up { (STACKS, 3 * TERM) } else { (Duration::ZERO, TERM) });
+    }
+
+    /// The same; the router is given so long before its SIGTERM, and everyone before SIGKILL.
+    fn end_within(&mut self, now: Instant, outcome: Outcome, (term_router, kill): (Duration, Duration)) {
         for rank in 0..self.policy.world_size {
             let who = match self.ranks.get(rank as usize) {
                 Some(Rank { life: Life::Due(_) | Life::Gone, .. }) | None => continue,
@@ -870,8 +758,6 @@ impl Supervisor {
             }
         }
         self.router = self.router.take().filter(|router| !matches!(router.life, Life::Due(_)));
-        let connected = self.router.as_ref().is_some_and(|router| router.connected);
-        let (term_router, kill) = if gave_up && connected { (STACKS, 3 * TERM) } else { (Duration::ZERO, TERM) };
         self.ending = Some(Ending { outcome, term_router: Some(now + term_router), kill: now + kill, killed: false });
     }
 

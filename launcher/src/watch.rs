@@ -63,9 +63,26 @@ pub struct Health {
     pub progress: u64,
     /// A plan, a join or a warm-up is being worked on.
     pub busy: bool,
+    /// It can only go on when another rank has done its part.
+    pub waits: bool,
 }
 
 impl Health {
+    /// A process in this phase that has done nothing yet.
+    pub fn of(phase: Phase) -> Self {
+        Self {
+            phase,
+            detail: String::new(),
+            done: 0,
+            total: 0,
+            epoch: 0,
+            step: 0,
+            progress: 0,
+            busy: false,
+            waits: false,
+        }
+    }
+
     /// For people: `loading 45 % of 13.6 MB`.
     pub fn describe(&self) -> String {
         let phase = self.phase.name();
@@ -91,6 +108,8 @@ pub struct Sample {
     pub health: Option<Health>,
     /// Processor time used since its start, over all threads. Absent: unreadable.
     pub processor_time: Option<Duration>,
+    /// The kernel's letter for what the process does: R runs, S sleeps, T is stopped. Absent: unreadable.
+    pub state: Option<char>,
 }
 
 /// Without progress and without processor time for this long: hung.
@@ -160,6 +179,21 @@ impl Watch {
         self.last.as_ref().is_some_and(|(_, sample)| sample.health.is_some())
     }
 
+    /// Whether it said last that it waits for another rank, and still answers.
+    pub fn waits_for_peer(&self) -> bool {
+        self.answers() && self.health.as_ref().is_some_and(|health| health.waits)
+    }
+
+    /// The state of a process that cannot do anything, not even print its stacks.
+    pub fn frozen(&self) -> Option<&'static str> {
+        match self.last.as_ref()?.1.state? {
+            'T' => Some("T (stopped)"),
+            't' => Some("t (stopped by a debugger)"),
+            'D' => Some("D (waits for the kernel, for example for a disk)"),
+            _ => None,
+        }
+    }
+
     /// Busy, or not answering: something is owed. Before it has loaded, a rank owes nothing (a disk may be slow, and
     /// imports hold Python's lock); a start without progress has a limit of its own.
     fn is_waiting(&self) -> bool {
@@ -218,15 +252,18 @@ impl Watch {
 /// Who hangs, of all ranks of a group, and why it is thought so.
 ///
 /// A rank that waits for another in a collective looks as hung as the one it waits for. So those that do not even answer
-/// are blamed first, and those that answer only if no other rank could still be computing.
+/// are blamed first, and those that answer only if no other rank could still be computing. Of these, those that say that
+/// they wait for another are blamed only if all do.
 pub fn hung(ranks: &[&Watch]) -> Vec<(usize, String)> {
     let overdue: Vec<usize> = (0..ranks.len()).filter(|rank| ranks[*rank].is_overdue()).collect();
     let silent: Vec<usize> = overdue.iter().copied().filter(|rank| !ranks[*rank].answers()).collect();
+    let at_work: Vec<usize> = overdue.iter().copied().filter(|rank| !ranks[*rank].waits_for_peer()).collect();
     let others_work = (0..ranks.len()).any(|rank| !overdue.contains(&rank) && ranks[rank].is_waiting());
     let blamed = match (silent.is_empty(), others_work) {
         (false, _) => silent,
         (true, true) => Vec::new(),
-        (true, false) => overdue,
+        (true, false) if at_work.is_empty() => overdue,
+        (true, false) => at_work,
     };
     blamed.into_iter().map(|rank| (rank, ranks[rank].complaint())).collect()
 }
@@ -243,14 +280,16 @@ mod tests {
         Layers,
         /// Busy, without progress, using the processor.
         Computes,
-        /// Busy, without progress, using none.
+        /// Busy, without progress, using none; says so.
         Waits,
+        /// The same, and does not say that it waits for a peer.
+        Hangs,
         /// Stopped: no answer, no processor time.
         Stopped,
         /// Holds Python's lock: no answer, but processor time.
         Locked,
     }
-    use Does::{Computes, Layers, Locked, Nothing, Steps, Stopped, Waits};
+    use Does::{Computes, Hangs, Layers, Locked, Nothing, Steps, Stopped, Waits};
 
     const GAP: Duration = Duration::from_millis(500);
 
@@ -261,16 +300,7 @@ mod tests {
 
     impl World {
         fn new(ranks: usize) -> Self {
-            let health = Health {
-                phase: Phase::Serving,
-                detail: String::new(),
-                done: 0,
-                total: 0,
-                epoch: 1,
-                step: 0,
-                progress: 0,
-                busy: false,
-            };
+            let health = Health { epoch: 1, ..Health::of(Phase::Serving) };
             let mut world =
                 Self { now: Instant::now(), ranks: vec![(Watch::default(), health, Duration::ZERO); ranks] };
             world.run(GAP, &vec![Nothing; ranks]);
@@ -283,6 +313,7 @@ mod tests {
                 self.now += GAP;
                 for ((watch, health, used), does) in self.ranks.iter_mut().zip(does) {
                     health.busy = !matches!(does, Nothing);
+                    health.waits = matches!(does, Waits);
                     match does {
                         Steps => (health.step, health.progress) = (health.step + 1, health.progress + 6),
                         Layers => health.progress += 1,
@@ -292,7 +323,7 @@ mod tests {
                         *used += GAP;
                     }
                     let answer = (!matches!(does, Stopped | Locked)).then(|| health.clone());
-                    watch.observe(self.now, Sample { health: answer, processor_time: Some(*used) });
+                    watch.observe(self.now, Sample { health: answer, processor_time: Some(*used), state: None });
                 }
                 let watches: Vec<&Watch> = self.ranks.iter().map(|(watch, ..)| watch).collect();
                 let blamed = hung(&watches);
@@ -346,6 +377,25 @@ mod tests {
             None,
             "a collective may take as long as its slowest rank"
         );
+    }
+
+    #[test]
+    fn of_ranks_that_answer_those_that_wait_for_a_peer_are_not_blamed() {
+        for (does, expected) in
+            [(vec![Waits, Hangs], vec![1]), (vec![Hangs, Waits, Waits], vec![0]), (vec![Hangs, Hangs], vec![0, 1])]
+        {
+            assert_eq!(World::new(does.len()).run(HOUR, &does).unwrap().1, expected);
+        }
+    }
+
+    #[test]
+    fn a_process_that_cannot_print_its_stacks_is_known_by_its_state() {
+        for (state, expected) in [(Some('T'), Some("T (stopped)")), (Some('S'), None), (Some('R'), None), (None, None)]
+        {
+            let mut watch = Watch::default();
+            watch.observe(Instant::now(), Sample { state, ..Sample::default() });
+            assert_eq!(watch.frozen(), expected);
+        }
     }
 
     #[test]

@@ -265,7 +265,7 @@ fn a_model_that_cannot_be_served_is_refused_before_any_rank_is_spawned() {
     assert!(stage.assert_ends(1) < Duration::from_secs(5));
     assert_eq!(
         stage.stderr(),
-        "Error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model\n"
+        "error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model\n"
     );
     assert!(!stage.stdout().contains("rank 0"));
     stage.assert_nothing_is_left();
@@ -310,6 +310,7 @@ fn wrong_arguments_end_with_code_2_and_the_name_of_the_flag() {
         ("--max-input-tokens 10 --max-total-tokens 5", "--max-input-tokens 10"),
         ("--quantize int7", "--quantize"),
         ("--log-level ,=", "--log-level"),
+        ("--max-batch-total-tokens 10", "--block-size 16 must not exceed --max-batch-total-tokens 10"),
         ("--no-such-flag", "--no-such-flag"),
     ] {
         let mut stage = Stage::start("", flags);
@@ -372,6 +373,20 @@ fn a_killed_router_is_restarted_and_told_the_present_generation() {
 }
 
 #[test]
+fn a_stopped_router_is_killed_and_replaced_within_ten_seconds() {
+    let stage = Stage::start("router-steps", "--num-shard 2");
+    stage.until_serving();
+    let router = process_id(&stage.notes("router")[0]);
+    let start = Instant::now();
+    kill(Pid::from_raw(router), Signal::SIGSTOP).unwrap();
+    assert_eq!(stage.generation(1), stage.generation(0), "its successor is told the same");
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(stage.notes("router").len(), 2);
+    assert!(!is_alive(router));
+    assert!(stage.stdout().contains("router hung: no answer for "), "{}", stage.stdout());
+}
+
+#[test]
 fn a_router_that_crashes_at_every_start_is_given_up_with_the_reason() {
     let mut stage = Stage::start("router-crashes", "");
     stage.assert_ends(1);
@@ -385,7 +400,7 @@ fn a_router_that_crashes_at_every_start_is_given_up_with_the_reason() {
 fn a_router_that_cannot_serve_ends_everything_with_its_reason() {
     let mut stage = Stage::start("router-cannot-serve", "");
     stage.assert_ends(1);
-    assert_eq!(stage.stderr(), "Error: no block fits into the memory\n");
+    assert_eq!(stage.stderr(), "error: no block fits into the memory\n");
     assert_eq!(stage.notes("gave_up").len(), 1);
     stage.assert_nothing_is_left();
 }
@@ -401,7 +416,7 @@ fn requests_that_do_not_finish_are_cut_off_after_the_grace() {
 }
 
 #[test]
-fn a_second_ctrl_c_kills_at_once() {
+fn a_second_ctrl_c_ends_everything_within_seconds() {
     let mut stage = Stage::start("router-drains-for-ever", "");
     stage.until_serving();
     stage.signal(Signal::SIGINT);
@@ -456,6 +471,64 @@ fn logs_are_lines_of_json_where_asked() {
     stage.assert_ends(1);
     let stdout = stage.stdout();
     let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(lines.last().unwrap()["fields"]["message"].as_str().unwrap().contains("martian"));
+    assert!(lines.last().unwrap()["message"].as_str().unwrap().contains("martian"));
     assert_eq!(stage.stderr(), "");
+
+    let stage = Stage::start("router-steps", "--json-output --num-shard 2");
+    stage.until_serving();
+    kill(Pid::from_raw(process_id(&stage.generation(0)["ranks"][1])), Signal::SIGUSR1).unwrap();
+    stage.until_logged("stack of rank 1");
+    for line in stage.stdout().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        for field in ["timestamp", "level", "process", "message"] {
+            assert!(line[field].is_string(), "{field} of {line}");
+        }
+        assert!(line.as_object().unwrap().values().all(|value| !value.is_object()), "{line}");
+    }
+}
+
+#[test]
+fn a_reaper_that_is_killed_is_replaced_and_knows_the_children() {
+    let mut stage = Stage::start("deaf", "--num-shard 2");
+    stage.until_serving();
+    let reaper = |stage: &Stage| {
+        let launcher = stage.launchers[0].id();
+        let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+        let children: Vec<i32> = children.split_whitespace().map(|id| id.parse().unwrap()).collect();
+        let is_reaper = |id: &i32| {
+            let command = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            is_alive(*id) && command.split(|byte| *byte == 0).nth(1) == Some(b"reap")
+        };
+        children.into_iter().find(is_reaper)
+    };
+    let first = reaper(&stage).unwrap();
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    let second = stage.until("another reaper", |stage| reaper(stage).filter(|second| *second != first));
+    stage.until_logged("the reaper was ended by SIGKILL");
+    assert!(is_alive(second));
+    let children = stage.children();
+    stage.signal(Signal::SIGKILL);
+    stage.end(0);
+    stage.until("the end of everything", |stage| {
+        (!children.iter().any(|id| is_alive(*id)) && stage.run_directories().is_empty()).then_some(())
+    });
+}
+
+#[test]
+fn a_router_that_can_never_work_ends_the_launcher_at_once_with_one_message() {
+    let mut stage = Stage::start("router-is-hopeless", "");
+    assert!(stage.assert_ends(1) < Duration::from_secs(5));
+    let all = stage.stdout() + &stage.stderr();
+    assert_eq!(stage.stderr(), "error: the router cannot serve: tokenizer.json: is missing\n");
+    let told: Vec<&str> = all.lines().filter(|line| line.contains("tokenizer.json")).collect();
+    assert_eq!(told.len(), 2, "the router's own line and the last word: {told:?}");
+    stage.assert_nothing_is_left();
+}
+
+#[test]
+fn a_revision_of_a_local_folder_has_no_effect_and_the_log_says_so() {
+    let mut stage = Stage::start("plan-refuses", "--revision v1");
+    stage.assert_ends(1);
+    let told = stage.stdout().lines().filter(|line| line.contains("--revision v1 has no effect")).count();
+    assert_eq!(told, 1, "{}", stage.stdout());
 }

@@ -26,6 +26,8 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
@@ -113,9 +115,9 @@ pub fn bind(socket: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers until the future is dropped.
-pub async fn serve(listener: UnixListener, engine: Engine, observer: Observer) -> io::Result<()> {
+pub fn serve(listener: UnixListener, engine: Engine, observer: Observer) -> BoxFuture<'static, io::Result<()>> {
     let routes = Router::new().route("/state", get(state)).with_state((engine, observer));
-    axum::serve(listener, routes).await
+    async { axum::serve(listener, routes).await }.boxed()
 }
 
 async fn state(State((engine, observer)): State<(Engine, Observer)>) -> Response {

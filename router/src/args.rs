@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Parser};
 
@@ -50,7 +51,11 @@ pub struct Args {
     #[command(flatten)]
     pub batch: BatchLimits,
 
-    /// Threads that tokenize prompts.
+    /// What the answers' header `x-compute-type` says; by default the device of the shards, and `+optimized`.
+    #[arg(long, env, value_parser = header_value)]
+    pub compute_type: Option<HeaderValue>,
+
+    /// Threads that tokenize prompts; half as many more tokenize long ones, which short ones need not wait for.
     #[arg(long, env, default_value_t = 2, value_parser = at_least_one)]
     pub validation_workers: usize,
 
@@ -136,9 +141,12 @@ pub struct BatchLimits {
     pub max_batch_size: Option<usize>,
 
     /// Tokens per block of the KV cache.
-    #[arg(long, env, default_value_t = 16, value_parser = block_size)]
+    #[arg(long, env, default_value_t = DEFAULT_BLOCK_SIZE, value_parser = block_size)]
     pub block_size: usize,
 }
+
+/// Tokens per block of the KV cache.
+pub const DEFAULT_BLOCK_SIZE: usize = 16;
 
 /// Two flags contradict each other.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -209,6 +217,10 @@ fn block_size(text: &str) -> Result<usize, String> {
     count(text, 1, 1024)
 }
 
+fn header_value(text: &str) -> Result<HeaderValue, String> {
+    HeaderValue::from_str(text).map_err(|_| "expected characters that may stand in an HTTP header".into())
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
@@ -261,6 +273,7 @@ mod tests {
         check("--block-size 0", "--block-size");
         check("--step-timeout nan", "--step-timeout");
         check("--max-total-tokens 1", "--max-total-tokens");
+        check("--compute-type=\u{7}", "--compute-type");
         check(
             "--max-input-tokens 10 --max-total-tokens 5",
             "--max-input-tokens 10 must be less than --max-total-tokens 5",

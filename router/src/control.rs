@@ -14,6 +14,10 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tracing::warn;
 
+/// The router's exit code when starting it again cannot help: the tokenizer cannot be read, or nothing can be served.
+/// As EX_CONFIG of sysexits.h.
+pub const CANNOT_SERVE: u8 = 78;
+
 /// One process of a generation.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct RankAddress {
@@ -48,6 +52,8 @@ pub enum ToRouter {
         /// In words, for people.
         reason: String,
     },
+    /// Are you there? The next one comes when this is answered.
+    Ping,
     /// The launcher gives up on the shards and will end: every stream ends with an error.
     GaveUp {
         /// In words, for people.
@@ -84,6 +90,8 @@ pub enum ToLauncher {
         /// Whether the launcher must replace the blamed rank (or all, if none is): it will not recover by joining again.
         replace: bool,
     },
+    /// The answer to `Ping`, from the loop that does the work.
+    Pong,
     /// The shards' limits do not fit the machine; nothing can be served.
     CannotServe {
         /// In words, for people: what, found, expected, what to do.

@@ -11,6 +11,7 @@ pub mod admin;
 pub mod args;
 pub mod control;
 pub mod engine;
+pub mod entry;
 pub mod http;
 pub mod request;
 pub mod shards;

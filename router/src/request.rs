@@ -39,6 +39,35 @@ pub struct Sampling {
     pub top_n: u32,
 }
 
+/// For the log: what is not neutral, as the client writes it. The seed is told apart.
+impl fmt::Display for Sampling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            do_sample,
+            temperature,
+            top_k,
+            top_p,
+            typical_p,
+            repetition_penalty,
+            frequency_penalty,
+            seed: _,
+            top_n,
+        } = *self;
+        let numbers = [
+            ("temperature", temperature, 1.0),
+            ("top_k", top_k as f32, 0.0),
+            ("top_p", top_p, 1.0),
+            ("typical_p", typical_p, 1.0),
+            ("repetition_penalty", repetition_penalty, 1.0),
+            ("frequency_penalty", frequency_penalty, 0.0),
+            ("top_n_tokens", top_n as f32, 0.0),
+        ];
+        f.write_str(if do_sample { "sampled" } else { "greedy" })?;
+        let mut given = numbers.iter().filter(|(_, value, neutral)| value != neutral);
+        given.try_for_each(|(name, value, _)| write!(f, " {name}={value}"))
+    }
+}
+
 /// A request within every limit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidRequest {
@@ -203,7 +232,7 @@ pub fn parse(body: &[u8], limits: &Limits) -> Result<WireRequest, Refused> {
 fn read(body: &[u8]) -> Result<Body, Refused> {
     let malformed = |cause: &str| Refused::Malformed(format!("the body is not valid JSON: {cause}"));
     let text = std::str::from_utf8(body).map_err(|_| malformed("it is not UTF-8"))?;
-    serde_json::from_str::<IgnoredAny>(text).map_err(|error| malformed(&short(&error)))?;
+    serde_json::from_str::<IgnoredAny>(text).map_err(|error| malformed(&short(error.to_string(), 300)))?;
     if depth(text) > MAX_DEPTH {
         return Err(malformed(&format!("it is nested deeper than {MAX_DEPTH} levels")));
     }
@@ -212,7 +241,7 @@ fn read(body: &[u8]) -> Result<Body, Refused> {
     }
     let mut deserializer = serde_json::Deserializer::from_str(text);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let cause = short(error.inner());
+        let cause = in_words(error.inner());
         let path = error.path();
         let is_field = path.iter().next().is_some();
         invalid(if is_field { format!("`{path}`: {cause}") } else { cause })
@@ -236,13 +265,28 @@ fn depth(json: &str) -> usize {
     deepest
 }
 
-/// What serde says, without what the client has sent.
-fn short(error: &serde_json::Error) -> String {
-    let mut text = error.to_string();
-    if let Some((at, _)) = text.char_indices().nth(300) {
+/// Without most of what the client has sent.
+fn short(mut text: String, most: usize) -> String {
+    if let Some((at, _)) = text.char_indices().nth(most) {
         text.truncate(at);
     }
     text
+}
+
+/// What serde says, in the words of JSON rather than of Rust. What the client has sent stands before the last comma.
+fn in_words(error: &serde_json::Error) -> String {
+    let cause = error.to_string();
+    let Some((found, expected)) = cause.rsplit_once(", expected ") else { return short(cause, 300) };
+    let (name, rest) = expected.split_once(' ').unwrap_or((expected, ""));
+    let is_too_large = found.contains("invalid value: integer");
+    let words = match name {
+        "f64" => "a number",
+        "i64" if is_too_large => "a smaller one",
+        "i64" => "an integer",
+        "u64" => "an integer from 0 to 18446744073709551615",
+        other => other,
+    };
+    format!("{}, expected {words} {rest}", short(found.into(), 200)).trim_end().into()
 }
 
 fn refuse_what_is_not_served(parameters: &Parameters, limits: &Limits) -> Result<(), Refused> {
@@ -266,21 +310,24 @@ fn refuse_what_is_not_served(parameters: &Parameters, limits: &Limits) -> Result
     }
 }
 
-/// A number of JSON as it is computed with. A value beyond the range of `f32` is out of every range here.
+/// A number of JSON as it is computed with.
 fn narrow(value: Option<f64>, neutral: f32) -> f32 {
     value.map_or(neutral, |value| value as f32)
 }
 
+/// A number above zero and within the range of `f32`.
+fn positive(name: &str, value: Option<f64>, neutral: f32) -> Result<f32, Refused> {
+    match narrow(value, neutral) {
+        // As in TGI, also for what is so small that it is zero in `f32`.
+        number if number <= 0.0 => Err(invalid(format!("`{name}` must be strictly positive"))),
+        number if number.is_finite() => Ok(number),
+        _ => Err(invalid(format!("`{name}` must be <= {:e}. Given: {:e}", f32::MAX, value.unwrap_or_default()))),
+    }
+}
+
 fn sampling(parameters: &Parameters, limits: &Limits) -> Result<Sampling, Refused> {
-    let temperature = narrow(parameters.temperature, 1.0);
-    let repetition_penalty = narrow(parameters.repetition_penalty, 1.0);
-    let is_positive = |value: f32| value > 0.0 && value.is_finite();
-    if !is_positive(temperature) {
-        return Err(invalid("`temperature` must be strictly positive"));
-    }
-    if !is_positive(repetition_penalty) {
-        return Err(invalid("`repetition_penalty` must be strictly positive"));
-    }
+    let temperature = positive("temperature", parameters.temperature, 1.0)?;
+    let repetition_penalty = positive("repetition_penalty", parameters.repetition_penalty, 1.0)?;
     let frequency_penalty = parameters.frequency_penalty.unwrap_or(0.0);
     if !(-2.0..=2.0).contains(&frequency_penalty) {
         return Err(invalid("`frequency_penalty` must be >= -2.0 and <= 2.0"));
@@ -292,8 +339,11 @@ fn sampling(parameters: &Parameters, limits: &Limits) -> Result<Sampling, Refuse
     }
     let top_k = match parameters.top_k {
         None => 0,
-        Some(k) if (1..=i64::from(i32::MAX)).contains(&k) => k as u32,
-        Some(_) => return Err(invalid("`top_k` must be strictly positive")),
+        Some(k) if k <= 0 => return Err(invalid("`top_k` must be strictly positive")),
+        Some(k) if k > i64::from(i32::MAX) => {
+            return Err(invalid(format!("`top_k` must be <= {}. Given: {k}", i32::MAX)));
+        }
+        Some(k) => k as u32,
     };
     let top_n = parameters.top_n_tokens.unwrap_or(0);
     if top_n > u64::from(limits.max_top_n_tokens) {
@@ -437,6 +487,16 @@ mod tests {
     }
 
     #[test]
+    fn the_log_names_what_is_not_neutral() {
+        let described = |parameters| with(parameters).unwrap().sampling().to_string();
+        assert_eq!(described(r#"{"seed":7,"stop":["x"]}"#), "greedy");
+        assert_eq!(
+            described(r#"{"temperature":0.7,"top_k":40,"repetition_penalty":1.25,"top_n_tokens":2}"#),
+            "sampled temperature=0.7 top_k=40 repetition_penalty=1.25 top_n_tokens=2"
+        );
+    }
+
+    #[test]
     fn a_tiny_top_p_stays_one() {
         assert!(with(r#"{"top_p":1e-60}"#).unwrap().sampling.top_p > 0.0);
         assert_eq!(with(r#"{"top_p":0.9999999999}"#).unwrap().sampling.top_p, 1.0);
@@ -472,6 +532,28 @@ mod tests {
         assert!(matches!(parse(body.as_bytes(), &limits()), Err(Refused::Invalid(_))));
         let body = format!(r#"{{"inputs":"{}"}}"#, "a".repeat(8 * 15));
         assert!(parse(body.as_bytes(), &limits()).is_ok());
+    }
+
+    #[test]
+    fn a_refusal_says_what_is_wrong_in_the_words_of_json() {
+        for (parameters, expected) in [
+            (r#"{"temperature":0}"#, "`temperature` must be strictly positive"),
+            (r#"{"temperature":1e-60}"#, "`temperature` must be strictly positive"),
+            (r#"{"temperature":1e39}"#, "`temperature` must be <= 3.4028235e38. Given: 1e39"),
+            (r#"{"repetition_penalty":1e39}"#, "`repetition_penalty` must be <= 3.4028235e38. Given: 1e39"),
+            (r#"{"top_k":-1}"#, "`top_k` must be strictly positive"),
+            (r#"{"top_k":2147483648}"#, "`top_k` must be <= 2147483647. Given: 2147483648"),
+            (r#"{"top_k":9223372036854775808}"#, "integer `9223372036854775808`, expected a smaller one at line"),
+            (r#"{"top_k":1.5}"#, "`parameters.top_k`: invalid type: floating point `1.5`, expected an integer at line"),
+            (r#"{"temperature":"1"}"#, "invalid type: string \"1\", expected a number at line 1"),
+            (r#"{"seed":-1}"#, "expected an integer from 0 to 18446744073709551615 at line"),
+            (r#"{"seed":18446744073709551616}"#, "expected an integer from 0 to 18446744073709551615 at line"),
+            (r#"{"do_sample":", expected f64"}"#, "string \", expected f64\", expected a boolean at line"),
+            (r#"{"stop":"a"}"#, "expected a sequence at line"),
+        ] {
+            let message = with(parameters).unwrap_err().to_string();
+            assert!(message.contains(expected), "{parameters}: {message}");
+        }
     }
 
     #[test]

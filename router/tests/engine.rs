@@ -4,6 +4,7 @@
 
 mod engine_common;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use engine_common::*;
@@ -11,9 +12,10 @@ use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use text_generation_router::admin;
+use text_generation_router::control::{Link, ToLauncher, ToRouter};
 use text_generation_router::engine::fake::{self, FakeEngine};
-use text_generation_router::engine::{Config, Ended, FinishReason, GenerateError};
-use text_generation_router::shards::fake::{Corruption, FakeOptions};
+use text_generation_router::engine::{Config, Driver, Ended, FinishReason, GenerateError};
+use text_generation_router::shards::fake::{Corruption, FakeOptions, FakeShards};
 use tokio::time::sleep;
 
 async fn start(options: FakeOptions, config: Config) -> FakeEngine {
@@ -185,9 +187,9 @@ async fn an_answer_that_does_not_fit_is_a_fault_and_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_row_error_ends_its_own_sequence_only() {
     let fake = start(FakeOptions::default(), Config::default()).await;
-    fake.shards.poison(3999);
+    fake.shards.poison(1); // it is in no prompt, and never drawn
     let mut poisoned = request(2, 30);
-    poisoned.prompt_ids[1] = 3999;
+    poisoned.prompt_ids[1] = 1;
     let (poisoned, other) = tokio::join!(generate(&fake.engine, poisoned), generate(&fake.engine, request(7, 30)));
     let message = "logits are not finite (poisoned)".into();
     assert_eq!(poisoned, Err(GenerateError::Row { kind: "numerical", message }));
@@ -287,13 +289,35 @@ async fn draining_lets_running_streams_finish_and_refuses_new_ones() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_ping_is_answered_at_any_time_by_the_loop_itself() {
+    let (link, mut launcher) = Link::pair();
+    let shards = Arc::new(FakeShards::new(FakeOptions::default()));
+    let (driver, engine, _observer) = Driver::new(Config::default(), shards.clone(), link, tokenizer());
+    let driver = tokio::spawn(driver.run(std::future::pending()));
+    launcher.outgoing.send(ToRouter::Ping).await.unwrap();
+    assert_eq!(launcher.incoming.recv().await, Some(ToLauncher::Pong), "before there are shards");
+    let generation = ToRouter::Generation { number: 1, ranks: shards.addresses(), rendezvous: "r".into() };
+    launcher.outgoing.send(generation).await.unwrap();
+    ready(&engine).await;
+    assert!(matches!(launcher.incoming.recv().await, Some(ToLauncher::Serving { number: 1, .. })));
+    shards.stall(0);
+    let _stream = submit(&engine, request(1, 100)).await;
+    launcher.outgoing.send(ToRouter::Ping).await.unwrap();
+    assert_eq!(launcher.incoming.recv().await, Some(ToLauncher::Pong), "while a step is not answered");
+    driver.abort();
+}
+
+#[tokio::test(start_paused = true)]
 async fn streams_that_outlast_the_grace_are_told_so() {
     let mut fake = start(FakeOptions::default(), Config { grace: Duration::from_secs(1), ..Config::default() }).await;
     fake.shards.slow(Duration::from_secs(1));
-    let stream = submit(&fake.engine, request(1, 100)).await;
+    let streams = join_all((0..3).map(|seed| submit(&fake.engine, request(seed, 100)))).await;
     fake.drain();
-    assert_eq!(read(stream).await, Err(GenerateError::ShuttingDown { reason: "the server is shutting down".into() }));
-    assert_eq!((&mut fake.driver).await.unwrap(), Ended::Drained);
+    for answer in join_all(streams.into_iter().map(read)).await {
+        let Err(GenerateError::ShuttingDown { reason }) = answer else { panic!("not cut off: {answer:?}") };
+        assert!(reason.contains("cut off after the 1 s"), "{reason}");
+    }
+    assert_eq!((&mut fake.driver).await.unwrap(), Ended::CutOff { requests: 3 });
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -31,8 +32,19 @@ impl Place {
     }
 
     fn router(&self, flags: &[&str]) -> Router {
+        self.start(Command::new(env!("CARGO_BIN_EXE_text-generation-router")), flags)
+    }
+
+    /// A router that begins with these limits of open files.
+    fn limited_router(&self, soft: u32, hard: u32, flags: &[&str]) -> Router {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -Sn {soft} && ulimit -Hn {hard} && exec \"$0\" \"$@\"");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_text-generation-router")]);
+        self.start(command, flags)
+    }
+
+    fn start(&self, mut command: Command, flags: &[&str]) -> Router {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_text-generation-router"));
         command.arg("--tokenizer-name").arg(model).args(["--model-id", "m", "--hostname", "127.0.0.1"]);
         command.arg("--control-socket").arg(self.directory.join("control"));
         command.arg("--admin-socket").arg(self.directory.join("admin")).args(flags);
@@ -109,6 +121,49 @@ fn a_port_in_use_ends_the_start_with_its_number() {
     assert_eq!(router.ended().code(), Some(1));
     let said = router.said();
     assert!(said.contains(&format!("127.0.0.1:{port}")), "{said}");
+}
+
+#[test]
+fn a_tokenizer_that_cannot_be_read_ends_the_start_with_a_code_of_its_own() {
+    let place = Place::new();
+    std::fs::write(place.directory.join("tokenizer.json"), "{").unwrap();
+    for directory in [place.directory.clone(), place.directory.join("nothing")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_text-generation-router"));
+        command.arg("--tokenizer-name").arg(&directory).args(["--model-id", "m", "--control-socket", "nowhere"]);
+        let ended = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut router = Router(ended.unwrap());
+        assert_eq!(router.ended().code(), Some(78));
+        let said = router.said();
+        let file = directory.join("tokenizer.json").display().to_string();
+        assert_eq!(said.lines().filter(|line| line.contains(&file)).count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn connections_beyond_the_limit_of_open_files_take_the_place_of_idle_ones() {
+    const HARD: u32 = 64;
+    let place = Place::new();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut router = place.limited_router(32, HARD, &["--port", &port.to_string()]);
+    let launcher = place.accept();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", router.0.id())).unwrap();
+    let open_files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(open_files.split_whitespace().nth(3), Some(HARD.to_string().as_str()), "raised: {open_files}");
+    let mut open = vec![];
+    for number in 0..2 * HARD {
+        let mut client = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut answer = [0; 12];
+        client.read_exact(&mut answer).unwrap_or_else(|error| panic!("connection {number}: {error}"));
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        open.push(client);
+    }
+    drop(launcher);
+    router.ended();
+    let said = router.said();
+    let told = said.lines().filter(|line| line.contains("connections cannot be accepted")).count();
+    assert_eq!(told, 1, "once per episode: {said}");
 }
 
 #[test]

@@ -38,10 +38,20 @@ async fn generate_answers_as_tgi_does() {
     assert_eq!(answer.headers["x-compute-characters"], "7");
     assert_eq!(answer.headers["x-prompt-tokens"], request.prompt_ids.len().to_string());
     assert_eq!(answer.headers["x-generated-tokens"], "3");
-    assert!(answer.headers.contains_key("x-compute-type"));
+    assert_eq!(answer.headers["x-compute-type"], "cpu+optimized");
     assert!(answer.headers["x-compute-time"].parse::<f64>().unwrap() >= 0.0);
     for name in ["x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token"] {
         assert!(answer.headers[name].parse::<u64>().unwrap() < 20_000, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_header_x_compute_type_says_what_the_operator_says() {
+    let config = Config { compute_type: Some("2-a100".parse().unwrap()), ..config() };
+    let server = serve(config, ready(), tokenizer()).await.answer_all(&["x"]);
+    for path in ["/generate", "/generate_stream", "/"] {
+        let answer = ask(server.address, &post(path, r#"{"inputs":"a"}"#)).await;
+        assert_eq!((answer.status, answer.headers["x-compute-type"].as_str()), (200, "2-a100"), "{path}");
     }
 }
 
@@ -414,7 +424,8 @@ async fn probes_tell_the_state_apart() {
             assert_eq!(answer.status, expected, "{path} {status:?}");
         }
         let phase = ask(server.address, &get("/startupz")).await.json();
-        assert_eq!(phase["phase"], status.detail);
+        let expected = if status.is_draining { "draining; serving" } else { &status.detail };
+        assert_eq!(phase["phase"], expected);
     }
     let server = serve(config(), starting, tokenizer()).await;
     for path in ["/generate", "/generate_stream", "/"] {

@@ -5,11 +5,30 @@
 mod http_common;
 
 use http_common::*;
-use text_generation_router::engine::FinishReason;
+use text_generation_router::engine::{FinishReason, Status};
 
 #[tokio::test]
 async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
-    let mut server = start().await;
+    let config = config();
+    config.metrics.install();
+    let mut server = serve(config, Status::default(), tokenizer()).await;
+    ask(server.address, &post("/generate", r#"{"inputs":"a"}"#)).await.check_error(503, "not_ready");
+    let early = ask(server.address, &get("/metrics")).await.body;
+    assert!(early.contains("\ntgi_request_count 1\n"), "before the model is known: {early}");
+    assert!(early.contains("\ntgi_request_failure{err=\"overloaded\"} 1\n"), "{early}");
+    server.status.send_replace(ready());
+
+    let mut slow = Client::connect(server.address).await;
+    let body = post("/generate", r#"{"inputs":"a"}"#);
+    slow.send(&body[..body.len() - 1]).await;
+    let count = async {
+        while !ask(server.address, &get("/metrics")).await.body.contains("\ntgi_request_count 2\n") {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, count).await.expect("a request is counted when it arrives");
+    drop(slow);
+
     for path in ["/generate", "/generate_stream"] {
         let asked = tokio::spawn({
             let address = server.address;
@@ -31,14 +50,33 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
     drop(server.submission().await);
     asked.await.unwrap().check_error(500, "incomplete_generation");
 
+    // What no handler has seen is counted on neither side.
+    let body = r#"{"inputs":"a"}"#;
+    let with = |headers: &[(&str, &str)], body: &str| {
+        let length = body.len().to_string();
+        let headers = [headers, &[("Content-Length", &length), ("Connection", "close")]].concat();
+        [head("POST", "/generate", &headers), body.to_owned()].concat().into_bytes()
+    };
+    let json = ("Content-Type", "application/json");
+    ask(server.address, &with(&[("Content-Type", "text/plain")], body))
+        .await
+        .check_error(415, "unsupported_media_type");
+    let error = ask(server.address, &with(&[json, ("Content-Encoding", "gzip")], body)).await;
+    let text = error.check_error(415, "unsupported_media_type");
+    assert!(text.contains("`Content-Encoding: gzip`"), "{text}");
+    ask(server.address, &with(&[json], &"x".repeat(2_000_001))).await.check_error(413, "payload_too_large");
+    let chunks = [head("POST", "/generate", &[json, ("Transfer-Encoding", "chunked")]), "nonsense\r\n".into()].concat();
+    ask(server.address, chunks.as_bytes()).await.check_error(400, "bad_request");
+
     let answer = ask(server.address, &get("/metrics")).await;
     assert!(answer.headers["content-type"].starts_with("text/plain"));
     let lines: Vec<&str> = answer.body.lines().collect();
     let has = |line: &str| assert!(lines.contains(&line), "{line}: {}", answer.body);
-    has("tgi_request_count 5");
+    has("tgi_request_count 11");
     has("tgi_request_success 2");
-    has(r#"tgi_request_failure{err="validation"} 1"#);
-    has(r#"tgi_request_failure{err="dropped"} 1"#);
+    has(r#"tgi_request_failure{err="overloaded"} 1"#);
+    has(r#"tgi_request_failure{err="validation"} 5"#);
+    has(r#"tgi_request_failure{err="dropped"} 2"#);
     has(r#"tgi_request_failure{err="incomplete"} 1"#);
     has("tgi_request_generated_tokens_sum 4");
     has("tgi_request_generated_tokens_count 2");

@@ -1,12 +1,16 @@
-//! What is refused, with which status and body: by table, over real connections.
+//! What is refused, with which status and body: by table, over real connections. And what the log says of it.
 
 #![allow(clippy::unwrap_used)]
 
 mod http_common;
 
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http_common::*;
+use serde_json::{Value, json};
+use text_generation_router::engine::{FinishReason, GenerateError};
 use text_generation_router::http::{Config, Deadlines};
 
 const OK: &str = r#"{"inputs":"a","parameters":{"max_new_tokens":1}}"#;
@@ -261,9 +265,9 @@ fn hurried() -> Config {
 }
 
 #[tokio::test]
-async fn a_head_that_comes_slowly_is_not_waited_for() {
+async fn a_head_that_comes_slowly_is_not_waited_for_and_one_that_was_begun_is_408() {
     let server = serve(hurried(), ready(), tokenizer()).await.answer_all(&["x"]);
-    for begun in ["", "GET /health HTTP/1.1\r\n"] {
+    for begun in ["", "G", "GET /hea", "GET /health HTTP/1.1\r", "GET /health HTTP/1.1\r\n", "GET / HTTP/1.1\r\na: b"] {
         let mut client = Client::connect(server.address).await;
         client.send(begun.as_bytes()).await;
         let since = Instant::now();
@@ -271,9 +275,27 @@ async fn a_head_that_comes_slowly_is_not_waited_for() {
             tokio::time::sleep(Duration::from_millis(50)).await;
             client.send(if begun.is_empty() { b"" } else { b"x" }).await;
         }
-        assert!(client.rest().await.is_empty());
+        let rest = client.rest().await;
         assert!(since.elapsed() < Duration::from_secs(3));
+        if begun.is_empty() {
+            assert_eq!(String::from_utf8(rest).unwrap(), "", "nobody has asked anything");
+        } else {
+            let answer = Answer::parse(&rest);
+            let text = answer.check_error(408, "request_timeout");
+            assert_eq!(text, "the head of the request did not arrive within 0.3 s", "{begun:?}");
+            assert_eq!(answer.headers["connection"], "close");
+        }
     }
+}
+
+#[tokio::test]
+async fn the_second_request_of_a_connection_is_408_too_after_the_first_was_answered() {
+    let server = serve(hurried(), ready(), tokenizer()).await.answer_all(&["x"]);
+    let mut client = Client::connect(server.address).await;
+    client.send(head("GET", "/health", &[]).as_bytes()).await;
+    client.until("\r\n\r\n").await;
+    client.send(b"GET /health HT").await;
+    Answer::parse(&client.rest().await).check_error(408, "request_timeout");
 }
 
 #[tokio::test]
@@ -324,4 +346,110 @@ async fn browsers_are_told_which_origins_may_call() {
         let answer = ask(one.address, head("GET", "/health", &headers).as_bytes()).await;
         assert_eq!(answer.headers.get("access-control-allow-origin").map(String::as_str) == Some(origin), is_allowed);
     }
+}
+
+/// What is logged, as bytes.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    /// The lines since the last call.
+    fn take(&self) -> Vec<Value> {
+        let bytes = std::mem::take(&mut *self.0.lock().unwrap());
+        let lines = String::from_utf8(bytes).unwrap();
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// A POST by a client that names and traces its requests.
+fn traced(path: &str, body: &str) -> Vec<u8> {
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let names = format!("x-request-id: mine\r\ntraceparent: {trace}\r\nContent-Type");
+    String::from_utf8(post(path, body)).unwrap().replacen("Content-Type", &names, 1).into_bytes()
+}
+
+#[tokio::test]
+async fn every_request_leaves_one_line_in_the_log_by_which_it_is_found_again() {
+    let (log, mut server) = (Log::default(), start().await);
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().json().flatten_event(true).with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+
+    let body = r#"{"inputs":"a","parameters":{"max_new_tokens":3,"temperature":0.5,"seed":7}}"#;
+    let (address, request) = (server.address, traced("/generate", body));
+    let asked = tokio::spawn(async move { ask(address, &request).await });
+    answer(server.submission().await, outputs(&["x", "y", "z"], FinishReason::StopSequence)).await;
+    assert_eq!(asked.await.unwrap().status, 200);
+    let [line] = log.take().try_into().unwrap();
+    for (name, value) in [
+        ("level", json!("INFO")),
+        ("message", json!("success")),
+        ("id", json!("mine")),
+        ("trace", json!("4bf92f3577b34da6a3ce929d0e0e4736")),
+        ("parameters", json!("sampled temperature=0.5")),
+        ("max_new_tokens", json!(3)),
+        ("seed", json!(7)),
+        ("generated_tokens", json!(3)),
+        ("finish_reason", json!("stop_sequence")),
+    ] {
+        assert_eq!(line[name], value, "{name}: {line}");
+    }
+    for name in ["total_time", "validation_time", "queue_time", "inference_time", "time_per_token"] {
+        assert!(line[name].is_string(), "{name}: {line}");
+    }
+
+    let nan = GenerateError::Row { kind: "numerical", message: "logits are not finite".into() };
+    for path in ["/generate", "/generate_stream", "/"] {
+        for (error, status, error_type, level) in [
+            (Some(nan.clone()), 424, "numerical", "ERROR"),
+            (Some(GenerateError::KilledShards), 424, "generation", "ERROR"),
+            (Some(GenerateError::QueueTimeout { seconds: 1.0 }), 429, "overloaded", "WARN"),
+            (None, 500, "incomplete_generation", "ERROR"),
+        ] {
+            let (address, request) = (server.address, traced(path, r#"{"inputs":"a"}"#));
+            let asked = tokio::spawn(async move { ask(address, &request).await });
+            let submission = server.submission().await;
+            match error {
+                Some(error) => fail(submission, error).await,
+                None => drop(submission),
+            }
+            let answer = asked.await.unwrap();
+            let [line] = log.take().try_into().unwrap();
+            assert_eq!((&line["level"], &line["status"]), (&json!(level), &json!(status)), "{line}");
+            assert_eq!((answer.status, &line["message"]), (status, &answer.json()["error"]), "{line}");
+            assert!(line["error_type"].as_str().unwrap().starts_with(error_type), "{line}");
+            assert_eq!((&line["id"], &line["trace"]), (&json!("mine"), &json!("4bf92f3577b34da6a3ce929d0e0e4736")));
+        }
+    }
+
+    // After its first token a stream has answered 200; the log tells how it ended.
+    let (address, request) = (server.address, traced("/generate_stream", r#"{"inputs":"a"}"#));
+    let asked = tokio::spawn(async move { ask(address, &request).await });
+    let submission = server.submission().await;
+    submission.outputs.send(Ok(output(0, "x"))).await.unwrap();
+    fail(submission, GenerateError::KilledShards).await;
+    assert_eq!(asked.await.unwrap().status, 200);
+    let [line] = log.take().try_into().unwrap();
+    assert_eq!((&line["level"], &line["status"]), (&json!("ERROR"), &json!(424)), "{line}");
+
+    // What clients do wrong; and without a name and a trace of theirs a request has a number.
+    ask(server.address, &post("/generate", r#"{"inputs":""}"#)).await.check_error(422, "validation");
+    let [line] = log.take().try_into().unwrap();
+    assert_eq!(
+        (&line["level"], &line["status"], &line["trace"]),
+        (&json!("INFO"), &json!(422), &Value::Null),
+        "{line}"
+    );
+    assert!(line["id"].as_str().unwrap().parse::<u64>().is_ok(), "{line}");
 }

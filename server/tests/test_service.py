@@ -331,14 +331,29 @@ def test_a_rank_that_waits_for_one_without_a_plan_is_released_by_the_end_of_the_
     process_ids = [p.popen.pid for p in shards.processes]
     shards.queues[0].put(pb.StepPlan(epoch=shards.epoch, step=1, admit=[admit(0, PROMPT)], work=[work(0, 9, [0])]))
     deadline = time.monotonic() + 10
-    while not shards.processes[0].health().busy:
+    while not (shards.processes[0].health().busy and shards.processes[0].health().waits):
         assert time.monotonic() < deadline
+    assert not shards.processes[1].health().waits, "it has nothing to do"
     shards.cancel_streams()
     for process in shards.processes:
         process.wait_for(pb.HealthReply.LOADED, timeout_s=10)
     shards.start()
     generate(shards, [Sequence_(0, PROMPT)], 2)
     assert [p.popen.pid for p in shards.processes] == process_ids
+
+
+def test_a_rank_that_waits_for_one_that_hangs_says_so_and_the_other_does_not(fresh, park):
+    shards = fresh("llama-2")
+    shards.fault("rank=1 point=all_reduce count=3 action=stall")
+    shards.send(admit=[admit(0, PROMPT)], work=[work(0, 9, [0])])
+    deadline = time.monotonic() + 10
+    while not shards.processes[0].health().waits:
+        assert time.monotonic() < deadline
+    time.sleep(0.2)
+    assert [(p.health().busy, p.health().waits) for p in shards.processes] == [(True, True), (True, False)]
+    shards.cancel_streams()
+    shards.processes[1].popen.kill()
+    shards.replace(1)
 
 
 def test_an_exception_on_one_rank_ends_both_streams_and_both_join_again(fresh):

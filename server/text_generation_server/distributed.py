@@ -98,6 +98,8 @@ class Group:
         self.rank, self.size = rank, size
         self._faults = faults
         self._transport: Transport | None = None
+        # Whether this rank can only go on when others have done their part. Read by any thread.
+        self.waits = False
 
     def form(self, rendezvous: str, timeout_s: float) -> None:
         """Meets the other ranks through a file that does not exist yet. Raises if they do not come in time."""
@@ -131,7 +133,7 @@ class Group:
             return x
         x = x.contiguous()
         for piece in self._pieces(x):
-            add_up(self._formed.gather(piece, True, self._contributed), piece)
+            add_up(self._exchange(piece, receives=True), piece)
         return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
@@ -149,7 +151,11 @@ class Group:
         """Overwrites `x`, which is contiguous, with that of rank 0."""
         if self.size > 1:
             for piece in self._pieces(x):
-                self._formed.broadcast(piece, self._contributed)
+                self.waits = True
+                try:
+                    self._formed.broadcast(piece, self._contributed)
+                finally:
+                    self.waits = False
 
     @property
     def _formed(self) -> Transport:
@@ -167,18 +173,28 @@ class Group:
         x = x.contiguous()
         pieces = self._pieces(x)
         if len(pieces) == 1:
-            return self._formed.gather(x, receives, self._contributed)
+            return self._exchange(x, receives)
         wholes = [torch.empty_like(x) for _ in range(self.size * receives)]
         begin = 0
         for piece in pieces:
-            for whole, part in zip(wholes, self._formed.gather(piece, receives, self._contributed), strict=True):
+            for whole, part in zip(wholes, self._exchange(piece, receives), strict=True):
                 whole.view(-1)[begin : begin + len(piece)] = part
             begin += len(piece)
         return wholes
 
+    def _exchange(self, x: Tensor, receives: bool) -> list[Tensor]:
+        """One operation of the transport."""
+        self.waits = True
+        try:
+            return self._formed.gather(x, receives, self._contributed)
+        finally:
+            self.waits = False
+
     def _contributed(self) -> None:
-        # Between contributing and receiving: the worst moment to die.
+        # Between contributing and receiving: the worst moment to die. Who hangs here waits for nobody.
+        self.waits = False
         self._faults.reach("all_reduce")
+        self.waits = True
 
 
 def add_up(parts: list[Tensor], out: Tensor) -> None:

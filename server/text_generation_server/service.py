@@ -303,7 +303,7 @@ class Service:
             yield result
 
     def answer_health(self, request: pb.HealthRequest, context: grpc.ServicerContext) -> pb.HealthReply:
-        health = self.health
+        health, shard = self.health, self.thread.shard
         return pb.HealthReply(
             phase=health.phase.name,
             detail=health.detail[:1000],
@@ -316,6 +316,7 @@ class Service:
             num_rows=health.num_rows,
             rank=self.config.rank,
             process_id=os.getpid(),
+            waits=shard is not None and shard.group.waits,
         )
 
 

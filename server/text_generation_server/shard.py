@@ -86,10 +86,14 @@ class Shard:
         """Forms the group of an epoch. Returns False if it was no longer wanted while other ranks were missing."""
         self.leave()
         self.health.enter(Phase.JOINING, f"joining epoch {epoch}")
-        if not meet(rendezvous, self.config.rank, self.config.world_size, timeout_s, is_wanted):
-            self.health.enter(Phase.LOADED, f"gave up joining epoch {epoch}, waiting for the next")
-            return False
-        self.group.form(rendezvous, FORM_TIMEOUT_S)
+        self.group.waits = True
+        try:
+            if not meet(rendezvous, self.config.rank, self.config.world_size, timeout_s, is_wanted):
+                self.health.enter(Phase.LOADED, f"gave up joining epoch {epoch}, waiting for the next")
+                return False
+            self.group.form(rendezvous, FORM_TIMEOUT_S)
+        finally:
+            self.group.waits = False
         part(rendezvous, self.config.rank)
         self.epoch = epoch
         return True

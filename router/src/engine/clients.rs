@@ -46,8 +46,9 @@ impl Clients {
         Self { tokenizer, live: HashMap::new(), leaving: vec![] }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.live.is_empty() && self.leaving.is_empty()
+    /// Those that have not been sent everything.
+    pub fn num_open(&self) -> usize {
+        self.live.len() + self.leaving.len()
     }
 
     /// Takes in a client; `false` if it is gone already.

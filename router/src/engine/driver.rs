@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +43,9 @@ pub struct Config {
     pub step_timeout: Duration,
     /// How long running requests may go on after draining has begun.
     pub grace: Duration,
+    /// Whether the process ends when the scheduler's books contradict themselves. Checking them after every step takes
+    /// longer the more there is in them: for tests.
+    pub checks_books: bool,
     /// For tests of crashes; see [`SelfKill`].
     pub fault_file: Option<PathBuf>,
 }
@@ -55,6 +57,7 @@ impl From<&Args> for Config {
             queue_timeout: args.queue_timeout,
             step_timeout: args.step_timeout,
             grace: args.graceful_termination_timeout,
+            checks_books: cfg!(debug_assertions),
             fault_file: args.fault_file.clone(),
         }
     }
@@ -63,8 +66,13 @@ impl From<&Args> for Config {
 /// Why the loop ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Ended {
-    /// As asked: nothing was running any more, or the grace was over.
+    /// As asked: nothing was running any more.
     Drained,
+    /// As asked, but the grace was over before all requests had ended.
+    CutOff {
+        /// Requests that ended with an error.
+        requests: usize,
+    },
     /// The launcher gave up on the shards, or is gone.
     LauncherGone {
         /// In words.
@@ -194,8 +202,17 @@ impl Driver {
     }
 
     /// Runs until the launcher is gone, nothing can be served, or `drain` has resolved and all streams have ended.
-    pub async fn run(mut self, drain: impl Future<Output = ()>) -> Ended {
-        let mut drain = pin!(drain.fuse());
+    pub fn run(self, drain: impl Future<Output = ()> + Send + 'static) -> BoxFuture<'static, Ended> {
+        self.run_until(drain.boxed())
+    }
+
+    /// Without type parameters, so that it is compiled once and not by all who call it.
+    fn run_until(self, drain: BoxFuture<'static, ()>) -> BoxFuture<'static, Ended> {
+        self.turn(drain).boxed()
+    }
+
+    async fn turn(mut self, drain: BoxFuture<'static, ()>) -> Ended {
+        let mut drain = drain.fuse();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -276,7 +293,7 @@ impl Driver {
     async fn send_plans(&mut self) {
         while let Phase::Serving(group) = &mut self.phase {
             let step = self.scheduler.plan();
-            check(&self.scheduler);
+            check(&self.scheduler, &self.config);
             let Some(step) = step else { return };
             let sampling = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
             debug!(
@@ -306,7 +323,7 @@ impl Driver {
         });
         let result = StepResult { epoch: answer.epoch, step: answer.step, rows: rows.collect() };
         let committed = self.scheduler.commit(&result);
-        check(&self.scheduler);
+        check(&self.scheduler, &self.config);
         match committed {
             Ok(events) => {
                 self.deliver(events, Some((&plan.step, answer)));
@@ -314,7 +331,7 @@ impl Driver {
                 self.on_completed_step();
             }
             Err(fault) => {
-                self.on_fault(Fault::of(0, format!("the answer to step {} does not fit: {fault:?}", answer.step)));
+                self.on_fault(Fault::of(0, format!("the answer to step {} does not fit: {fault}", answer.step)));
             }
         }
     }
@@ -392,6 +409,7 @@ impl Driver {
                 self.lose(&format!("the shards are being restarted: {reason}"));
             }
             Some(ToRouter::Lost { .. }) => {}
+            Some(ToRouter::Ping) => self.tell(ToLauncher::Pong),
             Some(ToRouter::GaveUp { reason }) => self.ended = Some(Ended::LauncherGone { reason }),
             None => self.ended = Some(Ended::LauncherGone { reason: "the launcher is gone".into() }),
         }
@@ -456,7 +474,8 @@ impl Driver {
         let Some(generation) = &self.generation else { return };
         let (number, now) = (generation.number, Instant::now());
         let replace = self.faults.is_repeated(generation.process_ids(), now) || fault.replace;
-        error!(generation = number, epoch = self.epoch, rank = fault.rank, reason = fault.reason, "the shards failed");
+        // Mended by the launcher, and an error only if it gives up.
+        warn!(generation = number, epoch = self.epoch, rank = fault.rank, reason = fault.reason, "the shards failed");
         self.sent.iter().for_each(|(_, method)| measure::failed(method));
         self.lose(&format!("the shards failed: {}", fault.reason));
         let Fault { rank, reason, .. } = fault;
@@ -513,11 +532,21 @@ impl Driver {
     /// Whether the loop ends here, after the clients were told.
     fn end(&mut self) -> Option<Ended> {
         let now = Instant::now();
-        let is_idle = self.clients.is_empty() && self.submissions.is_empty();
-        let is_drained = self.drain_until.is_some_and(|deadline| is_idle || now >= deadline);
-        let ended = self.ended.take().or(is_drained.then_some(Ended::Drained))?;
+        let requests = self.clients.num_open() + self.submissions.len();
+        let drained = self.drain_until.and_then(|deadline| match requests {
+            0 => Some(Ended::Drained),
+            _ => (now >= deadline).then_some(Ended::CutOff { requests }),
+        });
+        let ended = self.ended.take().or(drained)?;
+        let grace = self.config.grace.as_secs_f64();
+        if requests > 0 {
+            warn!(requests, "requests are cut off before their end, each with an error");
+        }
         let reason = match &ended {
             Ended::Drained => "the server is shutting down".to_owned(),
+            Ended::CutOff { .. } => format!(
+                "the server is shutting down: the answer was cut off after the {grace} s that it was given to finish"
+            ),
             Ended::LauncherGone { reason } | Ended::CannotServe { reason } => reason.clone(),
         };
         self.submissions.close();
@@ -531,9 +560,8 @@ impl Driver {
     }
 }
 
-/// In debug builds, ends the process if the scheduler's books contradict themselves.
-fn check(scheduler: &Scheduler) {
-    if cfg!(debug_assertions) {
+fn check(scheduler: &Scheduler, config: &Config) {
+    if config.checks_books {
         scheduler.check();
     }
 }
@@ -555,8 +583,6 @@ fn refusal(rejected: Rejected) -> GenerateError {
     match rejected {
         Rejected::TooLong { tokens, limit } => GenerateError::TooLong { tokens, limit },
         Rejected::NotReady => GenerateError::ShuttingDown { reason: "the model is not loaded yet".into() },
-        other => {
-            GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other:?}") }
-        }
+        other => GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other}") },
     }
 }

@@ -16,22 +16,14 @@ use crate::text::tokenizer::Tokenizer;
 const RESTART: Duration = Duration::from_millis(300);
 
 impl Default for Config {
-    /// What the command line gives without flags.
+    /// What the command line gives without flags, and every check.
     fn default() -> Self {
         Self {
-            wishes: Wishes {
-                max_input_tokens: None,
-                max_total_tokens: None,
-                max_step_tokens: None,
-                max_cached_tokens: None,
-                max_running: None,
-                max_concurrent: 128,
-                block_size: 16,
-                max_open_steps: 2,
-            },
+            wishes: Wishes::default(),
             queue_timeout: None,
             step_timeout: Duration::from_secs(60),
             grace: Duration::from_secs(90),
+            checks_books: true,
             fault_file: None,
         }
     }
@@ -108,7 +100,8 @@ async fn next_loss(shards: &FakeShards, link: &mut LauncherLink, serving: u64) -
             ToLauncher::Fault { rank: Some(rank), replace: true, .. } => return Some(vec![rank]),
             ToLauncher::Fault { replace: true, .. } => return Some((0..shards.addresses().len() as u32).collect()),
             ToLauncher::Fault { .. } => return Some(vec![]),
-            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::CannotServe { .. } => {}
+            ToLauncher::Serving { .. } | ToLauncher::Stepped { .. } | ToLauncher::Pong => {}
+            ToLauncher::CannotServe { .. } => {}
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use scheduler::Limits;
 
 use super::ModelFacts;
-use crate::args::Args;
+use crate::args::{Args, DEFAULT_BLOCK_SIZE};
 use crate::shards::{Description, Warmup};
 
 /// What the operator asked for.
@@ -27,6 +27,22 @@ pub struct Wishes {
     pub block_size: usize,
     /// Steps in flight.
     pub max_open_steps: usize,
+}
+
+impl Default for Wishes {
+    /// What the command line gives without flags.
+    fn default() -> Self {
+        Self {
+            max_input_tokens: None,
+            max_total_tokens: None,
+            max_step_tokens: None,
+            max_cached_tokens: None,
+            max_running: None,
+            max_concurrent: 128,
+            block_size: DEFAULT_BLOCK_SIZE,
+            max_open_steps: 2,
+        }
+    }
 }
 
 impl From<&Args> for Wishes {
@@ -69,13 +85,27 @@ const STEP_TOKENS_CPU: usize = 512;
 /// Judges the wishes by what the model says of itself.
 pub fn bounds(wishes: &Wishes, model: &Description) -> Result<Bounds, CannotServe> {
     let positions = model.max_positions as usize;
-    if positions < 2 || model.vocab_size == 0 || model.num_cache_groups != 1 {
-        return Err(CannotServe(format!("the shards describe a model that cannot be served: {model:?}")));
+    let facts = [
+        ("max_positions", model.max_positions, positions >= 2, "at least 2, one for the prompt and one for the answer"),
+        ("vocab_size", model.vocab_size, model.vocab_size > 0, "at least 1"),
+        ("num_cache_groups", model.num_cache_groups, model.num_cache_groups == 1, "1"),
+    ];
+    if let Some((name, found, _, expected)) = facts.into_iter().find(|(_, _, is_fine, _)| !is_fine) {
+        return Err(CannotServe(format!(
+            "the shards describe a model that cannot be served: {name} is {found}, expected {expected}; use another model"
+        )));
     }
     if let Some(asked) = wishes.max_total_tokens.filter(|asked| *asked > positions) {
         let advice = format!("use --max-total-tokens {positions} or less");
         return Err(CannotServe(format!(
             "--max-total-tokens {asked} exceeds the model's {positions} positions; {advice}"
+        )));
+    }
+    if let Some(asked) = wishes.max_input_tokens.filter(|asked| *asked >= positions) {
+        let most = positions - 1;
+        return Err(CannotServe(format!(
+            "--max-input-tokens {asked} and a token of the answer exceed the model's {positions} positions; use \
+             --max-input-tokens {most} or less"
         )));
     }
     let default = positions.min(if model.device == "cpu" { STEP_TOKENS_CPU } else { STEP_TOKENS });
@@ -169,19 +199,6 @@ pub fn agree(wishes: &Wishes, model: &Description, num_blocks: u32, is_restart: 
 mod tests {
     use super::*;
 
-    fn wishes() -> Wishes {
-        Wishes {
-            max_input_tokens: None,
-            max_total_tokens: None,
-            max_step_tokens: None,
-            max_cached_tokens: None,
-            max_running: None,
-            max_concurrent: 128,
-            block_size: 16,
-            max_open_steps: 2,
-        }
-    }
-
     fn model(max_positions: u32, device: &str) -> Description {
         let device = device.into();
         Description { max_positions, device, vocab_size: 10, num_cache_groups: 1, ..Default::default() }
@@ -190,7 +207,7 @@ mod tests {
     #[test]
     fn the_step_budget_follows_device_positions_and_running_sequences() {
         let check = |max_positions, device, max_running, expected| {
-            let bounds = bounds(&Wishes { max_running, ..wishes() }, &model(max_positions, device)).unwrap();
+            let bounds = bounds(&Wishes { max_running, ..Wishes::default() }, &model(max_positions, device)).unwrap();
             assert_eq!(bounds.max_step_tokens, expected, "{max_positions} {device} {max_running:?}");
         };
         check(2048, "cpu", None, 512);
@@ -203,14 +220,14 @@ mod tests {
 
     #[test]
     fn a_small_step_budget_lowers_the_number_of_running_sequences() {
-        let bounds = bounds(&Wishes { max_step_tokens: Some(8), ..wishes() }, &model(64, "cpu")).unwrap();
+        let bounds = bounds(&Wishes { max_step_tokens: Some(8), ..Wishes::default() }, &model(64, "cpu")).unwrap();
         assert_eq!((bounds.max_running, bounds.max_step_tokens, bounds.max_blocks), (8, 8, 8 * 4));
     }
 
     #[test]
     fn the_longest_sequence_follows_positions_and_blocks() {
         let check = |num_blocks, total, input| {
-            let facts = agree(&wishes(), &model(2048, "cpu"), num_blocks, false).unwrap().facts;
+            let facts = agree(&Wishes::default(), &model(2048, "cpu"), num_blocks, false).unwrap().facts;
             assert_eq!((facts.max_total_tokens, facts.max_input_tokens), (total, input), "{num_blocks}");
         };
         check(1000, 2048, 2047);
@@ -219,14 +236,30 @@ mod tests {
     }
 
     #[test]
+    fn a_model_that_cannot_be_served_is_refused_by_the_field_that_is_wrong() {
+        let good = model(64, "cpu");
+        for (model, expected) in [
+            (Description { max_positions: 1, ..good.clone() }, "max_positions is 1, expected at least 2"),
+            (Description { vocab_size: 0, ..good.clone() }, "vocab_size is 0, expected at least 1"),
+            (Description { num_cache_groups: 2, ..good.clone() }, "num_cache_groups is 2, expected 1;"),
+        ] {
+            let CannotServe(reason) = bounds(&Wishes::default(), &model).unwrap_err();
+            assert!(reason.contains(expected) && !reason.contains("Description"), "{reason}");
+        }
+        let asked = Wishes { max_input_tokens: Some(64), ..Wishes::default() };
+        let CannotServe(reason) = bounds(&asked, &good).unwrap_err();
+        assert!(reason.contains("--max-input-tokens 64") && reason.contains("use --max-input-tokens 63"), "{reason}");
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_with_the_largest_values_that_do() {
-        let asked = Wishes { max_total_tokens: Some(1000), ..wishes() };
+        let asked = Wishes { max_total_tokens: Some(1000), ..Wishes::default() };
         let CannotServe(reason) = agree(&asked, &model(2048, "cpu"), 10, false).unwrap_err();
         assert!(reason.contains("1000 were asked for; use --max-total-tokens 160 --max-input-tokens 159"), "{reason}");
         assert_eq!(agree(&asked, &model(2048, "cpu"), 10, true).unwrap().facts.max_total_tokens, 160);
         let CannotServe(reason) = agree(&asked, &model(512, "cpu"), 1000, false).unwrap_err();
         assert!(reason.contains("512 positions; use --max-total-tokens 512"), "{reason}");
-        let CannotServe(reason) = agree(&wishes(), &model(512, "cpu"), 0, true).unwrap_err();
+        let CannotServe(reason) = agree(&Wishes::default(), &model(512, "cpu"), 0, true).unwrap_err();
         assert!(reason.contains("0 blocks"), "{reason}");
     }
 }

@@ -139,7 +139,65 @@ fn agree_on_model(descriptions: Vec<Description>, world_size: u32) -> Result<Des
     match descriptions.zip(1..).find(|(other, _)| *other != first) {
         None => Ok(first),
         Some((other, rank)) => {
-            Err(CannotServe(format!("ranks 0 and {rank} hold different models: {first:?} and {other:?}")).into())
+            let what = difference(&first, &other);
+            Err(CannotServe(format!("ranks 0 and {rank} hold different models: {what}; give all the same files"))
+                .into())
         }
+    }
+}
+
+/// The first field that differs, and what it is in each.
+fn difference(first: &Description, other: &Description) -> String {
+    let fields = |model: &Description| {
+        let numbers = [
+            ("vocab_size", model.vocab_size),
+            ("max_positions", model.max_positions),
+            ("num_cache_groups", model.num_cache_groups),
+            ("max_drafts", model.max_drafts),
+            ("world_size", model.world_size),
+        ];
+        let texts = [
+            ("model_type", &model.model_type),
+            ("dtype", &model.dtype),
+            ("device", &model.device),
+            ("version", &model.version),
+        ];
+        let eos: Vec<String> = model.eos_token_ids.iter().map(u32::to_string).collect();
+        let numbers = numbers.map(|(name, number)| (name, number.to_string()));
+        let texts = texts.map(|(name, text)| (name, text.clone()));
+        texts.into_iter().chain(numbers).chain([("eos_token_ids", eos.join(" "))])
+    };
+    let differing = fields(first).zip(fields(other)).find(|((_, first), (_, other))| first != other);
+    let ((name, first), (_, other)) = differing.expect("every field is listed");
+    format!("{name} is {first:?} on rank 0 and {other:?} there")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_hold_different_models_are_told_apart_by_the_field_that_differs() {
+        let model = Description { world_size: 2, vocab_size: 10, ..Description::default() };
+        let check = |other: Description, expected: &str| {
+            let error = agree_on_model(vec![model.clone(), other], 2).unwrap_err().to_string();
+            assert!(error.starts_with("ranks 0 and 1 hold different models: ") && error.contains(expected), "{error}");
+        };
+        check(Description { vocab_size: 11, ..model.clone() }, "vocab_size is \"10\" on rank 0 and \"11\" there");
+        check(Description { max_positions: 1, ..model.clone() }, "max_positions");
+        check(Description { num_cache_groups: 1, ..model.clone() }, "num_cache_groups");
+        check(Description { max_drafts: 1, ..model.clone() }, "max_drafts");
+        check(Description { world_size: 1, ..model.clone() }, "world_size");
+        check(
+            Description { model_type: "llama".into(), ..model.clone() },
+            "model_type is \"\" on rank 0 and \"llama\"",
+        );
+        check(Description { dtype: "x".into(), ..model.clone() }, "dtype");
+        check(Description { device: "x".into(), ..model.clone() }, "device");
+        check(Description { version: "x".into(), ..model.clone() }, "version");
+        check(
+            Description { eos_token_ids: vec![2, 3], ..model.clone() },
+            "eos_token_ids is \"\" on rank 0 and \"2 3\"",
+        );
     }
 }

@@ -73,7 +73,7 @@ impl TextState {
             let carrier = self.held.iter_mut().rev().find(|output| !output.token.special);
             match carrier {
                 Some(carrier) => carrier.token.text.push_str(&text),
-                None => debug_assert!(text.is_empty(), "text is left and no token carries it: {text:?}"),
+                None => assert!(text.is_empty(), "text is left and no token carries it: {text:?}"),
             }
         } else {
             outputs.append(&mut self.held);

@@ -1,5 +1,6 @@
 //! The routes, and what holds for all of them: limits of a body, panics, rejections as JSON, CORS.
 
+use std::io::{self, ErrorKind};
 use std::panic::AssertUnwindSafe;
 
 use axum::Router;
@@ -16,6 +17,9 @@ use tracing::error;
 
 use super::error::ApiError;
 use super::{State, generate, health};
+
+/// Characters of a content encoding that are repeated to the client.
+const MAX_ENCODING: usize = 40;
 
 /// All routes.
 pub(super) fn router(state: State) -> Router {
@@ -97,8 +101,11 @@ async fn allow_origins(state: State, request: Request, next: Next) -> Response {
 pub(super) async fn json_body(state: &State, headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
     if !is_json(content_type) {
-        let text = "expected `Content-Type: application/json`, in UTF-8";
-        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", text));
+        return Err(ApiError::unsupported("expected `Content-Type: application/json`, in UTF-8"));
+    }
+    if let Some(encoding) = content_encoding(headers) {
+        let text = format!("`Content-Encoding: {encoding}` is not supported; send the body as it is");
+        return Err(ApiError::unsupported(text).closing());
     }
     let (limit, deadline) = (state.config.payload_limit, state.config.deadlines.body);
     let too_large = || {
@@ -110,11 +117,11 @@ pub(super) async fn json_body(state: &State, headers: &HeaderMap, body: Body) ->
     }
     match tokio::time::timeout(deadline, collect(body, limit)).await {
         Ok(Ok(collected)) => collected.ok_or_else(too_large),
-        Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, "bad_request", "the body cannot be read").closing()),
-        Err(_) => {
-            let text = format!("the body did not arrive within {} s", deadline.as_secs_f32());
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing())
+        Ok(Err(error)) => {
+            let refused = ApiError::new(StatusCode::BAD_REQUEST, "bad_request", "the body cannot be read").closing();
+            Err(if is_gone(&error) { refused.counted("dropped") } else { refused })
         }
+        Err(_) => Err(ApiError::late("body", deadline)),
     }
 }
 
@@ -129,6 +136,25 @@ async fn collect(mut body: Body, limit: usize) -> Result<Option<Vec<u8>>, axum::
         collected.extend_from_slice(&data);
     }
     Ok(Some(collected))
+}
+
+/// Whether a body ended before its end because the client closed the connection.
+fn is_gone(error: &axum::Error) -> bool {
+    let first: &dyn std::error::Error = error;
+    let mut causes = std::iter::successors(Some(first), |cause| cause.source());
+    causes.any(|cause| {
+        let is_cut = cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message);
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        is_cut || matches!(kind, Some(ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe))
+    })
+}
+
+/// How the body is encoded, if it is.
+fn content_encoding(headers: &HeaderMap) -> Option<String> {
+    let values = headers.get_all(header::CONTENT_ENCODING).iter().map(|value| value.to_str().unwrap_or("unreadable"));
+    let mut encodings = values.flat_map(|value| value.split(',')).map(str::trim);
+    let found = encodings.find(|encoding| !encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity"))?;
+    Some(found.chars().take(MAX_ENCODING).collect())
 }
 
 fn is_json(content_type: &str) -> bool {

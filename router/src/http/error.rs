@@ -1,5 +1,7 @@
 //! The one map from what went wrong to a status and a JSON body.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -29,8 +31,8 @@ pub struct ErrorBody {
 pub struct ApiError {
     status: StatusCode,
     body: ErrorBody,
-    /// Why `tgi_request_failure` counts it; `None`: it does not.
-    pub reason: Option<&'static str>,
+    /// Why `tgi_request_failure` counts it; `None`: as its status says.
+    reason: Option<&'static str>,
     /// The connection is not fit for another request.
     closes: bool,
 }
@@ -63,12 +65,24 @@ impl ApiError {
         Self::new(status, error_type, error).closing()
     }
 
+    /// A client took too long to send something.
+    pub fn late(what: &str, deadline: Duration) -> Self {
+        let text = format!("the {what} did not arrive within {} s", deadline.as_secs_f32());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text).closing()
+    }
+
+    /// A body in a form that is not read.
+    pub fn unsupported(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", error)
+    }
+
     /// A handler panicked, or a part of it.
     pub fn internal(error: &'static str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
     }
 
-    fn counted(mut self, reason: &'static str) -> Self {
+    /// The same, counted for this reason.
+    pub fn counted(mut self, reason: &'static str) -> Self {
         self.reason = Some(reason);
         self
     }
@@ -100,6 +114,16 @@ impl ApiError {
     pub fn incomplete_stream() -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
         Self::new(status, "incomplete_generation_stream", "Incomplete generation stream").counted("incomplete")
+    }
+
+    /// Why `tgi_request_failure` counts a request for tokens that ended so: every one of them is counted.
+    pub fn reason(&self) -> &'static str {
+        self.reason.unwrap_or(if self.status.is_client_error() { "validation" } else { "internal" })
+    }
+
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.status
     }
 
     /// The body, for an event of a stream whose status is sent.

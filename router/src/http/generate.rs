@@ -1,24 +1,25 @@
 //! `/generate`, `/generate_stream` and the compatibility route `/`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Body;
 use axum::extract;
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use metrics::{counter, histogram};
 use serde::Serialize;
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{error, info, warn};
 
 use super::State;
 use super::app::json_body;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::sse;
 use crate::engine::{FinishReason, Finished, ModelFacts, Output, Status, Token, TokenStream, TopToken};
-use crate::request::{self, Limits, ValidRequest, WireRequest};
+use crate::request::{self, Limits, WireRequest};
 
 type Shared = extract::State<State>;
 
@@ -80,6 +81,65 @@ struct Generated {
     details: Option<Details>,
 }
 
+/// The longest name of a client's that is logged, in bytes.
+const MAX_ID: usize = 128;
+
+/// How the log tells a request from others.
+#[derive(Debug)]
+struct Ticket {
+    /// What the client calls it (`x-request-id`), else a number that this process gives.
+    id: String,
+    /// From the W3C header `traceparent`.
+    trace: Option<String>,
+    arrived: Instant,
+    /// Its end is counted.
+    is_settled: bool,
+}
+
+impl Ticket {
+    /// Takes note of a request that arrives, and counts it.
+    fn new(headers: &HeaderMap) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        counter!("tgi_request_count").increment(1);
+        let text = |name| headers.get(name)?.to_str().ok();
+        let is_short = |id: &&str| (1..=MAX_ID).contains(&id.len());
+        let number = || NUMBER.fetch_add(1, Ordering::Relaxed).to_string();
+        let id = text("x-request-id").filter(is_short).map_or_else(number, str::to_owned);
+        let trace = text("traceparent").and_then(|parent| parent.split('-').nth(1));
+        let is_trace = |trace: &&str| trace.len() == 32 && trace.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let trace = trace.filter(is_trace).map(str::to_owned);
+        Self { id, trace, arrived: Instant::now(), is_settled: false }
+    }
+
+    /// Counts and logs a request that ends with an error. What clients do wrong is no error of the server.
+    fn failed(&mut self, error: &ApiError) {
+        self.is_settled = true;
+        counter!("tgi_request_failure", "err" => error.reason()).increment(1);
+        let Self { id, trace, arrived, .. } = self;
+        let (status, ErrorBody { error: text, error_type }) = (error.status(), error.body());
+        macro_rules! log {
+            ($level:ident) => {
+                $level!(id, trace, status = status.as_u16(), error_type, total_time = ?arrived.elapsed(), "{text}")
+            };
+        }
+        match status {
+            StatusCode::FAILED_DEPENDENCY => log!(error),
+            StatusCode::TOO_MANY_REQUESTS => log!(warn),
+            _ if status.is_server_error() => log!(error),
+            _ => log!(info),
+        }
+    }
+}
+
+/// A client that went away is neither a success nor a failure of the server; TGI counts it as dropped.
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.is_settled {
+            counter!("tgi_request_failure", "err" => "dropped").increment(1);
+        }
+    }
+}
+
 /// A request under way: what its answer, its log line and its metrics need.
 #[derive(Debug)]
 pub(super) struct Request {
@@ -89,11 +149,10 @@ pub(super) struct Request {
     max_new_tokens: usize,
     num_characters: usize,
     compute_type: HeaderValue,
-    arrived: Instant,
+    ticket: Ticket,
     validated: Instant,
     /// When its first step was planned, once that is known.
     started: Option<Instant>,
-    is_counted: bool,
 }
 
 impl Request {
@@ -126,12 +185,18 @@ impl Request {
         let started = self.started.unwrap_or(self.validated).max(self.validated);
         let inference = now - started;
         let per_token = inference / num_tokens.max(1);
-        [now - self.arrived, self.validated - self.arrived, started - self.validated, inference, per_token]
+        [
+            now - self.ticket.arrived,
+            self.validated - self.ticket.arrived,
+            started - self.validated,
+            inference,
+            per_token,
+        ]
     }
 
     /// Counts and logs an answer that came to its end.
     pub fn succeeded(&mut self, finished: &Finished) {
-        self.is_counted = true;
+        self.ticket.is_settled = true;
         let [total, validation, queue, inference, per_token] = self.times(finished.num_tokens);
         counter!("tgi_request_success").increment(1);
         histogram!("tgi_request_duration").record(total);
@@ -141,12 +206,14 @@ impl Request {
         histogram!("tgi_request_mean_time_per_token_duration").record(per_token);
         histogram!("tgi_request_generated_tokens").record(finished.num_tokens);
         info!(
+            id = self.ticket.id,
+            trace = self.ticket.trace,
             input_tokens = self.input_length,
             generated_tokens = finished.num_tokens,
-            reason = reason_name(finished.reason),
+            finish_reason = reason_name(finished.reason),
+            parameters = %self.wire.sampling(),
             max_new_tokens = self.max_new_tokens,
             seed = self.seed(),
-            sampling = ?self.wire.sampling(),
             total_time = ?total,
             validation_time = ?validation,
             queue_time = ?queue,
@@ -156,10 +223,9 @@ impl Request {
         );
     }
 
-    /// Counts a request that ends with an error.
+    /// Counts and logs a request that ends with an error.
     pub fn failed(&mut self, error: &ApiError) {
-        self.is_counted = true;
-        count_failure(error);
+        self.ticket.failed(error);
     }
 
     fn headers(&self, num_tokens: Option<u32>) -> HeaderMap {
@@ -181,28 +247,13 @@ impl Request {
     }
 }
 
-/// A client that went away is neither a success nor a failure of the server; TGI counts it as dropped.
-impl Drop for Request {
-    fn drop(&mut self) {
-        if !self.is_counted {
-            counter!("tgi_request_failure", "err" => "dropped").increment(1);
-        }
-    }
-}
-
-fn count_failure(error: &ApiError) {
-    if let Some(reason) = error.reason {
-        counter!("tgi_request_failure", "err" => reason).increment(1);
-    }
-}
-
 /// POST `/generate`.
 pub(super) async fn generate(
     extract::State(state): Shared,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (request, tokens) = counted(submit(&state, &headers, body, Route::Generate).await)?;
+    let (request, tokens) = submit(&state, &headers, body, Route::Generate).await?;
     let (headers, generated) = collect(request, tokens).await?;
     Ok((headers, Json(generated)).into_response())
 }
@@ -213,7 +264,7 @@ pub(super) async fn generate_stream(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (request, tokens) = counted(submit(&state, &headers, body, Route::GenerateStream).await)?;
+    let (request, tokens) = submit(&state, &headers, body, Route::GenerateStream).await?;
     stream(&state, request, tokens).await
 }
 
@@ -223,7 +274,7 @@ pub(super) async fn compat_generate(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (request, tokens) = counted(submit(&state, &headers, body, Route::Compat).await)?;
+    let (request, tokens) = submit(&state, &headers, body, Route::Compat).await?;
     if request.wire.stream {
         return stream(&state, request, tokens).await;
     }
@@ -273,11 +324,6 @@ async fn first_output(tokens: &mut TokenStream, status: &mut watch::Receiver<Sta
     }
 }
 
-fn counted<T>(submitted: Result<T, ApiError>) -> Result<T, ApiError> {
-    counter!("tgi_request_count").increment(1);
-    submitted.inspect_err(count_failure)
-}
-
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Route {
     Generate,
@@ -285,15 +331,36 @@ enum Route {
     Compat,
 }
 
-/// Reads and judges a request, and queues it. The permit is taken before its prompt is tokenized, but not while a client
-/// takes its time to send the body.
+/// Takes a request in. Whatever becomes of it is counted and logged.
 async fn submit(
     state: &State,
     headers: &HeaderMap,
     body: Body,
     route: Route,
 ) -> Result<(Request, TokenStream), ApiError> {
-    let arrived = Instant::now();
+    let mut ticket = Ticket::new(headers);
+    match queue(state, headers, body).await {
+        Ok(queued) => Ok(under_way(state, queued, ticket, route)),
+        Err(error) => {
+            ticket.failed(&error);
+            Err(error)
+        }
+    }
+}
+
+/// A request in the queue.
+struct Queued {
+    model: Arc<ModelFacts>,
+    wire: WireRequest,
+    input_length: usize,
+    max_new_tokens: usize,
+    validated: Instant,
+    tokens: TokenStream,
+}
+
+/// Reads and judges a request, and queues it. The permit is taken before its prompt is tokenized, but not while a client
+/// takes its time to send the body.
+async fn queue(state: &State, headers: &HeaderMap, body: Body) -> Result<Queued, ApiError> {
     let model = admit(state)?;
     let body = json_body(state, headers, body).await?;
     let limits = limits(state, &model);
@@ -301,16 +368,11 @@ async fn submit(
     let permit = state.engine.permit()?;
     let ids = state.pool.encode(wire.inputs.clone()).await?;
     let valid = wire.complete(ids, &limits)?;
-    let mut request = under_way(wire, &valid, &model, arrived, route);
-    histogram!("tgi_request_input_length").record(request.input_length as f64);
-    histogram!("tgi_request_max_new_tokens").record(request.max_new_tokens as f64);
-    match state.engine.generate(valid, permit).await {
-        Ok(tokens) => Ok((request, tokens)),
-        Err(error) => {
-            request.is_counted = true; // by whoever gets the error
-            Err(error.into())
-        }
-    }
+    let (input_length, max_new_tokens, validated) = (valid.prompt_ids.len(), valid.max_new_tokens, Instant::now());
+    histogram!("tgi_request_input_length").record(input_length as f64);
+    histogram!("tgi_request_max_new_tokens").record(max_new_tokens as f64);
+    let tokens = state.engine.generate(valid, permit).await?;
+    Ok(Queued { model, wire, input_length, max_new_tokens, validated, tokens })
 }
 
 fn admit(state: &State) -> Result<Arc<ModelFacts>, ApiError> {
@@ -332,20 +394,26 @@ fn limits(state: &State, model: &ModelFacts) -> Limits {
     }
 }
 
-fn under_way(wire: WireRequest, valid: &ValidRequest, model: &ModelFacts, arrived: Instant, route: Route) -> Request {
-    let compute_type = format!("{}+optimized", model.device);
-    Request {
+fn under_way(state: &State, queued: Queued, ticket: Ticket, route: Route) -> (Request, TokenStream) {
+    let Queued { model, wire, input_length, max_new_tokens, validated, tokens } = queued;
+    let request = Request {
         repeats_prompt: wire.return_full_text.unwrap_or(route == Route::Compat),
-        input_length: valid.prompt_ids.len(),
-        max_new_tokens: valid.max_new_tokens,
+        input_length,
+        max_new_tokens,
         num_characters: wire.inputs.chars().count(),
-        compute_type: HeaderValue::from_str(&compute_type).unwrap_or(HeaderValue::from_static("unknown")),
+        compute_type: compute_type(state, &model),
         wire,
-        arrived,
-        validated: Instant::now(),
+        ticket,
+        validated,
         started: None,
-        is_counted: false,
-    }
+    };
+    (request, tokens)
+}
+
+fn compute_type(state: &State, model: &ModelFacts) -> HeaderValue {
+    let by_device = || HeaderValue::from_str(&format!("{}+optimized", model.device)).ok();
+    let said = state.config.compute_type.clone().or_else(by_device);
+    said.unwrap_or(HeaderValue::from_static("unknown"))
 }
 
 /// Waits for the last token.

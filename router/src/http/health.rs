@@ -21,12 +21,14 @@ pub(super) async fn health(extract::State(state): Shared) -> Result<(), ApiError
 /// 200 as long as this process answers.
 pub(super) async fn livez() {}
 
-/// 200 once the first start is over; the phase in words.
+/// 200 once the first start is over; the phase in words. While the server drains it says so first.
 pub(super) async fn startupz(extract::State(state): Shared) -> (StatusCode, Json<Phase>) {
     let status = state.engine.status();
     let status = status.borrow();
     let code = if status.was_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(Phase { phase: status.detail.clone(), generation: status.generation, epoch: status.epoch }))
+    let detail = &status.detail;
+    let phase = if status.is_draining { format!("draining; {detail}") } else { detail.clone() };
+    (code, Json(Phase { phase, generation: status.generation, epoch: status.epoch }))
 }
 
 /// The answer of `/startupz`.
@@ -84,7 +86,5 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
 
 /// In the text format of Prometheus.
 pub(super) async fn metrics(extract::State(state): Shared) -> Response {
-    // Buckets depend on the model: nothing is recorded before it is known.
-    state.model();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.config.metrics.text()).into_response()
 }

@@ -8,9 +8,13 @@ mod health;
 mod sse;
 mod wire;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 
 use crate::engine::{Engine, ModelFacts};
@@ -24,6 +28,8 @@ pub struct Config {
     pub model_id: String,
     /// Its revision, where one was named.
     pub revision: Option<String>,
+    /// What the header `x-compute-type` says, if not the shards' device.
+    pub compute_type: Option<HeaderValue>,
     /// Requests at once.
     pub max_concurrent_requests: usize,
     /// Stop strings of a request.
@@ -75,19 +81,40 @@ impl State {
     /// The model, once it is known.
     fn model(&self) -> Option<Arc<ModelFacts>> {
         let model = self.engine.status().borrow().model.clone()?;
-        self.config.metrics.install(model.max_input_tokens, model.max_total_tokens);
+        self.config.metrics.know(model.max_input_tokens, model.max_total_tokens);
         Some(model)
     }
 }
 
 /// Serves until `shutdown`, then lets open connections finish what they are answering.
-pub async fn serve(
+pub fn serve(
     listener: TcpListener,
     config: Config,
     engine: Engine,
     tokenizer: Arc<dyn Encode>,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
+) -> BoxFuture<'static, io::Result<()>> {
+    serve_until(listener, config, engine, tokenizer, shutdown.boxed())
+}
+
+/// Without type parameters, so that it is compiled once and not by all who call it.
+fn serve_until(
+    listener: TcpListener,
+    config: Config,
+    engine: Engine,
+    tokenizer: Arc<dyn Encode>,
+    shutdown: BoxFuture<'static, ()>,
+) -> BoxFuture<'static, io::Result<()>> {
+    accept(listener, config, engine, tokenizer, shutdown).boxed()
+}
+
+async fn accept(
+    listener: TcpListener,
+    config: Config,
+    engine: Engine,
+    tokenizer: Arc<dyn Encode>,
+    shutdown: BoxFuture<'static, ()>,
+) -> io::Result<()> {
     let pool = TokenizerPool::new(&tokenizer, config.validation_workers)?;
     let deadlines = config.deadlines;
     let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool });

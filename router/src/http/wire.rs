@@ -1,7 +1,8 @@
 //! The bytes of one connection: the deadlines that hyper does not have, and its own rejections as JSON.
 //!
 //! hyper answers a head that it cannot read with a bare status line. `Wire` sees such an answer pass and puts the JSON
-//! body of every other rejection in. It also keeps the head of the request that is being read, because hyper forgets one
+//! body of every other rejection in. A head that does not come to its end in time is ended by `Wire` in a way that no
+//! head may end: hyper rejects it when its turn has come, and the rejection is made a 408. `Wire` also keeps the head of the request that is being read, because hyper forgets one
 //! of two contradicting lengths.
 
 use std::io;
@@ -24,6 +25,8 @@ pub(super) const MAX_HEAD_BYTES: usize = 64 << 10;
 /// connection and take the answer away.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 8 << 20;
+/// The end of a head that nobody accepts: no method, path, name or value holds a NUL (RFC 9110, 5.5; RFC 9112).
+const BAD_END: &[u8] = b"\0\r\n\r\n";
 
 /// What the connection's two ends, bytes and handlers, know of each other.
 #[derive(Clone, Debug)]
@@ -39,12 +42,15 @@ struct HeadState {
     deadline: Instant,
     /// The client may still be sending what nobody will read.
     lingers: bool,
+    /// When a handler last had its answer, or bytes of one were taken.
+    answered: Option<Instant>,
 }
 
 impl Head {
     pub fn new(deadlines: &Deadlines) -> Self {
         let deadline = Instant::now() + deadlines.head;
-        Self(Arc::new(Mutex::new(HeadState { is_serving: false, bytes: vec![], deadline, lingers: false })))
+        let state = HeadState { is_serving: false, bytes: vec![], deadline, lingers: false, answered: None };
+        Self(Arc::new(Mutex::new(state)))
     }
 
     fn state(&self) -> MutexGuard<'_, HeadState> {
@@ -58,12 +64,19 @@ impl Head {
         std::mem::take(&mut state.bytes)
     }
 
+    /// Since when the connection waits for another request, as far as can be told: an answer may still be on its way.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        state.answered.filter(|_| !state.is_serving && state.bytes.is_empty())
+    }
+
     /// A handler has its answer.
     pub fn end(&self, status: StatusCode, deadlines: &Deadlines) {
         let mut state = self.state();
         state.is_serving = false;
         state.lingers |= status.is_client_error() || status.is_server_error();
-        state.deadline = Instant::now() + deadlines.idle;
+        let now = Instant::now();
+        (state.deadline, state.answered) = (now + deadlines.idle, Some(now));
     }
 }
 
@@ -87,13 +100,24 @@ pub(super) struct Wire<S> {
     write_timer: Option<Pin<Box<Sleep>>>,
     /// What is left to write in place of a bare rejection.
     rejection: Option<Bytes>,
+    /// The head came too late, and hyper was made to reject it.
+    is_late: bool,
     lingering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     pub fn new(stream: S, head: Head, deadlines: Deadlines) -> Self {
         let head_timer = Box::pin(sleep(deadlines.head));
-        Self { stream, head, deadlines, head_timer, write_timer: None, rejection: None, lingering: None }
+        Self {
+            stream,
+            head,
+            deadlines,
+            head_timer,
+            write_timer: None,
+            rejection: None,
+            is_late: false,
+            lingering: None,
+        }
     }
 
     fn write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
@@ -102,7 +126,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
                 self.write_timer = None;
                 let mut head = self.head.state();
                 if !head.is_serving && head.bytes.is_empty() {
-                    head.deadline = Instant::now() + self.deadlines.idle;
+                    let now = Instant::now();
+                    (head.deadline, head.answered) = (now + self.deadlines.idle, Some(now));
                 }
                 Poll::Ready(written)
             }
@@ -149,7 +174,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<S> {
             if wire.head_timer.deadline() != head.deadline {
                 wire.head_timer.as_mut().reset(head.deadline);
             }
-            return wire.head_timer.as_mut().poll(cx).map(|()| Err(late("the client does not finish its request")));
+            ready!(wire.head_timer.as_mut().poll(cx));
+            if head.bytes.is_empty() || wire.is_late {
+                return Poll::Ready(Err(late("the client does not finish its request")));
+            }
+            wire.is_late = true;
+            buf.put_slice(&BAD_END[..BAD_END.len().min(buf.remaining())]);
+            return Poll::Ready(Ok(()));
         }
         let new = &buf.filled()[before..];
         if head.bytes.is_empty() && !new.is_empty() {
@@ -167,7 +198,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
         if wire.rejection.is_none() {
             let Some(status) = bare_rejection(buf) else { return wire.write(cx, buf) };
             wire.head.state().lingers = true;
-            wire.rejection = Some(rejection(status));
+            let error = if wire.is_late {
+                ApiError::late("head of the request", wire.deadlines.head)
+            } else {
+                ApiError::unreadable(status)
+            };
+            wire.rejection = Some(rejection(&error));
         }
         while let Some(mut left) = wire.rejection.take().filter(|left| !left.is_empty()) {
             let written = wire.write(cx, &left);
@@ -201,8 +237,8 @@ fn bare_rejection(bytes: &[u8]) -> Option<StatusCode> {
     (!has_type).then_some(status)
 }
 
-fn rejection(status: StatusCode) -> Bytes {
-    let error = ApiError::unreadable(status);
+fn rejection(error: &ApiError) -> Bytes {
+    let status = error.status();
     let ErrorBody { error, error_type } = error.body();
     let body = serde_json::json!({"error": error, "error_type": error_type}).to_string();
     let length = body.len();

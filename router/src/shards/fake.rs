@@ -573,20 +573,9 @@ impl Held {
 }
 
 fn key(sampling: &Sampling, num_prompt: usize) -> u64 {
-    let Sampling {
-        do_sample,
-        temperature,
-        top_k,
-        top_p,
-        typical_p,
-        repetition_penalty,
-        frequency_penalty,
-        seed,
-        top_n: _,
-    } = sampling;
-    let floats = [temperature, top_p, typical_p, repetition_penalty, frequency_penalty].map(|f| u64::from(f.to_bits()));
-    let numbers = [u64::from(*do_sample), u64::from(*top_k), *seed, num_prompt as u64];
-    floats.into_iter().chain(numbers).fold(7, digest)
+    // All that decides what is drawn, whatever is added to it; what is reported beside it does not.
+    let drawn = format!("{num_prompt} {:?}", Sampling { top_n: 0, ..sampling.clone() });
+    drawn.bytes().map(u64::from).fold(7, digest)
 }
 
 /// Mixes two words (the finalizer of SplitMix64: Steele, Lea and Flood 2014).

@@ -147,7 +147,8 @@ impl Group {
             self.lanes.iter().zip(0..).filter_map(|(lane, r)| lane.arrived.is_empty().then_some(r)).collect();
         let step = self.open.front().map_or(0, |plan| plan.step.step);
         let seconds = self.step_timeout.as_secs_f64();
-        let reason = format!("step {step} is unanswered by ranks {late:?} after {seconds} s");
+        let ranks = late.iter().map(u32::to_string).collect::<Vec<_>>().join(" and ");
+        let reason = format!("step {step} is unanswered by rank {ranks} after {seconds} s");
         // The others may only be waiting in a collective for the one that hangs, so blame falls on one late rank alone.
         let rank = if let [rank] = late[..] { Some(rank) } else { None };
         Fault { rank, reason, replace: true }
@@ -170,7 +171,7 @@ fn why_wrong(epoch: u64, plan: &Plan, rank: u32, answer: &Answer) -> Option<Stri
     let mut rows = answer.rows.iter().zip(&plan.work);
     let (row, work) = rows.find(|(row, work)| (row.row, row.incarnation) != (work.row, work.incarnation))?;
     Some(format!(
-        "answered row {:?} of incarnation {} in step {}, expected row {:?} of incarnation {}",
-        row.row, row.incarnation, plan.step, work.row, work.incarnation
+        "answered row {} of incarnation {} in step {}, expected row {} of incarnation {}",
+        row.row.0, row.incarnation, plan.step, work.row.0, work.incarnation
     ))
 }

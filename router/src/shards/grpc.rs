@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
+use tracing::debug;
 
 use super::proto::shard_client::ShardClient;
 use super::proto::{self, health_reply, row_error};
@@ -70,6 +71,22 @@ impl GrpcShard {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { client })
     }
+
+    /// Makes a call with a deadline, on both sides: the shard is told it, and this side does not rely on the shard.
+    async fn call<T, R>(
+        &self,
+        (name, deadline): (&str, Duration),
+        message: T,
+        rpc: impl AsyncFnOnce(ShardClient<Channel>, Request<T>) -> Result<tonic::Response<R>, Status>,
+    ) -> Result<R, ShardError> {
+        let mut request = Request::new(message);
+        request.set_timeout(deadline);
+        match tokio::time::timeout(deadline, rpc(self.client.clone(), request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(describe_status(name, &status)),
+            Err(_) => Err(ShardError::Failed(format!("{name}: no answer within {} s", deadline.as_secs()))),
+        }
+    }
 }
 
 /// The error and its causes: tonic's own text is only "transport error".
@@ -78,75 +95,48 @@ fn describe_error(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
+/// What a shard answered has no cause on this side; what has one is a connection that broke.
 fn describe_status(call: &str, status: &Status) -> ShardError {
-    let cause =
-        std::error::Error::source(status).map_or(String::new(), |cause| format!(" ({})", describe_error(cause)));
-    let text = format!("{call}: {:?}: {}{cause}", status.code(), status.message());
+    if let Some(cause) = std::error::Error::source(status) {
+        debug!(call, status = status.message(), cause = describe_error(cause), "a connection to a shard broke");
+        return ShardError::Failed(format!("{call}: the connection broke, as it does when the process dies"));
+    }
+    let text = format!("{call}: {:?}: {}", status.code(), status.message());
     match status.code() {
         Code::ResourceExhausted => ShardError::OutOfMemory(text),
         _ => ShardError::Failed(text),
     }
 }
 
-/// Makes a call with a deadline, on both sides: the shard is told it, and this side does not rely on the shard.
-async fn call<T, R>(
-    name: &str,
-    deadline: Duration,
-    message: T,
-    rpc: impl AsyncFnOnce(Request<T>) -> Result<tonic::Response<R>, Status>,
-) -> Result<R, ShardError> {
-    let mut request = Request::new(message);
-    request.set_timeout(deadline);
-    match tokio::time::timeout(deadline, rpc(request)).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(describe_status(name, &status)),
-        Err(_) => Err(ShardError::Failed(format!("{name}: no answer within {} s", deadline.as_secs()))),
-    }
-}
-
 impl Shard for GrpcShard {
     fn health(&self) -> BoxFuture<'_, Result<Health, ShardError>> {
-        let mut client = self.client.clone();
-        async move {
-            let rpc = async |request| client.health(request).await;
-            call("Health", QUERY_DEADLINE, proto::HealthRequest {}, rpc).await.map(health)
-        }
-        .boxed()
+        let rpc = async |mut client: ShardClient<_>, request| client.health(request).await;
+        self.call(("Health", QUERY_DEADLINE), proto::HealthRequest {}, rpc).map_ok(health).boxed()
     }
 
     fn describe(&self) -> BoxFuture<'_, Result<Description, ShardError>> {
-        let mut client = self.client.clone();
-        async move {
-            let rpc = async |request| client.describe(request).await;
-            call("Describe", QUERY_DEADLINE, proto::DescribeRequest {}, rpc).await.map(description)
-        }
-        .boxed()
+        let rpc = async |mut client: ShardClient<_>, request| client.describe(request).await;
+        self.call(("Describe", QUERY_DEADLINE), proto::DescribeRequest {}, rpc).map_ok(description).boxed()
     }
 
     fn join(&self, join: Join) -> BoxFuture<'_, Result<(), ShardError>> {
-        let mut client = self.client.clone();
-        async move {
-            let Join { epoch, rank, world_size, rendezvous } = join;
-            let rpc = async |request| client.join(request).await;
-            let message = proto::JoinRequest { epoch, rank, world_size, rendezvous };
-            match call("Join", JOIN_DEADLINE, message, rpc).await?.epoch {
-                joined if joined == epoch => Ok(()),
-                joined => Err(ShardError::Failed(format!("Join: joined epoch {joined}, expected {epoch}"))),
-            }
-        }
-        .boxed()
+        let Join { epoch, rank, world_size, rendezvous } = join;
+        let message = proto::JoinRequest { epoch, rank, world_size, rendezvous };
+        let rpc = async |mut client: ShardClient<_>, request| client.join(request).await;
+        let joined = self.call(("Join", JOIN_DEADLINE), message, rpc);
+        let check = move |reply: proto::JoinReply| match reply.epoch {
+            joined if joined == epoch => Ok(()),
+            joined => Err(ShardError::Failed(format!("Join: joined epoch {joined}, expected {epoch}"))),
+        };
+        joined.map(move |reply| reply.and_then(check)).boxed()
     }
 
     fn warmup(&self, warmup: Warmup) -> BoxFuture<'_, Result<u32, ShardError>> {
-        let mut client = self.client.clone();
-        async move {
-            let Warmup { epoch, block_size, max_running, max_step_tokens, max_total_tokens, num_blocks } = warmup;
-            let message =
-                proto::WarmupRequest { epoch, block_size, max_running, max_step_tokens, max_total_tokens, num_blocks };
-            let rpc = async |request| client.warmup(request).await;
-            Ok(call("Warmup", WARMUP_DEADLINE, message, rpc).await?.num_blocks)
-        }
-        .boxed()
+        let Warmup { epoch, block_size, max_running, max_step_tokens, max_total_tokens, num_blocks } = warmup;
+        let message =
+            proto::WarmupRequest { epoch, block_size, max_running, max_step_tokens, max_total_tokens, num_blocks };
+        let rpc = async |mut client: ShardClient<_>, request| client.warmup(request).await;
+        self.call(("Warmup", WARMUP_DEADLINE), message, rpc).map_ok(|reply| reply.num_blocks).boxed()
     }
 
     fn run(self: Arc<Self>, plans: mpsc::Receiver<Arc<Plan>>) -> BoxFuture<'static, Result<Answers, ShardError>> {

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt};
+use futures::future::BoxFuture;
+use futures::{FutureExt, Stream, StreamExt};
 use scheduler::{Admission, BlockId, Extent, RowId, SequenceId, StepPlan, Work};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
@@ -19,12 +20,16 @@ use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Sha
 use crate::request::Sampling;
 
 /// Serves rank 0 of fake shards on a Unix socket until the future is dropped.
-pub async fn serve_fake(socket: &Path, options: FakeOptions) -> std::io::Result<()> {
-    serve_fake_rank(socket, FakeShards::new(options).rank(0)).await
+pub fn serve_fake(socket: &Path, options: FakeOptions) -> BoxFuture<'_, std::io::Result<()>> {
+    serve_fake_rank(socket, FakeShards::new(options).rank(0))
 }
 
 /// Serves one fake rank, whose faults stay in the hands of its [`FakeShards`].
-pub async fn serve_fake_rank(socket: &Path, rank: Arc<FakeRank>) -> std::io::Result<()> {
+pub fn serve_fake_rank(socket: &Path, rank: Arc<FakeRank>) -> BoxFuture<'_, std::io::Result<()>> {
+    serve(socket, rank).boxed()
+}
+
+async fn serve(socket: &Path, rank: Arc<FakeRank>) -> std::io::Result<()> {
     let listener = UnixListener::bind(socket)?;
     let service = ShardServer::new(Stub { rank })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)

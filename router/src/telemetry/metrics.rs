@@ -4,56 +4,108 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tracing::error;
 
 /// How often samples that nobody has fetched are folded into their histograms.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// The process's recorder of metrics. As its buckets follow the model's limits, it is installed once these are known, and
-/// nothing is recorded before. Cheap to clone.
-#[derive(Clone, Default)]
-pub struct Exporter(Arc<OnceLock<Option<PrometheusHandle>>>);
+/// Histograms of lengths: their buckets follow the model's limits, which are not known at first. Nothing of
+/// the kind happens before.
+const LENGTHS: [(&str, &str); 3] = [
+    ("tgi_request_generated_tokens", "tokens that a request has generated"),
+    ("tgi_request_input_length", "tokens of a prompt"),
+    ("tgi_request_max_new_tokens", "tokens that a request may generate"),
+];
+
+/// The process's recorder of metrics: one part from the start, one once the model is known. Cheap to clone.
+#[derive(Clone)]
+pub struct Exporter(Arc<Parts>);
+
+struct Parts {
+    most: PrometheusRecorder,
+    lengths: OnceLock<PrometheusRecorder>,
+}
 
 impl fmt::Debug for Exporter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Exporter").field(&self.0.get().is_some()).finish()
+        f.debug_tuple("Exporter").field(&self.0.lengths.get().is_some()).finish()
+    }
+}
+
+impl Default for Exporter {
+    /// Nothing is recorded before [`Self::install`].
+    fn default() -> Self {
+        let most = recorder().expect("the buckets are not empty");
+        describe(&most);
+        Self(Arc::new(Parts { most, lengths: OnceLock::new() }))
     }
 }
 
 impl Exporter {
-    /// Installs the recorder for the whole process, the first time it is called.
-    pub fn install(&self, max_input_tokens: usize, max_total_tokens: usize) {
-        self.0.get_or_init(|| {
-            let installed = recorder(max_input_tokens, max_total_tokens).map_err(|error| error.to_string());
-            let installed = installed.and_then(|recorder| {
-                let handle = recorder.handle();
-                metrics::set_global_recorder(recorder).map_err(|error| error.to_string())?;
-                Ok(handle)
-            });
-            describe();
-            installed.inspect_err(|error| error!(error, "cannot record metrics")).ok()
+    /// From now on records what this process counts. A process has one recorder, the first.
+    pub fn install(&self) {
+        if let Err(error) = metrics::set_global_recorder(self.clone()) {
+            error!(%error, "cannot record metrics");
+        }
+    }
+
+    /// Takes note of the model's limits.
+    pub fn know(&self, max_input_tokens: usize, max_total_tokens: usize) {
+        self.0.lengths.get_or_init(|| {
+            let recorder = length_recorder(max_input_tokens, max_total_tokens).expect("the buckets are not empty");
+            for (name, text) in LENGTHS {
+                recorder.describe_histogram(name.into(), None, text.into());
+            }
+            recorder
         });
     }
 
-    fn handle(&self) -> Option<&PrometheusHandle> {
-        self.0.get().and_then(Option::as_ref)
+    fn handles(&self) -> impl Iterator<Item = PrometheusHandle> {
+        [Some(&self.0.most), self.0.lengths.get()].into_iter().flatten().map(PrometheusRecorder::handle)
     }
 
     /// All metrics, in the text format of Prometheus.
     pub fn text(&self) -> String {
-        self.handle().map(PrometheusHandle::render).unwrap_or_default()
+        self.handles().map(|handle| handle.render()).collect()
     }
 
     /// Folds samples away, for ever: without it memory grows until somebody fetches `/metrics`.
     pub async fn upkeep(self) {
         loop {
             tokio::time::sleep(UPKEEP).await;
-            if let Some(handle) = self.handle() {
-                handle.run_upkeep();
-            }
+            self.handles().for_each(|handle| handle.run_upkeep());
         }
+    }
+}
+
+impl Recorder for Exporter {
+    fn describe_counter(&self, name: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.0.most.describe_counter(name, unit, text);
+    }
+
+    fn describe_gauge(&self, name: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.0.most.describe_gauge(name, unit, text);
+    }
+
+    fn describe_histogram(&self, name: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.0.most.describe_histogram(name, unit, text);
+    }
+
+    fn register_counter(&self, key: &Key, metadata: &Metadata<'_>) -> Counter {
+        self.0.most.register_counter(key, metadata)
+    }
+
+    fn register_gauge(&self, key: &Key, metadata: &Metadata<'_>) -> Gauge {
+        self.0.most.register_gauge(key, metadata)
+    }
+
+    fn register_histogram(&self, key: &Key, metadata: &Metadata<'_>) -> Histogram {
+        if !LENGTHS.iter().any(|(name, _)| *name == key.name()) {
+            return self.0.most.register_histogram(key, metadata);
+        }
+        self.0.lengths.get().map_or_else(Histogram::noop, |lengths| lengths.register_histogram(key, metadata))
     }
 }
 
@@ -67,19 +119,22 @@ fn lengths(most: usize) -> Vec<f64> {
     (1..=100).map(|n| most as f64 * f64::from(n) / 100.0).collect()
 }
 
-fn recorder(max_input_tokens: usize, max_total_tokens: usize) -> Result<PrometheusRecorder, BuildError> {
-    let full = |name: &str| Matcher::Full(name.to_owned());
+fn recorder() -> Result<PrometheusRecorder, BuildError> {
     let sizes: Vec<f64> = (1..=1024).map(f64::from).collect();
     let builder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("duration".into()), &durations())?
-        .set_buckets_for_metric(full("tgi_request_generated_tokens"), &lengths(max_total_tokens))?
-        .set_buckets_for_metric(full("tgi_request_input_length"), &lengths(max_input_tokens))?
-        .set_buckets_for_metric(full("tgi_request_max_new_tokens"), &lengths(max_total_tokens))?
-        .set_buckets_for_metric(full("tgi_batch_next_size"), &sizes)?;
+        .set_buckets_for_metric(Matcher::Full("tgi_batch_next_size".into()), &sizes)?;
     Ok(builder.build_recorder())
 }
 
-fn describe() {
+fn length_recorder(max_input_tokens: usize, max_total_tokens: usize) -> Result<PrometheusRecorder, BuildError> {
+    let builder = PrometheusBuilder::new()
+        .set_buckets(&lengths(max_total_tokens))?
+        .set_buckets_for_metric(Matcher::Full("tgi_request_input_length".into()), &lengths(max_input_tokens))?;
+    Ok(builder.build_recorder())
+}
+
+fn describe(recorder: &PrometheusRecorder) {
     let counters = [
         ("tgi_request_count", "requests for tokens"),
         ("tgi_request_success", "requests that were answered to their end"),
@@ -90,11 +145,16 @@ fn describe() {
         ("tgi_batch_concat", "steps in which new sequences joined running ones"),
     ];
     for (name, text) in counters {
-        describe_counter!(name, text);
+        recorder.describe_counter(name.into(), None, text.into());
     }
-    describe_gauge!("tgi_queue_size", "sequences that wait");
-    describe_gauge!("tgi_batch_current_size", "sequences that run");
-    describe_gauge!("tgi_batch_current_max_tokens", "tokens that the used blocks of the KV cache hold");
+    let gauges = [
+        ("tgi_queue_size", "sequences that wait"),
+        ("tgi_batch_current_size", "sequences that run"),
+        ("tgi_batch_current_max_tokens", "tokens that the used blocks of the KV cache hold"),
+    ];
+    for (name, text) in gauges {
+        recorder.describe_gauge(name.into(), None, text.into());
+    }
     let durations = [
         ("tgi_request_duration", "from the arrival of a request to its last token"),
         ("tgi_request_validation_duration", "from the arrival of a request to its place in the queue"),
@@ -106,12 +166,9 @@ fn describe() {
         ("tgi_batch_decode_duration", "of a step, choosing ids"),
     ];
     for (name, text) in durations {
-        describe_histogram!(name, Unit::Seconds, text);
+        recorder.describe_histogram(name.into(), Some(Unit::Seconds), text.into());
     }
-    describe_histogram!("tgi_request_input_length", "tokens of a prompt");
-    describe_histogram!("tgi_request_max_new_tokens", "tokens that a request may generate");
-    describe_histogram!("tgi_request_generated_tokens", "tokens that a request has generated");
-    describe_histogram!("tgi_batch_next_size", "sequences admitted by one step");
+    recorder.describe_histogram("tgi_batch_next_size".into(), None, "sequences admitted by one step".into());
 }
 
 #[cfg(test)]
@@ -124,6 +181,6 @@ mod tests {
         assert_eq!((durations.len(), durations[0]), (35, 0.00015));
         assert!((145.0..147.0).contains(&durations[34]), "{}", durations[34]);
         assert_eq!((lengths(2048).len(), lengths(2048)[99]), (100, 2048.0));
-        assert!(recorder(1, 2).is_ok());
+        assert!(recorder().is_ok() && length_recorder(1, 2).is_ok());
     }
 }

@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 /// What the level of a log line is judged by: this server's own lines at `level`, those of libraries from warnings on. As
 /// in TGI, anything that is no level is a filter in the syntax of `tracing-subscriber`.
-fn filter(level: &str) -> Result<EnvFilter, String> {
+pub fn filter(level: &str) -> Result<EnvFilter, String> {
     let own = |level: &str| format!("warn,text_generation_router={level},scheduler={level}");
     let directives = match level {
         "error" => "error".into(),

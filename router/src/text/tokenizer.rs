@@ -13,8 +13,11 @@ use tracing::warn;
 
 use super::pieces::Pieces;
 
-/// Texts that wait for a thread, beyond one for each.
+/// Texts that wait for a thread of a lane, beyond one for each.
 const MAX_WAITING: usize = 64;
+
+/// Texts up to so many bytes do not wait for longer ones. They take some milliseconds; the longest take a second.
+const SHORT: usize = 32 << 10;
 
 /// Why a tokenizer, or a text, cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -184,30 +187,39 @@ struct Job {
     reply: oneshot::Sender<Result<Vec<u32>, TokenizerError>>,
 }
 
-/// Threads that encode. A text that makes the library panic fails alone.
+/// Threads that encode, in two lanes, so that nobody's short text waits for somebody's long one. A text that makes the
+/// library panic fails alone.
 #[derive(Clone, Debug)]
 pub struct TokenizerPool {
-    jobs: mpsc::Sender<Job>,
+    short: mpsc::Sender<Job>,
+    long: mpsc::Sender<Job>,
 }
 
 impl TokenizerPool {
-    /// A pool of that many threads; they end when the last clone of the pool is dropped.
+    /// A pool of that many threads for short texts and half as many, but one at least, for long ones. They end when the
+    /// last clone of the pool is dropped.
     pub fn new(encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<Self> {
-        let (jobs, waiting) = mpsc::channel(MAX_WAITING);
-        let waiting = Arc::new(Mutex::new(waiting));
-        for n in 0..num_threads {
-            let (waiting, encoder) = (Arc::clone(&waiting), Arc::clone(encoder));
-            std::thread::Builder::new().name(format!("tokenize-{n}")).spawn(move || work(&waiting, &*encoder))?;
-        }
-        Ok(Self { jobs })
+        let long = (num_threads / 2).max(1);
+        Ok(Self { short: lane("tokenize", encoder, num_threads)?, long: lane("tokenize-long", encoder, long)? })
     }
 
     /// The ids of a text, special tokens included. Waits for a thread; a caller that is gone by then costs nothing.
     pub async fn encode(&self, text: String) -> Result<Vec<u32>, TokenizerError> {
+        let lane = if text.len() <= SHORT { &self.short } else { &self.long };
         let (reply, ids) = oneshot::channel();
-        self.jobs.send(Job { text, reply }).await.map_err(|_| TokenizerError::Ended)?;
+        lane.send(Job { text, reply }).await.map_err(|_| TokenizerError::Ended)?;
         ids.await.map_err(|_| TokenizerError::Ended)?
     }
+}
+
+fn lane(name: &str, encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<mpsc::Sender<Job>> {
+    let (jobs, waiting) = mpsc::channel(MAX_WAITING);
+    let waiting = Arc::new(Mutex::new(waiting));
+    for n in 0..num_threads {
+        let (waiting, encoder) = (Arc::clone(&waiting), Arc::clone(encoder));
+        std::thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&waiting, &*encoder))?;
+    }
+    Ok(jobs)
 }
 
 fn work(waiting: &Mutex<mpsc::Receiver<Job>>, encoder: &dyn Encode) {
@@ -287,6 +299,49 @@ mod tests {
         );
         assert_eq!(bound(&|t| t["pre_tokenizer"]["pretokenizers"][0]["behavior"] = json!("Removed")), None);
         assert_eq!(bound(&|t| t["added_tokens"][6]["rstrip"] = json!(true)), None);
+    }
+
+    /// Takes for ever over a long text.
+    #[derive(Debug)]
+    struct Slow(Mutex<std::sync::mpsc::Receiver<()>>);
+
+    impl Encode for Slow {
+        fn encode(&self, text: &str, _add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+            if text.len() > SHORT {
+                let _ = self.0.lock().unwrap().recv();
+            }
+            Ok(vec![text.len() as u32])
+        }
+
+        fn max_token_bytes(&self) -> Option<usize> {
+            None
+        }
+    }
+
+    #[tokio::test]
+    async fn short_texts_overtake_long_ones() {
+        for num_threads in [1, 2, 4] {
+            let (release, released) = std::sync::mpsc::channel();
+            let encoder: Arc<dyn Encode> = Arc::new(Slow(Mutex::new(released)));
+            let pool = TokenizerPool::new(&encoder, num_threads).unwrap();
+            // More than threads and places to wait.
+            let asked: Vec<_> = (0..2 * MAX_WAITING)
+                .map(|_| {
+                    let pool = pool.clone();
+                    tokio::spawn(async move { pool.encode("a".repeat(SHORT + 1)).await })
+                })
+                .collect();
+            for length in [1, SHORT] {
+                tokio::task::yield_now().await;
+                let ids = tokio::time::timeout(std::time::Duration::from_secs(10), pool.encode("a".repeat(length)));
+                assert_eq!(ids.await.expect("a short text does not wait").unwrap(), [length as u32]);
+            }
+            assert!(asked.iter().all(|asked| !asked.is_finished()));
+            drop(release);
+            for asked in asked {
+                assert_eq!(asked.await.unwrap().unwrap(), [SHORT as u32 + 1]);
+            }
+        }
     }
 
     /// Panics on one text.

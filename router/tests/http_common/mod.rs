@@ -57,10 +57,10 @@ pub fn ready() -> Status {
 }
 
 pub fn config() -> Config {
-    static EXPORTER: OnceLock<Exporter> = OnceLock::new();
     Config {
         model_id: "docs".into(),
         revision: None,
+        compute_type: None,
         max_concurrent_requests: 4,
         max_stop_sequences: 4,
         max_top_n_tokens: 5,
@@ -68,7 +68,7 @@ pub fn config() -> Config {
         payload_limit: 2_000_000,
         cors_allow_origin: vec![],
         deadlines: Deadlines::default(),
-        metrics: EXPORTER.get_or_init(Exporter::default).clone(),
+        metrics: Exporter::default(),
     }
 }
 

@@ -1,164 +1,15 @@
 //! The supervisor's decisions, as tables of events and what must follow. No process, no clock.
 #![allow(clippy::unwrap_used)] // A test file: helpers are not recognized as tests.
 
-use std::time::{Duration, Instant};
+mod world;
 
+use std::time::Duration;
+
+use text_generation_launcher::events::{Action, Event, Who};
 use text_generation_launcher::process::{Cause, Exit};
-use text_generation_launcher::supervisor::{Action, Event, Outcome, Policy, Signal, Supervisor, Who};
 use text_generation_launcher::watch::{Health, Phase, Sample};
-use text_generation_router::control::{ToLauncher, ToRouter};
-
-const SIGKILL: Cause = Cause::Signal(9);
-
-fn rank(rank: u32, incarnation: u32) -> Who {
-    Who::Rank { rank, incarnation }
-}
-
-fn router(incarnation: u32) -> Who {
-    Who::Router { incarnation }
-}
-
-fn name(who: Who) -> String {
-    match who {
-        Who::Rank { rank, incarnation } => format!("rank {rank}.{incarnation}"),
-        Who::Router { incarnation } => format!("router.{incarnation}"),
-    }
-}
-
-/// An action in a few words; lines of the log are left out.
-fn words(action: Action) -> Option<String> {
-    Some(match action {
-        Action::Spawn(who) => format!("spawn {}", name(who)),
-        Action::Signal(who, Signal::Stacks) => format!("stacks {}", name(who)),
-        Action::Signal(who, Signal::Term) => format!("term {}", name(who)),
-        Action::Signal(who, Signal::Kill) => format!("kill {}", name(who)),
-        Action::Tell(ToRouter::Lost { number, .. }) => format!("lost {number}"),
-        Action::Tell(ToRouter::GaveUp { .. }) => "gave up".into(),
-        Action::Announce { number, ranks } => {
-            let ranks: Vec<String> =
-                ranks.iter().map(|(rank, _, incarnation)| format!("{rank}.{incarnation}")).collect();
-            format!("generation {number}: {}", ranks.join(" "))
-        }
-        Action::End(Outcome::Stopped) => "end".into(),
-        Action::End(Outcome::Failed(reason)) => format!("fail: {}", reason.lines().next().unwrap()),
-        Action::Tell(ToRouter::Generation { .. }) | Action::Poll { .. } | Action::Log(..) => return None,
-    })
-}
-
-/// A supervisor and its time.
-struct World {
-    supervisor: Supervisor,
-    now: Instant,
-    world_size: u32,
-    logged: Vec<String>,
-}
-
-impl World {
-    /// Everything is spawned, nothing has answered.
-    fn new(world_size: u32) -> Self {
-        let policy = Policy {
-            world_size,
-            startup_stall: Duration::from_secs(120),
-            grace: Duration::from_secs(90),
-            url: "http://localhost".into(),
-        };
-        let mut world =
-            Self { supervisor: Supervisor::new(policy), now: Instant::now(), world_size, logged: Vec::new() };
-        let spawned = world.on(Event::Start);
-        assert_eq!(spawned, (0..world_size).map(|rank| format!("spawn rank {rank}.1")).collect::<Vec<_>>());
-        world
-    }
-
-    /// Serving, not a step completed.
-    fn serving(world_size: u32) -> Self {
-        let mut world = Self::new(world_size);
-        let mut actions = Vec::new();
-        for number in 0..world_size {
-            actions = world.loaded(number, 1);
-        }
-        assert_eq!(actions, ["spawn router.1"]);
-        let generation = world.on(Event::RouterConnected);
-        assert!(generation[0].starts_with("generation 1: 0.1"), "{generation:?}");
-        world.says(serving(1));
-        world
-    }
-
-    /// Serving, and steps were completed.
-    fn stepping(world_size: u32) -> Self {
-        let mut world = Self::serving(world_size);
-        world.says(ToLauncher::Stepped { number: 1 });
-        world
-    }
-
-    fn on(&mut self, event: Event) -> Vec<String> {
-        let mut found = Vec::new();
-        for action in self.supervisor.on(self.now, event) {
-            if let Action::Log(_, text) = &action {
-                self.logged.push(text.clone());
-            }
-            found.extend(words(action));
-        }
-        found
-    }
-
-    fn sees(
-        &mut self,
-        (rank, incarnation): (u32, u32),
-        health: Option<Health>,
-        processor_time: Duration,
-    ) -> Vec<String> {
-        let sample = Sample { health, processor_time: Some(processor_time) };
-        self.on(Event::Sampled { rank, incarnation, sample })
-    }
-
-    fn loaded(&mut self, rank: u32, incarnation: u32) -> Vec<String> {
-        self.sees((rank, incarnation), Some(health(Phase::Loaded, 0)), Duration::ZERO)
-    }
-
-    fn dies(&mut self, who: Who, cause: Cause) -> Vec<String> {
-        self.on(Event::Exited { who, exit: Exit { cause, last_lines: vec!["the last line".into()] } })
-    }
-
-    fn says(&mut self, message: ToLauncher) -> Vec<String> {
-        self.on(Event::RouterSaid(message))
-    }
-
-    /// Lets time pass in ticks; answers what came of it.
-    fn wait(&mut self, seconds: f64) -> Vec<String> {
-        let mut found = Vec::new();
-        for _ in 0..(seconds * 10.0).round() as u32 {
-            self.now += Duration::from_millis(100);
-            found.extend(self.on(Event::Tick));
-        }
-        found
-    }
-
-    /// All ranks answer that they are idle and loaded.
-    fn all_answer(&mut self, incarnations: &[u32]) -> Vec<String> {
-        (0..self.world_size).zip(incarnations).flat_map(|(rank, incarnation)| self.loaded(rank, *incarnation)).collect()
-    }
-
-    /// Everyone who was told to ends; answers how the launcher ends.
-    fn everyone_ends(&mut self, whos: &[Who]) -> Vec<String> {
-        whos.iter().flat_map(|who| self.dies(*who, Cause::Code(0))).filter(|action| is_end(action)).collect()
-    }
-}
-
-fn is_end(action: &str) -> bool {
-    action == "end" || action.starts_with("fail")
-}
-
-fn health(phase: Phase, progress: u64) -> Health {
-    Health { phase, detail: String::new(), done: 0, total: 0, epoch: 0, step: 0, progress, busy: false }
-}
-
-fn serving(number: u64) -> ToLauncher {
-    ToLauncher::Serving { number, epoch: number, num_blocks: 8 }
-}
-
-fn fault(number: u64, rank: Option<u32>, replace: bool) -> ToLauncher {
-    ToLauncher::Fault { number, rank, reason: "a stream broke".into(), replace }
-}
+use text_generation_router::control::ToLauncher;
+use world::*;
 
 #[test]
 fn the_router_starts_when_every_rank_has_loaded() {
@@ -351,6 +202,22 @@ fn faults_without_a_step_in_between_end_in_replacing_all_ranks() {
 }
 
 #[test]
+fn of_a_fault_that_nobody_is_blamed_for_those_are_replaced_that_do_not_wait_for_a_peer() {
+    let waits = Health { busy: true, waits: true, ..health(Phase::Serving, 7) };
+    let mut world = World::stepping(2);
+    world.sees((0, 1), Some(waits.clone()), Duration::ZERO);
+    world.sees((1, 1), None, Duration::ZERO);
+    assert_eq!(world.says(fault(1, None, true)), ["lost 1", "kill rank 1.1"]);
+    assert_eq!(world.dies(rank(1, 1), SIGKILL), ["spawn rank 1.2"]);
+    assert_eq!(world.all_answer(&[1, 2]), ["generation 2: 0.1 1.2"]);
+
+    let mut world = World::stepping(2);
+    world.sees((0, 1), Some(waits.clone()), Duration::ZERO);
+    world.sees((1, 1), Some(waits), Duration::ZERO);
+    assert_eq!(world.says(fault(1, None, true)), ["lost 1", "stacks rank 0.1", "stacks rank 1.1"]);
+}
+
+#[test]
 fn a_rank_that_the_router_wants_replaced_is_killed() {
     let mut world = World::stepping(2);
     assert_eq!(world.says(fault(1, Some(1), true)), ["lost 1", "stacks rank 1.1"]);
@@ -376,6 +243,48 @@ fn a_router_that_dies_is_restarted_and_told_the_present_generation() {
     world.says(serving(1));
     assert_eq!(world.dies(router(2), SIGKILL), [""; 0]);
     assert_eq!(world.wait(0.3), ["spawn router.3"]);
+}
+
+/// Looks at the first router every half second, for so long.
+fn look_at_router(world: &mut World, seconds: u32, mut answers: impl FnMut(u32) -> bool, busy: bool) -> Vec<String> {
+    let (mut found, start) = (Vec::new(), world.now);
+    for look in 0..2 * seconds {
+        world.now += Duration::from_millis(500);
+        let processor_time = Some(if busy { world.now - start } else { Duration::ZERO });
+        let actions = world.on(Event::RouterSampled { incarnation: 1, processor_time });
+        if actions == ["ping"] && answers(look) {
+            assert_eq!(world.says(ToLauncher::Pong), [""; 0]);
+        }
+        found.extend(actions.into_iter().filter(|action| action != "ping"));
+    }
+    found
+}
+
+#[test]
+fn a_router_that_no_longer_answers_is_killed_and_replaced_within_seconds() {
+    let mut world = World::stepping(2);
+    assert_eq!(look_at_router(&mut world, 600, |_| true, false), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 5, |_| false, false), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 600, |_| false, false), ["kill router.1"]);
+    assert!(world.logged.last().unwrap().starts_with("router hung: no answer for 5"), "{:?}", world.logged.last());
+    let logged = world.logged.len();
+    assert_eq!(world.dies(router(1), SIGKILL), ["spawn router.2"]);
+    assert_eq!(world.logged.len(), logged, "why it died is known");
+    assert_eq!(world.on(Event::RouterConnected), ["generation 1: 0.1 1.1"]);
+}
+
+#[test]
+fn a_router_that_is_slow_to_answer_but_works_is_given_a_minute() {
+    let mut world = World::stepping(1);
+    assert_eq!(look_at_router(&mut world, 59, |_| false, true), [""; 0]);
+    assert_eq!(look_at_router(&mut world, 5, |_| false, true), ["kill router.1"]);
+}
+
+#[test]
+fn a_router_that_drains_is_not_judged() {
+    let mut world = World::stepping(1);
+    assert_eq!(world.on(Event::Stop), ["term router.1"]);
+    assert_eq!(look_at_router(&mut world, 600, |_| false, false), [""; 0]);
 }
 
 #[test]
@@ -405,6 +314,16 @@ fn a_router_that_refuses_its_arguments_is_not_asked_again() {
     world.loaded(0, 1);
     assert_eq!(world.dies(router(1), Cause::Code(2)), ["term rank 0.1"]);
     assert!(world.everyone_ends(&[rank(0, 1)])[0].starts_with("fail: the router refused its arguments"));
+}
+
+#[test]
+fn a_router_that_can_never_work_is_not_started_again() {
+    let mut world = World::new(1);
+    world.loaded(0, 1);
+    let logged = world.logged.len();
+    assert_eq!(world.dies(router(1), Cause::Code(78)), ["term rank 0.1"]);
+    assert_eq!(world.everyone_ends(&[rank(0, 1)]), ["fail: the router cannot serve: the last line"]);
+    assert_eq!(world.logged.len(), logged, "the end of the launcher says it");
 }
 
 #[test]
@@ -470,11 +389,18 @@ fn a_rank_that_dies_during_a_drain_is_replaced_so_that_no_stream_is_lost() {
 }
 
 #[test]
-fn a_second_stop_kills_everything_at_once() {
+fn a_second_stop_ends_the_streams_at_once_and_a_third_kills_everything() {
     let mut world = World::stepping(1);
     world.on(Event::Stop);
-    let actions = world.on(Event::Stop);
-    assert!(actions.contains(&"kill rank 0.1".into()) && actions.contains(&"kill router.1".into()), "{actions:?}");
+    assert_eq!(world.on(Event::Stop), ["gave up", "term rank 0.1"]);
+    assert_eq!(world.wait(0.9), [""; 0], "the router tells its clients and ends");
+    assert_eq!(world.wait(0.1), ["term router.1", "kill rank 0.1", "kill router.1"]);
+    assert_eq!(world.everyone_ends(&[rank(0, 1), router(1)]), ["end"]);
+
+    let mut world = World::stepping(1);
+    world.on(Event::Stop);
+    world.on(Event::Stop);
+    assert_eq!(world.on(Event::Stop), ["kill rank 0.1", "kill router.1"]);
     assert_eq!(world.everyone_ends(&[rank(0, 1), router(1)]), ["end"]);
 
     let mut world = World::new(1);
@@ -493,6 +419,21 @@ fn a_start_without_progress_ends_with_the_stacks_of_all_ranks() {
         world.everyone_ends(&[rank(0, 1), rank(1, 1)]),
         ["fail: no progress for 120 s (--startup-stall-timeout): rank 0: loading, rank 1: started, never answered"]
     );
+}
+
+#[test]
+fn a_stalled_start_tells_which_rank_is_frozen() {
+    let mut world = World::new(2);
+    let sees = |world: &mut World, rank, state| {
+        let sample = Sample { health: None, processor_time: None, state: Some(state) };
+        world.on(Event::Sampled { rank, incarnation: 1, sample });
+    };
+    world.wait(121.0);
+    sees(&mut world, 0, 'S');
+    sees(&mut world, 1, 'T');
+    world.wait(1.0);
+    let frozen: Vec<&String> = world.logged.iter().filter(|line| line.contains("no stack")).collect();
+    assert_eq!(frozen, ["rank 1: no stack, process state T (stopped)"]);
 }
 
 #[test]
@@ -534,9 +475,10 @@ fn whatever_happens_no_process_is_spawned_twice_and_none_is_forgotten_at_the_end
         let mut alive = vec![rank(0, 1), rank(1, 1), router(1)];
         let mut ended = false;
         for turn in 0..400 {
-            let event = match random(10) {
+            let event = match random(11) {
                 0 if turn < 300 => {
-                    let message = match random(3) {
+                    let message = match random(4) {
+                        3 => ToLauncher::Pong,
                         0 => fault(random(6), Some(random(3) as u32), random(2) == 0),
                         1 => serving(random(6)),
                         _ => ToLauncher::Stepped { number: random(6) },
@@ -552,10 +494,17 @@ fn whatever_happens_no_process_is_spawned_twice_and_none_is_forgotten_at_the_end
                 4..6 => match alive.iter().find(|who| matches!(who, Who::Rank { .. })) {
                     Some(&Who::Rank { rank, incarnation }) => {
                         let health = (random(4) > 0).then(|| health(Phase::Loaded, random(3)));
-                        Event::Sampled { rank, incarnation, sample: Sample { health, processor_time: None } }
+                        Event::Sampled { rank, incarnation, sample: Sample { health, ..Sample::default() } }
                     }
                     _ => Event::Tick,
                 },
+                6 => {
+                    let incarnation = alive.iter().find_map(|who| match who {
+                        Who::Router { incarnation } => Some(*incarnation),
+                        Who::Rank { .. } => None,
+                    });
+                    Event::RouterSampled { incarnation: incarnation.unwrap_or(1), processor_time: None }
+                }
                 _ => {
                     world.now += Duration::from_millis(random(3000));
                     Event::Tick
