@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import LLAMA, ROOT
-from support.load import Crowd, assert_same, mixed_cases
+from support.load import Case, Crowd, assert_same, mixed_cases
 from support.server import Server, wait_until
 
 FULL = bool(os.environ.get("FULL"))
@@ -37,10 +37,13 @@ def test_a_checkpoint_answers_as_its_reference_says(name: str, flag: bool, num_s
     model = ROOT / "models" / name
     flags = ("--quantize", CHECKPOINTS[name]) if flag else ()
     with Server(model, "--dtype", "float32", "--num-shard", str(num_shard), *flags) as server:
-        for reference in json.loads((model / "reference.json").read_text())["greedy"]:
-            expected = reference["generated_ids"]
-            answer = server.stream(reference["prompt"], max_new_tokens=len(expected), ignore_eos_token=True)
-            assert answer.ids == expected, reference["prompt"]
+        references = json.loads((model / "reference.json").read_text())["greedy"]
+        cases = [
+            Case(r["prompt"], (("max_new_tokens", len(r["generated_ids"])), ("ignore_eos_token", True)))
+            for r in references
+        ]
+        for reference, answer in zip(references, Crowd(server, cases).join(), strict=True):
+            assert answer.ids == reference["generated_ids"], reference["prompt"]
 
 
 def by_bitsandbytes(kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
