@@ -5,7 +5,7 @@
 mod http_common;
 
 use http_common::*;
-use text_generation_router::engine::{FinishReason, Status};
+use text_generation_router::engine::{FinishReason, GenerateError, Status};
 
 #[tokio::test]
 async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
@@ -49,6 +49,13 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
     });
     drop(server.submission().await);
     asked.await.unwrap().check_error(500, "incomplete_generation");
+    let asked = tokio::spawn({
+        let address = server.address;
+        async move { ask(address, &post("/generate", r#"{"inputs":"a"}"#)).await }
+    });
+    let error = GenerateError::Row { kind: "numerical", message: "logits are not finite".into() };
+    fail(server.submission().await, error).await;
+    asked.await.unwrap().check_error(424, "numerical");
 
     // What no handler has seen is counted on neither side.
     let body = r#"{"inputs":"a"}"#;
@@ -72,12 +79,13 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
     assert!(answer.headers["content-type"].starts_with("text/plain"));
     let lines: Vec<&str> = answer.body.lines().collect();
     let has = |line: &str| assert!(lines.contains(&line), "{line}: {}", answer.body);
-    has("tgi_request_count 11");
+    has("tgi_request_count 12");
     has("tgi_request_success 2");
     has(r#"tgi_request_failure{err="overloaded"} 1"#);
     has(r#"tgi_request_failure{err="validation"} 5"#);
     has(r#"tgi_request_failure{err="dropped"} 2"#);
     has(r#"tgi_request_failure{err="incomplete"} 1"#);
+    has(r#"tgi_request_failure{err="numerical"} 1"#);
     has("tgi_request_generated_tokens_sum 4");
     has("tgi_request_generated_tokens_count 2");
     // A hundred steps up to 64 tokens, and two tokens in the fourth.

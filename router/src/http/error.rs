@@ -171,7 +171,8 @@ impl From<GenerateError> for ApiError {
             GenerateError::Row { kind: "numerical", message } => Self {
                 body: ErrorBody { error_type: "numerical", ..generation(message).body },
                 ..generation(String::new())
-            },
+            }
+            .counted("numerical"),
             GenerateError::Row { kind: _, message } => Self::from(Refused::Invalid(message)),
             GenerateError::KilledShards | GenerateError::Stalled => generation(error.to_string()),
         }

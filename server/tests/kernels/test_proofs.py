@@ -11,6 +11,7 @@ from text_generation_server.kernels.cpu import linear
 from text_generation_server.kernels.cpu.features import computes_bfloat16
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.proofs import (
+    Proofs,
     RowSplitter,
     cancelling,
     elements_are_independent,
@@ -72,7 +73,7 @@ def test_unstable_linears_are_called_with_proven_counts_only(monkeypatch: pytest
         return multiply
 
     monkeypatch.setattr(linear, "prepack", prepack)
-    matmul = linear.LinearFactory()(torch.randn(24, 96))
+    matmul = linear.LinearFactory(Proofs())(torch.randn(24, 96))
     calls.clear()
     for rows in range(1, 100):
         assert matmul(torch.randn(rows, 96)).shape == (rows, 24)

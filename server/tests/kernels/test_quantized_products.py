@@ -95,7 +95,7 @@ TAKEN: dict[str, Callable[[], QuantizedWeight]] = {
 
 
 def prepare(product: Product, weight: QuantizedWeight, dtype: torch.dtype, kernels: CpuKernels) -> Matmul:
-    return product.prepare(weight, dtype, kernels._quantized._row_counts)
+    return product.prepare(weight, dtype, kernels.proofs)
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)

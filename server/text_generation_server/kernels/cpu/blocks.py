@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .proofs import RowSplitter
+from .proofs import Proofs, RowSplitter
 
 # Values of a block for each thread: enough that starting an operation costs little, few enough to stay in a core's own
 # cache.
 BLOCK_VALUES = 1 << 19
-
-
-def block_rows(in_features: int, out_features: int) -> int:
-    """OUT features of a block. All blocks have as many: another number may mean another order of sums."""
-    return max(16, min(torch.get_num_threads() * BLOCK_VALUES // in_features, out_features + 15) // 16 * 16)
 
 
 class BlockLinear:
@@ -52,3 +47,14 @@ class BlockLinear:
             product = products[0] if len(products) == 1 else torch.cat(products)
             y[:, first : first + wanted] = product[:rows, :wanted]
         return y
+
+
+def block_linear(
+    make: Callable[[slice], Tensor], shape: Sequence[int], dtype: torch.dtype, computed: torch.dtype, proofs: Proofs
+) -> BlockLinear:
+    """shape: OUT and IN features; see `BlockLinear`."""
+    out, in_ = shape
+    # All blocks have as many rows: another number may mean another order of sums.
+    block = max(16, min(torch.get_num_threads() * BLOCK_VALUES // in_, out + 15) // 16 * 16)
+    splitter = proofs("blocks", in_, block, computed, lambda w: lambda x: F.linear(x, w))
+    return BlockLinear(make, out, block, dtype, computed, splitter)

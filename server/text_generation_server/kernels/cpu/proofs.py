@@ -6,10 +6,15 @@ of opposite sign elsewhere in the sum, so that exact sums are zero and what is l
 visible in bfloat16 too.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Multiply = Callable[[Tensor], Tensor]
 
 BASE_ROWS = 4
 ROW_COUNTS = (1, 2, 8, 16, 32, 64, 128, 256, 512)
@@ -66,7 +71,7 @@ class RowSplitter:
     CALL_ROWS = 16
 
     def __init__(self, counts: Sequence[int]):
-        self.largest = max(counts)
+        self.counts, self.largest = frozenset(counts), max(counts)
         best: list[tuple[int, int]] = [(0, 0)]  # cost of so many rows, and the count to begin with
         for rows in range(1, 2 * self.largest + 1):
             best.append(min((count + self.CALL_ROWS + best[max(0, rows - count)][0], count) for count in counts))
@@ -78,6 +83,36 @@ class RowSplitter:
             pieces.append(self.largest if rows >= len(self._first) else self._first[rows])
             rows -= pieces[-1]
         return sorted(pieces, reverse=True)
+
+
+class Proofs:
+    """At which numbers of rows products are stable: proven once for each kind and shape."""
+
+    def __init__(self) -> None:
+        self.row_stable = True
+        self._counts: dict[tuple[object, int, int, torch.dtype, int], tuple[int, ...]] = {}
+        self._splitters: dict[tuple[int, ...], RowSplitter] = {}
+
+    def __call__(
+        self, kind: object, in_: int, out: int, dtype: torch.dtype, make: Callable[[Tensor], Multiply]
+    ) -> RowSplitter:
+        """make: the product with a weight [out, in]. Weights of one kind and shape are multiplied alike."""
+        key = (kind, in_, out, dtype, torch.get_num_threads())
+        if key not in self._counts:
+            most = max(4 * BASE_ROWS, max((c for c in ROW_COUNTS if c * in_ * out <= MAX_PRODUCT), default=0))
+            x, probe = cancelling(most, in_, out, dtype)
+            multiply = make(probe)
+            del probe
+            counts = proven_row_counts(multiply, x)
+            if not counts:
+                self.row_stable, counts = False, (BASE_ROWS,)
+                logger.warning("%s, %d x %d: rows influence each other; replay is not exact", kind, in_, out)
+            logger.info("%s, %d x %d %s: proven at rows %s", kind, in_, out, dtype, list(counts))
+            self._counts[key] = counts
+        counts = self._counts[key]
+        if counts not in self._splitters:
+            self._splitters[counts] = RowSplitter(counts)
+        return self._splitters[counts]
 
 
 def rows_are_independent(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:

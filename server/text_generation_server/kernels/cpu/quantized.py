@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..interface import Matmul
 from ..weights import Float8, Integer, QuantizedWeight, Table
-from .blocks import BlockLinear, block_rows
-from .linear import Multiply, StableLinear
-from .proofs import BASE_ROWS, MAX_PRODUCT, ROW_COUNTS, RowSplitter, cancelling, proven_row_counts
+from .blocks import block_linear
+from .linear import StableLinear
+from .proofs import Multiply, Proofs
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +31,9 @@ class Product(Protocol):
         """What speaks against it for this weight and activations of this dtype; None: nothing."""
         ...
 
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, row_counts: RowCounts) -> Matmul:
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
         """Brings the weight into the product's own layout."""
         ...
-
-
-# Proves, once for a key, at which numbers of rows a product of so many IN and OUT features is stable.
-RowCounts = Callable[[object, int, int, Callable[[Tensor], Multiply], torch.dtype], tuple[int, ...]]
 
 
 class Gathered:
@@ -80,7 +74,7 @@ class Int4Packed:
         assert isinstance(weight.groups, int)
         return next((g for g in self.GROUPS if weight.groups % g == 0 and weight.in_features % g == 0), None)
 
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, row_counts: RowCounts) -> Matmul:
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
         group = self._group(weight)
         assert group is not None and isinstance(weight.groups, int)
         codes = weight.codes().int()
@@ -98,9 +92,8 @@ class Int4Packed:
             unscaled[..., 0] = 1
             return self._multiply(codes, unscaled, group)
 
-        key = (self.name, group)
-        counts = row_counts(key, weight.in_features, weight.out_features, probe, dtype)
-        return StableLinear(multiply, RowSplitter(counts), counts)
+        kind = f"{self.name}, groups of {group}"
+        return StableLinear(multiply, proofs(kind, weight.in_features, weight.out_features, dtype, probe))
 
     @staticmethod
     def _multiply(codes: Tensor, scales_and_zeros: Tensor, group: int) -> Multiply:
@@ -125,7 +118,7 @@ class Int8Packed:
             return "zero points differ from 128"
         return None
 
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, row_counts: RowCounts) -> Matmul:
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
         multiply = self._multiply((weight.codes() ^ 128).view(torch.int8), weight.scales[:, 0].to(dtype))
 
         def probe(w: Tensor) -> Multiply:
@@ -133,8 +126,7 @@ class Int8Packed:
                 (w.float() * 30).round_().clamp_(-127, 127).to(torch.int8), torch.ones(len(w), dtype=dtype)
             )
 
-        counts = row_counts(self.name, weight.in_features, weight.out_features, probe, dtype)
-        return StableLinear(multiply, RowSplitter(counts), counts)
+        return StableLinear(multiply, proofs(self.name, weight.in_features, weight.out_features, dtype, probe))
 
     @staticmethod
     def _multiply(weight: Tensor, scales: Tensor) -> Multiply:
@@ -150,32 +142,22 @@ class Dequantized:
     def why_not(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return None
 
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, row_counts: RowCounts) -> Matmul:
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
         # Where the processor has no bfloat16, numbers stay in float32, which is faster and nearer.
         native = dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         computed = dtype if native else torch.float32
-        block = block_rows(weight.in_features, weight.out_features)
-
-        def probe(w: Tensor) -> Multiply:
-            return lambda x: F.linear(x, w)
-
-        counts = row_counts(self.name, weight.in_features, block, probe, computed)
-
-        def make(rows: slice) -> Tensor:
-            return weight.dequantize(rows).to(computed)
-
-        return BlockLinear(make, weight.out_features, block, dtype, computed, RowSplitter(counts))
+        shape = (weight.out_features, weight.in_features)
+        return block_linear(lambda rows: weight.dequantize(rows).to(computed), shape, dtype, computed, proofs)
 
 
 PRODUCTS: tuple[Product, ...] = (Int4Packed(), Int8Packed(), Dequantized())
 
 
 class QuantizedLinearFactory:
-    """Chooses the product for each weight; what was proven of a shape is remembered."""
+    """Chooses the product for each quantized weight."""
 
-    def __init__(self) -> None:
-        self.row_stable = True
-        self._counts: dict[tuple[object, int, int, torch.dtype, int], tuple[int, ...]] = {}
+    def __init__(self, proofs: Proofs) -> None:
+        self._proofs = proofs
         self._told: set[tuple[str, str]] = set()
 
     def __call__(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
@@ -186,7 +168,7 @@ class QuantizedLinearFactory:
                 break
             against.append(f"not {product.name}: {reason}")
         self._tell(label, weight, product.name, against)
-        matmul = product.prepare(weight, dtype, self._row_counts)
+        matmul = product.prepare(weight, dtype, self._proofs)
         return matmul if weight.order is None else Gathered(matmul, weight.order)
 
     def _tell(self, label: str, weight: QuantizedWeight, product: str, against: list[str]) -> None:
@@ -196,24 +178,6 @@ class QuantizedLinearFactory:
             self._told.add(kind)
             shape, reasons = f"{weight.in_features} x {weight.out_features}", "".join(f"; {text}" for text in against)
             logger.info("%s: %s, %s: %s%s", kind[0], shape, _say(weight), product, reasons)
-
-    def _row_counts(
-        self, key: object, in_: int, out: int, probe: Callable[[Tensor], Multiply], dtype: torch.dtype
-    ) -> tuple[int, ...]:
-        """At which numbers of rows a product is stable."""
-        full_key = (key, in_, out, dtype, torch.get_num_threads())
-        if full_key not in self._counts:
-            most = max(4 * BASE_ROWS, max((c for c in ROW_COUNTS if c * in_ * out <= MAX_PRODUCT), default=0))
-            x, w = cancelling(most, in_, out, dtype)
-            multiply = probe(w)
-            del w
-            counts = proven_row_counts(multiply, x)
-            if not counts:
-                self.row_stable, counts = False, (BASE_ROWS,)
-                logger.warning("%s, %d x %d: rows influence each other; replay is not exact", key, in_, out)
-            logger.info("%s, %d x %d %s: proven at rows %s", key, in_, out, dtype, list(counts))
-            self._counts[full_key] = counts
-        return self._counts[full_key]
 
 
 def _say(weight: QuantizedWeight) -> str:
