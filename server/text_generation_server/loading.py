@@ -129,7 +129,7 @@ class Loader:
                 matmuls.append(self.kernels.linear(weight.to(self.kernels.device)))
             else:
                 label = self.prefix + "+".join(part.name for part in parts)
-                matmuls.append(self.kernels.quantized_linear(weight, self.dtype, label))
+                matmuls.append(self.kernels.quantized_linear(weight.to(self.kernels.device), self.dtype, label))
         return matmuls[0] if len(matmuls) == 1 else SideBySide(matmuls)
 
 

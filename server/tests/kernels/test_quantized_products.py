@@ -11,6 +11,7 @@ from text_generation_server.kernels.interface import Matmul
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, Table, alike, pack, unpack
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Not the table of any format.
 TABLE = tuple(((i * 7) % 16 - 8) / 8 for i in range(16))
@@ -84,6 +85,20 @@ def test_products_with_reordered_features_equal_float64(coding: Coding, index: b
     x = torch.randn(3, 128)
     for kernel in (kernels, ReferenceKernels()):
         close(kernel.quantized_linear(weight, torch.float32, "layer")(x), x, matrix, 1e-5)
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+@pytest.mark.parametrize("index", [True, False])
+def test_the_reference_product_keeps_everything_on_the_device_of_the_weight(coding: Coding, index: bool) -> None:
+    """On tensors that only know their shape and device, a device that this machine need not have."""
+    groups: int | Tensor = torch.tensor([0] * 33 + [1] * 5 + [2] * 90) if index else 48
+    weight, _ = make(coding, 24, 128, groups, isinstance(coding, Integer), order=True, dtype=torch.float16)
+    device = torch.device("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved = weight.to(device)
+        x = torch.empty(3, 128, dtype=torch.bfloat16, device=device)
+        y = ReferenceKernels().quantized_linear(moved, torch.bfloat16, "layer")(x)
+    assert (y.shape, y.dtype, y.device.type) == ((3, 24), torch.bfloat16, "cuda")
 
 
 # A weight that each product takes.

@@ -6,7 +6,7 @@ w[o, i] = (value(code[o, i]) - zero[o, g(i)]) * scale[o, g(i)], where g(i) is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -69,14 +69,20 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         return self.scales.device
 
-    @property
-    def num_bytes(self) -> int:
-        parts = [
-            *self.planes,
-            self.scales,
-            *(t for t in (self.zeros, self.order, self.groups) if isinstance(t, Tensor)),
-        ]
-        return sum(t.numel() * t.element_size() for t in parts)
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device)
+
+        return replace(
+            self,
+            planes=tuple(map(move, self.planes)),
+            scales=move(self.scales),
+            zeros=None if self.zeros is None else move(self.zeros),
+            groups=move(self.groups) if isinstance(self.groups, Tensor) else self.groups,
+            order=None if self.order is None else move(self.order),
+        )
 
     @cached_property
     def _table(self) -> Tensor:
