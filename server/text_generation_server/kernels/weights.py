@@ -84,6 +84,12 @@ class QuantizedWeight:
             order=None if self.order is None else move(self.order),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        parts = (*self.planes, self.scales, self.zeros, self.order, self.groups)
+        return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
+
     @cached_property
     def _table(self) -> Tensor:
         """float32: the number of every code of a `Table` or `Float8`."""
