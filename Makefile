@@ -43,8 +43,8 @@ check: install
 test: install test-rust test-python test-integration
 
 test-rust: install
-	$(CARGO) test --locked --release --workspace
-	$(CARGO) test --locked --release -p scheduler --features planted-bugs --test planted_bugs
+	$(CARGO) --config scripts/tests.toml test --locked --release --workspace
+	$(CARGO) --config scripts/tests.toml test --locked --release -p scheduler --features planted-bugs --test planted_bugs
 
 test-python: install
 	$(PYTHON) -m pytest server/tests

@@ -41,20 +41,20 @@ def test_greedy_tokens_of_qwen2_equal_those_of_transformers(num_shard: str) -> N
 @pytest.mark.parametrize("fixture", ["llama", "llama_tp2"])
 def test_32_requests_at_once_equal_the_same_requests_alone(fixture: str, request: pytest.FixtureRequest) -> None:
     server = request.getfixturevalue(fixture)
-    cases = mixed_cases(32, max_new_tokens=24)
+    cases = mixed_cases(32, max_new_tokens=16)
     golden = alone(server, cases)
     assert_same(Crowd(server, cases).join(), golden, "32 at once")
     server.wait_clean()
 
 
 def test_a_streamed_answer_equals_the_same_answer_in_one_piece(llama: Server) -> None:
-    for case in mixed_cases(12, max_new_tokens=40):
+    for case in mixed_cases(8, max_new_tokens=24):
         streamed = llama.stream(case.inputs, **dict(case.parameters))
         whole = llama.generate(case.inputs, **dict(case.parameters))
         assert streamed.text == streamed.generated_text == whole["generated_text"]
         assert streamed.tokens == whole["details"]["tokens"]
         assert streamed.finish_reason == whole["details"]["finish_reason"] == "length"
-        assert [event["index"] for event in streamed.events] == list(range(1, 41))
+        assert [event["index"] for event in streamed.events] == list(range(1, 25))
 
 
 def test_the_full_text_begins_with_the_prompt(llama: Server) -> None:
@@ -124,7 +124,7 @@ def test_a_prompt_longer_than_a_step_gives_the_same_answer(llama: Server) -> Non
 
 def test_aborts_at_random_points_return_everything(llama: Server) -> None:
     rng = random.Random(11)
-    victim = mixed_cases(1, max_new_tokens=300)
+    victim = mixed_cases(1, max_new_tokens=200)
     golden = alone(llama, victim)
     crowd = Crowd(llama, victim)
 
@@ -166,7 +166,7 @@ def test_prompts_with_a_common_beginning_share_blocks_and_answers_stay_the_same(
 
 
 def test_a_pool_too_small_for_all_preempts_and_changes_nothing() -> None:
-    cases = mixed_cases(16, max_new_tokens=60)
+    cases = mixed_cases(16, max_new_tokens=40)
     with Server(LLAMA, "--dtype", "float32", "--max-batch-total-tokens", "640", "--max-total-tokens", "512") as server:
         golden = alone(server, cases)
         assert_same(Crowd(server, cases).join(), golden, "with preemption")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import LLAMA
-from support.load import Crowd, alone, assert_same, mixed_cases
+from support.load import Crowd, assert_same, mixed_cases
 from support.server import JSON_HEADERS, Server, wait_until
 
 BIG = 4294967296
@@ -106,7 +106,7 @@ def assert_json_error(body: Any) -> None:
 def undisturbed(llama: Server) -> Any:
     """Streams that run while the others are refused stay as they are; afterwards everything is back."""
     cases = mixed_cases(2, max_new_tokens=800)
-    golden = alone(llama, cases)
+    golden = Crowd(llama, cases).join()
     crowd = Crowd(llama, cases)
     yield
     assert_same(crowd.join(), golden, "while requests were refused")
@@ -230,7 +230,7 @@ def test_the_root_route_answers_with_a_list_or_a_stream(llama: Server) -> None:
 
 def test_beyond_the_concurrency_limit_a_request_is_refused_at_once() -> None:
     with Server(LLAMA, "--max-concurrent-requests", "4") as server:
-        crowd = Crowd(server, mixed_cases(4, max_new_tokens=600))
+        crowd = Crowd(server, mixed_cases(4, max_new_tokens=250))
         wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
         for path in ("/generate", "/generate_stream"):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)

@@ -158,7 +158,7 @@ def test_help_tells_every_flag_with_its_environment_variable() -> None:
 
 
 def test_sigterm_drains_and_loses_no_stream() -> None:
-    cases = mixed_cases(32, max_new_tokens=150)
+    cases = mixed_cases(32, max_new_tokens=100)
     with Server(LLAMA, "--dtype", "float32", "--num-shard", "2") as server:
         golden = Crowd(server, cases).join()
         crowd = Crowd(server, cases)
@@ -189,6 +189,8 @@ def test_ctrl_c_ends_everything_at_every_phase(moment: str) -> None:
     server = Server(QWEN2, "--num-shard", "2", wait=moment == "serving")
     with server:
         assert server.process is not None
+        if moment == "at once":
+            wait_until(lambda: server.log(), 20, "it is there and has said so")
         if moment == "while loading":
             wait_until(lambda: "rank 0" in server.log().lower(), 20, "a rank was started")
         server.remember()

@@ -187,7 +187,7 @@ async fn an_answer_that_does_not_fit_is_a_fault_and_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_row_error_ends_its_own_sequence_only() {
     let fake = start(FakeOptions::default(), Config::default()).await;
-    fake.shards.poison(1); // it is in no prompt, and never drawn
+    fake.shards.poison(1); // it is in no other prompt, and never drawn
     let mut poisoned = request(2, 30);
     poisoned.prompt_ids[1] = 1;
     let (poisoned, other) = tokio::join!(generate(&fake.engine, poisoned), generate(&fake.engine, request(7, 30)));
@@ -200,9 +200,9 @@ async fn a_row_error_ends_its_own_sequence_only() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_kills_the_shards_fails_alone() {
     let fake = start(FakeOptions::default(), Config::default()).await;
-    fake.shards.kill_at(3999);
+    fake.shards.kill_at(1); // it is in no other prompt, and never drawn
     let mut killer = request(2, 30);
-    killer.prompt_ids[1] = 3999;
+    killer.prompt_ids[1] = 1;
     let others = join_all((10..14).map(|seed| generate(&fake.engine, request(seed, 60))));
     let (killer, others) = tokio::join!(generate(&fake.engine, killer), others);
     assert_eq!(killer, Err(GenerateError::KilledShards));
