@@ -467,7 +467,7 @@ mod tests {
         let args = args("--dtype float32 --num-shard 2 --quantize gptq --gptq-bits 4 --gptq-groupsize -1");
         assert_eq!(
             preflight_command(&args, &programs(), Path::new("/m"), 2).args,
-            words("plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize -1 --json")
+            words("plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize=-1 --json")
         );
         let download = download_command(&super::tests::args("--revision v1 --huggingface-hub-cache /c"), &programs());
         assert_eq!(download.args, words("download-weights models/m --revision v1"));
