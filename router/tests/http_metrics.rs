@@ -99,5 +99,5 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
         has(&format!("tgi_request_{name}_count 2"));
     }
     has("tgi_request_input_length_count 5");
-    has("tgi_request_max_new_tokens_count 4");
+    has("tgi_request_max_new_tokens_count 5");
 }
