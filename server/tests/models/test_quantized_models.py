@@ -60,7 +60,7 @@ def test_there_is_a_checkpoint_of_every_maker() -> None:
 @pytest.mark.parametrize(
     ("path", "dtype"),
     [(path, "float32") for path in QUANTIZED]
-    + [(path, "bfloat16") for path in QUANTIZED if FULL or "gptq" in path.name or "nf4" in path.name],
+    + [(path, "bfloat16") for path in QUANTIZED if FULL or "gptq" in path.name],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_perplexity_equals_the_maker_s(path: Path, dtype: str, kernels: CpuKernels) -> None:

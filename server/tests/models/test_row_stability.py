@@ -145,7 +145,8 @@ def differing(setup: Setup, kernels: CpuKernels, names: Sequence[str] = tuple(WA
     ids=str,
 )
 def test_every_way_to_compute_a_log_gives_the_same_bits(setup: Setup, kernels: CpuKernels) -> None:
-    assert differing(setup, kernels) == []
+    few = ("in one prefill", "among 31 others", "behind a prefix hit")
+    assert differing(setup, kernels, few if setup.path in QUANTIZED and not FULL else tuple(WAYS)) == []
     assert kernels.row_stable
 
 
