@@ -138,8 +138,20 @@ CHOICES: list[tuple[QuantizedWeight, torch.dtype, str]] = [
     (make(Integer(8), 64, 256, 256, False, False, torch.float16)[0], torch.bfloat16, "int8 (torch)"),
     (make(Integer(8), 64, 256, 256, True, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
     (make(Integer(8), 64, 256, 128, False, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(8), 64, 117, 117, False, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(8), 64, 1000, 1000, False, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
+    (make(Integer(8), 61, 256, 256, False, False, torch.float16)[0], torch.bfloat16, "dequantized blocks"),
     (make(Table(TABLE), 64, 256, 64, False, False, torch.float32)[0], torch.bfloat16, "dequantized blocks"),
 ]
+
+
+@pytest.mark.parametrize("size", [8, 12, 33, 59, 64, 100, 117, 118, 192, 1001, 1024])
+@pytest.mark.parametrize("out", [16, 61, 128])
+def test_8_bit_rows_of_any_length_equal_float64(out: int, size: int, kernels: CpuKernels) -> None:
+    """torch's product of 8 bits reads beyond a row that is not made of whole vectors, and ends the process."""
+    weight, matrix = make(Integer(8), out, size, size, False, False, torch.float32)
+    x = torch.randn(16, size).bfloat16()
+    close(kernels.quantized_linear(weight, torch.bfloat16, "layer")(x), x, matrix, 1e-2)
 
 
 @pytest.mark.parametrize(("weight", "dtype", "name"), CHOICES)

@@ -31,7 +31,8 @@ from folders import (
     write,
 )  # fmt: skip
 from harness import LLAMA, MODELS
-from text_generation_server.errors import ShardError
+from text_generation_server.checkpoint.index import read_index
+from text_generation_server.errors import CheckpointError, ShardError
 from text_generation_server.planning import ModelPlan, plan_model
 from text_generation_server.quantization.awq import Awq
 from text_generation_server.quantization.bitsandbytes import (
@@ -44,6 +45,7 @@ from text_generation_server.quantization.dense import Dense
 from text_generation_server.quantization.fp8 import Fp8, QuantizeFp8
 from text_generation_server.quantization.gptq import Gptq
 from text_generation_server.quantization.pack_quantized import PackQuantized
+from text_generation_server.quantization.spec import Shape
 
 FULL = bool(os.environ.get("FULL"))
 AUTOGPTQ = {
@@ -648,3 +650,16 @@ def test_settings_of_any_shape_are_served_or_refused_in_one_line(case: str, tmp_
         except ShardError as error:
             line = str(error)
         assert "\n" not in line and len(line) < 2000
+
+
+def test_a_layer_that_the_settings_call_reordered_must_have_its_index() -> None:
+    reordered = PackQuantized(4, 32, symmetric=True, reordered=True)
+    required = {spec.suffix for spec in reordered.specs(Shape(64, 128)) if not spec.optional}
+    assert "weight_g_idx" in required
+    assert "act-order" in reordered.name
+
+
+def test_a_pointer_of_git_lfs_is_told_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="is a pointer of Git LFS"):
+        read_index(tmp_path)

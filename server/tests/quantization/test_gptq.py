@@ -28,8 +28,9 @@ from text_generation_server.errors import CheckpointError
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.kernels.weights import QuantizedWeight
+from text_generation_server.quantization.format import Piece
 from text_generation_server.quantization.gptq import Gptq
-from text_generation_server.quantization.spec import Shape
+from text_generation_server.quantization.spec import Shape, whole
 
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m-gptq-4bit-g128"
 ORDERS = ("absent", "in order", "act-order", "arbitrary")
@@ -225,3 +226,15 @@ def test_the_makers_of_these_tests_agree_with_themselves() -> None:
         np.testing.assert_array_equal(gptq_matrix(whole.format, whole.tensors, whole.shape), whole.weight)
     assert number_of_groups(100, 32) == 4
     assert set(random_zeros(np.random.default_rng(0), (9, 9), 4, True).flat) == {8}
+
+
+def test_groups_that_do_not_divide_need_an_index() -> None:
+    gptq = Gptq(4, 33, sym=True, desc_act=False)
+    shape = Shape(64, 128)
+    pieces = {
+        "qweight": Piece(torch.zeros(16, 64, dtype=torch.int32), (0, 0), "a: tensor l.qweight"),
+        "qzeros": Piece(torch.full((4, 8), 0x77777777, dtype=torch.int32), (0, 0), "a: tensor l.qzeros"),
+        "scales": Piece(torch.ones(4, 64), (0, 0), "a: tensor l.scales"),
+    }
+    with pytest.raises(CheckpointError, match="groups of 33 do not divide 128 features, and there is no g_idx"):
+        gptq.decode(pieces, whole(shape))

@@ -97,7 +97,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            if head == b"version ":
+                raise CheckpointError(
+                    f"{path}: is a pointer of Git LFS ({size} bytes), not the file itself; fetch it with git lfs pull"
+                )
+            length = int.from_bytes(head, "little")
             if size < 8 or length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
                     f"{path}: {size} bytes with a header length of {length if size >= 8 else 'nothing'}; expected a "

@@ -56,12 +56,17 @@ class Bitsandbytes4bit:
 
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
         from ..kernels.weights import Table
-        from .blocks import check_scales, scales_of_blocks, split_nibbles
+        from .blocks import TABLES, check_scales, scales_of_blocks, split_nibbles
 
         state = self._read_state(pieces[STATE + self.kind], cut.shape)
         table = pieces["weight.quant_map"]
         check_scales(table.tensor, 1.0, table.where)
         values = tuple(table.tensor.tolist())
+        if not all(abs(a - b) < 1e-4 for a, b in zip(values, TABLES[self.kind], strict=True)):
+            raise CheckpointError(
+                f"{table.where} is {_short([round(value, 4) for value in values])}; expected the table of {self.kind}, "
+                "which bitsandbytes takes whatever a file says; make the checkpoint again or fetch its files again"
+            )
         absmax = pieces["weight.absmax"]
         scales = self._plain_absmax(pieces, state)
         made_of = " with weight.nested_quant_map and weight.nested_absmax" if self.nested else ""

@@ -165,8 +165,9 @@ def _integers(weights: Settings) -> PackQuantized:
     if "block_structure" in weights:
         raise weights.error("block_structure", "nothing for integers")
     # `group` reorders features, which weight_g_idx says.
-    weights.must_be("actorder", False, "group", "dynamic", "weight", "static")
-    return PackQuantized(weights.integer("num_bits", BITS), size, symmetric)
+    weights.must_be("actorder", False, True, "group", "dynamic", "weight", "static")
+    reordered = weights.get("actorder") in (True, "group", "dynamic")
+    return PackQuantized(weights.integer("num_bits", BITS), size, symmetric, reordered)
 
 
 def _floats(weights: Settings) -> tuple[str, tuple[int, int] | None]:

@@ -103,7 +103,9 @@ class Prequantized:
         return self.rules.flag
 
     def describe(self) -> str:
-        unknown = f"; unknown keys without effect: {', '.join(self.rules.unknown)}" if self.rules.unknown else ""
+        names = [repr(name)[1:-1][:40] for name in self.rules.unknown[:8]]
+        more = f" and {len(self.rules.unknown) - 8} more" if len(self.rules.unknown) > 8 else ""
+        unknown = f"; unknown keys without effect: {', '.join(names)}{more}" if names else ""
         return f"{self.method}: {self.rules.summary} ({', '.join(self.sources)}{unknown})"
 
     def format_of(self, layer: str) -> WeightFormat:

@@ -106,6 +106,12 @@ class Gptq:
 
         in_order = groups_in_order(cut.columns, cut.shape.in_ if self.group_size == -1 else self.group_size)
         if "g_idx" not in pieces:
+            # With a last group that is not whole, another size would have as many groups: only sizes that tools write.
+            if self.group_size != -1 and cut.shape.in_ % self.group_size and self.group_size % 16:
+                raise CheckpointError(
+                    f"{pieces['scales'].where}: groups of {self.group_size} do not divide {cut.shape.in_} features, "
+                    "and there is no g_idx that tells the group of each; expected one of them"
+                )
             return in_order
         index = pieces["g_idx"]
         groups = read_group_index(index.tensor, self._num_groups(cut.shape), index.where)

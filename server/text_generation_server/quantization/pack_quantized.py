@@ -23,17 +23,19 @@ class PackQuantized:
     group_size: -1: one scale for each row (strategy `channel`).
     symmetric: there are no zero points.
 
-    `weight_g_idx` (actorder `group`) names the group of every feature; without it groups follow each other.
+    reordered: actorder `group`: `weight_g_idx` names the group of every feature. Without it groups follow each other.
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    reordered: bool = False
 
     @property
     def name(self) -> str:
         group = "one group" if self.group_size == -1 else f"groups of {self.group_size}"
-        return f"pack-quantized int{self.bits}, {group}{'' if self.symmetric else ', asymmetric'}"
+        asymmetric, order = "" if self.symmetric else ", asymmetric", ", act-order" if self.reordered else ""
+        return f"pack-quantized int{self.bits}, {group}{asymmetric}{order}"
 
     def specs(self, shape: Shape) -> tuple[TensorSpec, ...]:
         self._check(shape)
@@ -43,7 +45,7 @@ class PackQuantized:
             TensorSpec("weight_packed", (Axis(Along.OUT), Axis(Along.IN, features, words)), ("I32",)),
             TensorSpec("weight_scale", (Axis(Along.OUT), groups), FLOATS),
             TensorSpec("weight_shape", (Axis(Along.NEITHER, elements=2),), ("I64", "I32")),
-            TensorSpec("weight_g_idx", (Axis(Along.IN),), ("I32", "I64"), optional=True),
+            TensorSpec("weight_g_idx", (Axis(Along.IN),), ("I32", "I64"), optional=not self.reordered),
         )
         if self.symmetric:
             return specs

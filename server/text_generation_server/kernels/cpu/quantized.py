@@ -103,15 +103,24 @@ class Int4Packed:
 
 
 class Int8Packed:
-    """torch's own 8-bit product (`_weight_int8pack_mm`) of a scale for each OUT feature and no zero points."""
+    """torch's own 8-bit product (`_weight_int8pack_mm`) of a scale for each OUT feature and no zero points.
+
+    It reads whole vectors: with other numbers of features it reads beyond the weight.
+    """
 
     name = "int8 (torch)"
+    IN_MULTIPLE, OUT_MULTIPLE = 32, 16
 
     def why_not(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         if weight.coding != Integer(8):
             return f"codes are {_say(weight)}"
         if dtype != torch.bfloat16:
             return f"activations are {dtype}".replace("torch.", "")
+        if weight.in_features % self.IN_MULTIPLE or weight.out_features % self.OUT_MULTIPLE:
+            return (
+                f"{weight.in_features} x {weight.out_features} features are not multiples of {self.IN_MULTIPLE} and "
+                f"{self.OUT_MULTIPLE}"
+            )
         if weight.scales.shape[1] != 1:
             return f"{weight.scales.shape[1]} groups in a row, not one"
         if weight.zeros is not None and bool((weight.zeros != 128).any()):
