@@ -121,10 +121,11 @@ def test_a_start_with_a_frozen_rank_tells_its_state() -> None:
         assert "rank 0: no stack" not in server.log()
 
 
-def test_a_model_without_a_tokenizer_is_refused_at_once_and_once(tmp_path: Path) -> None:
+def test_a_model_whose_tokenizer_the_router_cannot_read_is_refused_at_once_and_once(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(LLAMA, model)
-    (model / "tokenizer.json").write_text("{}")
+    # What a plan, which knows JSON but not tokenizers, cannot tell.
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}}))
     with Server(model, wait=False) as server:
         assert server.process is not None
         assert server.process.wait(60) == 1

@@ -259,7 +259,7 @@ def _check_tensor(
     info = index[name]
     if info.shape != shape:
         raise CheckpointError(
-            f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)} from the configuration"
+            f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)} from config.json"
         )
     if info.dtype not in dtypes:
         raise CheckpointError(f"{info.path}: tensor {name} has dtype {info.dtype}; expected {' or '.join(dtypes)}")
