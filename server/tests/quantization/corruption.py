@@ -267,6 +267,27 @@ def _check_product(weights: Sequence[Tensor | QuantizedWeight], expected: Matrix
     assert (np.abs(torch.cat(products, -1).numpy() - x.numpy() @ expected.T) <= bound).all()
 
 
+@dataclass
+class Verdict:
+    """What became of a case's mutations."""
+
+    counts: dict[str, int] = field(default_factory=lambda: {"served": 0, "refused": 0})
+    failures: list[str] = field(default_factory=list)
+
+    def judge(self, case: Case, seed: int, folder: Path) -> None:
+        """Counts the mutations of a seed, and notes those that are served wrong or refused without the words."""
+        for mutation in mutations(case, np.random.default_rng(seed)):
+            try:
+                message = outcome(mutation, case, folder)
+            except AssertionError as wrong:
+                self.failures.append(f"{mutation.label}: served wrong: {' '.join(str(wrong).split())[:200]}")
+                continue
+            self.counts["served" if message == "served" else "refused"] += 1
+            missing = None if message == "served" else complaint(mutation, message, folder)
+            if missing:
+                self.failures.append(f"{mutation.label}: refused, but {missing}: {message}")
+
+
 def complaint(mutation: Mutation, message: str, folder: Path) -> str | None:
     """What a refusal fails to say; None: it names the file or the linear, the tensor, and what was expected."""
     if not message.startswith(str(folder)) and not re.search(r"linear of|groups of", message):

@@ -38,10 +38,11 @@ class Layer:
 
 @dataclass
 class Kept:
-    """A stored tensor in memory."""
+    """A stored tensor in memory that counts what is read of it."""
 
     tensor: Tensor
     where: str
+    elements_read: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,6 +52,7 @@ class Kept:
         part = self.tensor
         for dim, r in (ranges or {}).items():
             part = part.narrow(dim, r.start, len(r))
+        self.elements_read += part.numel()
         return part.clone()
 
 

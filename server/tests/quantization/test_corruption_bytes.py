@@ -9,7 +9,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from corruption import Case, Tensors, complaint, mutations, outcome
+from corruption import Case, Tensors, Verdict
 from makers import FULL, Matrix
 from text_generation_server.quantization.bitsandbytes import (
     Bitsandbytes4bit,
@@ -141,18 +141,10 @@ if FULL:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_mutation_is_refused_by_name_or_served_right(case: Case, tmp_path: Path) -> None:
-    counts, failures, seed = {"served": 0, "refused": 0}, [], 0
+    verdict, seed = Verdict(), 0
+    counts = verdict.counts
     while sum(counts.values()) < 300:
         seed += 1
-        for mutation in mutations(case, np.random.default_rng(seed)):
-            try:
-                message = outcome(mutation, case, tmp_path)
-            except AssertionError as wrong:
-                failures.append(f"{mutation.label}: served wrong: {' '.join(str(wrong).split())[:200]}")
-                continue
-            counts["served" if message == "served" else "refused"] += 1
-            missing = None if message == "served" else complaint(mutation, message, tmp_path)
-            if missing:
-                failures.append(f"{mutation.label}: refused, but {missing}: {message}")
-    assert not failures, "\n".join(failures)
+        verdict.judge(case, seed, tmp_path)
+    assert not verdict.failures, "\n".join(verdict.failures)
     assert min(counts.values()) >= 50, counts

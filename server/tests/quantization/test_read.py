@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from makers import Kept, matrix_of
 from text_generation_server.errors import CheckpointError
 from text_generation_server.kernels.weights import Integer, QuantizedWeight
 from text_generation_server.quantization import read
@@ -15,26 +16,6 @@ from text_generation_server.quantization.spec import Along, Axis, Cut, Shape, Te
 from torch import Tensor
 
 IN, OUT, GROUP = 72, 96, 16
-
-
-@dataclass
-class Kept:
-    """A stored tensor that counts what is read of it."""
-
-    tensor: Tensor
-    where: str
-    elements_read: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def read(self, ranges: Mapping[int, range] | None = None) -> Tensor:
-        part = self.tensor
-        for dim, r in (ranges or {}).items():
-            part = part.narrow(dim, r.start, len(r))
-        self.elements_read += part.numel()
-        return part.clone()
 
 
 @dataclass(frozen=True)
@@ -97,15 +78,7 @@ CASES: list[tuple[Make, WeightFormat, str]] = [
 
 
 def matrix(weights: list[Tensor | QuantizedWeight]) -> Tensor:
-    """[out, in] float64 with the features of IN in their own order."""
-    rows = []
-    for weight in weights:
-        if isinstance(weight, Tensor):
-            rows.append(weight.double())
-            continue
-        values = weight.dequantize().double()
-        rows.append(values if weight.order is None else values[:, torch.argsort(weight.order)])
-    return torch.cat(rows)
+    return torch.from_numpy(matrix_of(weights))
 
 
 @pytest.mark.parametrize(("make", "format_", "order"), CASES)

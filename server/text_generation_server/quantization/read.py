@@ -29,17 +29,13 @@ def read_weight(
     Raises:
         CheckpointError: a tensor is missing or holds what its format does not allow.
     """
-    weights: list[Tensor | QuantizedWeight] = []
+    merged: list[list[Tensor | QuantizedWeight]] = []
     for part, linear in linears:
         for weight in _read_part(source, prefix + part.name, part, linear, columns, dtype):
-            weights.append(weight)
-    merged: list[list[Tensor | QuantizedWeight]] = []
-    for weight in weights:
-        if merged and _can_follow(merged[-1][0], weight):
-            merged[-1].append(weight)
-        else:
-            merged.append([weight])
-    del weights
+            if merged and _can_follow(merged[-1][0], weight):
+                merged[-1].append(weight)
+            else:
+                merged.append([weight])
     return [_concatenate(run) for run in merged]
 
 
@@ -61,15 +57,23 @@ def _read_part(
     source: Source, name: str, part: Part, linear: StoredLinear, columns: range | None, dtype: torch.dtype
 ) -> Iterator[Tensor | QuantizedWeight]:
     wanted = range(linear.shape.in_) if columns is None else columns
-    once = _read_without_rows(source, name, linear, Cut(linear.shape, range(0), wanted))
+    specs = [
+        spec
+        for spec in linear.format.specs(linear.shape)
+        if spec.is_read and (not spec.optional or f"{name}.{spec.suffix}" in source)
+    ]
+    # What does not depend on the rows is read once for all of them.
+    once = {
+        spec.suffix: _read_piece(source, name, spec, Cut(linear.shape, range(0), wanted))
+        for spec in specs
+        if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes)
+    }
     for rows in part.rows:
         assembly = _Assembly(len(rows), len(wanted), dtype)
         for chunk in _chunks(rows, _columns_read(linear, wanted)):
             cut = Cut(linear.shape, chunk, wanted)
             pieces = once | {
-                spec.suffix: _read_piece(source, name, spec, cut)
-                for spec in linear.format.specs(linear.shape)
-                if spec.suffix not in once and _is_wanted(source, name, spec)
+                spec.suffix: _read_piece(source, name, spec, cut) for spec in specs if spec.suffix not in once
             }
             assembly.add(linear.format.decode(pieces, cut), chunk.start - rows.start)
         yield assembly.finish()
@@ -93,19 +97,6 @@ def _columns_read(linear: StoredLinear, wanted: range) -> int:
         elif axis.along is Along.FLAT:
             most = linear.shape.in_
     return most
-
-
-def _read_without_rows(source: Source, name: str, linear: StoredLinear, cut: Cut) -> dict[str, Piece]:
-    """The tensors that do not depend on the rows: read once for all of them."""
-    return {
-        spec.suffix: _read_piece(source, name, spec, cut)
-        for spec in linear.format.specs(linear.shape)
-        if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes) and _is_wanted(source, name, spec)
-    }
-
-
-def _is_wanted(source: Source, name: str, spec: TensorSpec) -> bool:
-    return spec.is_read and (not spec.optional or f"{name}.{spec.suffix}" in source)
 
 
 def _read_piece(source: Source, name: str, spec: TensorSpec, cut: Cut) -> Piece:

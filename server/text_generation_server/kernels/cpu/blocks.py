@@ -36,7 +36,9 @@ class BlockLinear:
     def __call__(self, x: Tensor) -> Tensor:
         rows, out = len(x), self.out_features
         pieces = self.splitter.split(rows)
-        x = F.pad(x.to(self.computed), (0, 0, 0, sum(pieces) - rows))
+        x = x.to(self.computed)
+        if sum(pieces) > rows:
+            x = F.pad(x, (0, 0, 0, sum(pieces) - rows))
         inputs = torch.split(x, pieces)
         y = torch.empty(rows, out, dtype=self.dtype)
         for first in range(0, out, self.block):

@@ -2,17 +2,12 @@
 
 from pathlib import Path
 
-CPUINFO = Path("/proc/cpuinfo")
 
-
-def _flags(cpuinfo: Path) -> set[str]:
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return set()
-    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
-
-
-def computes_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
-    return bool(_flags(cpuinfo) & {"avx512_bf16", "amx_bf16"})
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
