@@ -24,9 +24,9 @@ def assert_close(found: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 4, 17, 100, 1100])
-def test_linear(rows: int, dtype: torch.dtype, kernels: CpuKernels) -> None:
+def test_linear(rows: int, dtype: torch.dtype, every_kernels: CpuKernels) -> None:
     x, weight = random(rows, 48).to(dtype), random(80, 48, seed=1).to(dtype) / 7
-    y = kernels.linear(weight)(x)
+    y = every_kernels.linear(weight)(x)
     assert y.dtype == dtype
     assert y.shape == (rows, 80)
     assert_close(y, REFERENCE.linear(weight.double())(x.double()))

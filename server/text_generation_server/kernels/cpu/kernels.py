@@ -1,4 +1,5 @@
-"""The CPU backend: torch operators, called so that a row's bits depend on its own tokens and positions alone."""
+"""The CPU backend: our own products and torch's operators, called so that a row's bits depend on its own tokens and
+positions alone."""
 
 import logging
 
@@ -10,6 +11,7 @@ from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
 from ..weights import QuantizedWeight
 from .attention import TILE_KEYS, TILE_ROWS, attend, plan_tiles
 from .linear import LinearFactory
+from .native import load_library
 from .proofs import Proofs, cancelling, elements_are_independent, proven_tile_rows, rows_are_independent
 from .quantized import QuantizedLinearFactory
 
@@ -25,10 +27,12 @@ class CpuKernels:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, instruction_set: str | None = None) -> None:
+        """instruction_set: of our own products; by default the best that the processor executes."""
         self.proofs = Proofs()
-        self._linear = LinearFactory(self.proofs)
-        self._quantized = QuantizedLinearFactory(self.proofs)
+        library = load_library(instruction_set)
+        self._linear = LinearFactory(self.proofs, library)
+        self._quantized = QuantizedLinearFactory(self.proofs, library)
         self._tile_rows: dict[int, tuple[int, ...]] = {}
         self._unstable: list[str] = []
         exponents = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 10

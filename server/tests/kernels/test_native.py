@@ -1,0 +1,226 @@
+"""Our own products: equal to float64 over odd shapes, the same bits in every company, and never a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_quantized_products import CODINGS, close, make
+from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.cpu import native
+from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.cpu.native import Library, dense_linear, load_library, quantized_linear
+from text_generation_server.kernels.cpu.quantized import Native
+from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
+from torch import Tensor
+
+LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]
+each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def rows(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+
+
+@each_library
+@given(
+    coding=st.sampled_from(CODINGS),
+    out=st.integers(1, 300),
+    in_=st.integers(1, 900),
+    group=st.integers(1, 900),
+    zeros=st.booleans(),
+    order=st.booleans(),
+    count=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scales=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=120)
+def test_random_shapes_equal_float64(
+    library: Library,
+    coding: Coding,
+    out: int,
+    in_: int,
+    group: int,
+    zeros: bool,
+    order: bool,
+    count: int,
+    dtype: torch.dtype,
+    scales: torch.dtype,
+) -> None:
+    weight, matrix = make(coding, out, in_, min(group, in_), zeros and isinstance(coding, Integer), order, scales)
+    x = rows(count, in_, dtype)
+    close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("in_", [4096, 4304, 10944, 29568])
+@pytest.mark.parametrize("coding", [Integer(3), Integer(4), CODINGS[4], Float8("e4m3fn")], ids=str)
+def test_long_rows_equal_float64(in_: int, coding: Coding, library: Library) -> None:
+    for group in (16, in_):
+        weight, matrix = make(coding, 40, in_, group, isinstance(coding, Integer), False, torch.float32)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = rows(3, in_, dtype)
+            close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "in_"), [(1, 1), (33, 7), (64, 256), (100, 4304)])
+def test_dense_products_equal_float64(out: int, in_: int, dtype: torch.dtype, library: Library) -> None:
+    matrix, x = rows(out, in_, dtype), rows(37, in_ + 1, dtype)[:, :in_]
+    y = dense_linear(library, matrix)(x)
+    assert y.dtype == dtype
+    close(y, x, matrix.double(), TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("coding", [*CODINGS, torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
+    coding: Coding | torch.dtype, library: Library
+) -> None:
+    in_, out = 296, 333
+    kept = torch.get_num_threads()
+    for group in (24, 296):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            if isinstance(coding, torch.dtype):
+                matmul = dense_linear(library, rows(out, in_, coding))
+            else:
+                zeros = isinstance(coding, Integer)
+                matmul = quantized_linear(
+                    library, make(coding, out, in_, group, zeros, True, torch.float16)[0], torch.float32
+                )
+            x = rows(300, in_, matmul.dtype)
+            results.append(matmul(x))
+            for count in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 33, 64, 200, 256, 257):
+                for first in (0, 1, 300 - count):
+                    assert torch.equal(matmul(x[first : first + count]), results[-1][first : first + count])
+        torch.set_num_threads(kept)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@each_library
+def test_values_at_the_edges_of_bfloat16_survive(library: Library) -> None:
+    """The largest, the smallest and the subnormal; infinities and what is not a number stay in their own rows."""
+    finfo = torch.finfo(torch.bfloat16)
+    values = torch.tensor([finfo.max, -finfo.max, finfo.tiny, 2.0**-133, 1.0, 0.0]).bfloat16()
+    one = torch.eye(6, dtype=torch.bfloat16)
+    assert torch.equal(dense_linear(library, one)(values[None]), values[None])
+    x = torch.zeros(5, 6, dtype=torch.bfloat16)
+    x[1, 0], x[3, 2] = float("inf"), float("nan")
+    y = dense_linear(library, torch.ones(3, 6, dtype=torch.bfloat16))(x)
+    assert y[1].isinf().all() and y[3].isnan().all() and not y[[0, 2, 4]].any()
+
+
+@each_library
+def test_results_are_rounded_to_the_nearest_even_bfloat16(library: Library) -> None:
+    x = torch.cat((rows(200, 1), torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8], [1 + 2.0**-8 + 2.0**-20]])))
+    wanted = x.bfloat16()
+    # The number itself, as the sum of three bfloat16 numbers.
+    parts = [x.bfloat16()]
+    for _ in range(2):
+        parts.append((x - sum(part.float() for part in parts)).bfloat16())
+    y = dense_linear(library, torch.ones(1, 3, dtype=torch.bfloat16))(torch.cat(parts, 1))
+    assert torch.equal(y, wanted)
+
+
+@each_library
+def test_activations_of_another_shape_or_type_are_refused_with_both(library: Library) -> None:
+    matmul = dense_linear(library, rows(8, 16))
+    for wrong in (rows(3, 15), rows(3, 16, torch.bfloat16), rows(3, 16)[0]):
+        with pytest.raises(ValueError, match=r"activations are .*; expected torch.float32 \[rows, 16\]"):
+            matmul(wrong)
+    assert matmul(torch.empty(0, 16)).shape == (0, 8)
+    transposed = rows(16, 5).T
+    assert torch.equal(matmul(transposed), matmul(transposed.contiguous()))
+
+
+def test_no_number_and_rarer_codes_keep_to_what_torch_reads() -> None:
+    """e4m3 has a code for what is not a number, which our widening would take for 480."""
+    weight, _ = make(Float8("e4m3fn"), 8, 32, 32, False, False, torch.float32)
+    product = Native(load_library())
+    assert product.why_not(weight, torch.float32) is None
+    weight.planes[0][3, 5] = 0xFF
+    assert product.why_not(weight, torch.float32) == "some codes are not numbers"
+    y = CpuKernels().quantized_linear(weight, torch.float32, "layer")(torch.ones(1, 32))
+    assert y.isnan().tolist() == [[i == 3 for i in range(8)]]
+
+
+def test_a_variant_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose instructions do not do what they should."""
+    library = Library()
+    multiply = library.multiply
+
+    def wrong(weight: int, x: Tensor, y: Tensor, threads: int) -> None:
+        multiply(weight, x, y, threads)
+        y[:, 5] *= 1.001
+
+    monkeypatch.setattr(library, "multiply", wrong)
+    assert "wrong by" in str(library.why_not(Integer(4)))
+    assert "wrong by" in str(native.dense_why_not(library, torch.float32))
+
+
+def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_library("none") is None
+    for library in LIBRARIES:
+        chosen = load_library(library.name)
+        assert chosen is not None and chosen.name == library.name
+    with pytest.raises(ConfigError, match=r"--instruction-set neon: this processor executes .*avx2"):
+        load_library("neon")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
+    assert load_library() is None  # not built
+
+
+def test_the_library_is_built_once_and_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(native.__file__).parent
+    for source in (*folder.glob("*.cpp"), *folder.glob("*.h"), folder / "build.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+
+    def build(cxx: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, tmp_path / "build.py"],
+            env={"CXX": cxx, "PATH": "/nowhere"},
+            capture_output=True,
+            text=True,
+        )
+
+    assert build(str(compiler)).returncode == 0
+    calls = (tmp_path / "compiler.log").read_text().splitlines()
+    assert sum("-c" in call.split() for call in calls) == 4
+    assert build(str(compiler)).returncode == 0
+    again = (tmp_path / "compiler.log").read_text().splitlines()[len(calls) :]
+    assert again == ["--version"]
+    (tmp_path / "pool.h").write_text("// other\n")
+    assert build(str(compiler)).returncode == 0
+    assert (tmp_path / "compiler.log").read_text().count("-c ") == 8
+    missing = build("no-such-compiler")
+    assert missing.returncode == 1
+    assert "no-such-compiler was not found: install a C++ compiler" in missing.stderr
+
+
+@each_library
+def test_groups_without_features_change_nothing(library: Library) -> None:
+    index = torch.tensor([0] * 5 + [2] * 11)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (9, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(9, 3, generator=generator)
+    weight = QuantizedWeight(Integer(4), 16, pack(codes, 4), scales, None, index, None)
+    x = rows(2, 16)
+    close(
+        quantized_linear(library, weight, torch.float32)(x), x, (codes.double() - 8) * scales.double()[:, index], 1e-5
+    )
