@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.cpu.native import Library
+from text_generation_server.kernels.cpu.native.library import Library
 
 
 @pytest.fixture(scope="session")

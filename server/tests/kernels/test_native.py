@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantized_products import CODINGS, close, make
 from text_generation_server.errors import ConfigError
-from text_generation_server.kernels.cpu import native
+from text_generation_server.kernels.cpu.native import library as native
+from text_generation_server.kernels.cpu.native import linear
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.cpu.native import Library, dense_linear, load_library, quantized_linear
+from text_generation_server.kernels.cpu.native.library import Library, load_library
+from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear, why_not
 from text_generation_server.kernels.cpu.quantized import Native
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
 from torch import Tensor
@@ -156,16 +158,20 @@ def test_no_number_and_rarer_codes_keep_to_what_torch_reads() -> None:
 
 def test_a_variant_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor whose instructions do not do what they should."""
-    library = Library()
-    multiply = library.multiply
+    library, quantize, dense = Library(), linear.quantized_linear, linear.dense_linear
 
-    def wrong(weight: int, x: Tensor, y: Tensor, threads: int) -> None:
-        multiply(weight, x, y, threads)
-        y[:, 5] *= 1.001
+    def wrong(matmul: linear.NativeLinear) -> linear.NativeLinear:
+        class Wrong(linear.NativeLinear):
+            def __call__(self, x: Tensor) -> Tensor:
+                return super().__call__(x) * torch.where(torch.arange(self._out) == 5, 1.001, 1)
 
-    monkeypatch.setattr(library, "multiply", wrong)
-    assert "wrong by" in str(library.why_not(Integer(4)))
-    assert "wrong by" in str(native.dense_why_not(library, torch.float32))
+        matmul.__class__ = Wrong
+        return matmul
+
+    monkeypatch.setattr(linear, "quantized_linear", lambda *arguments: wrong(quantize(*arguments)))
+    monkeypatch.setattr(linear, "dense_linear", lambda *arguments: wrong(dense(*arguments)))
+    assert "wrong by" in str(why_not(library, Integer(4)))
+    assert "wrong by" in str(linear.dense_why_not(library, torch.float32))
 
 
 def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.cpu.native import load_library
+from text_generation_server.kernels.cpu.native.library import load_library
 from text_generation_server.kernels.cpu.quantized import Product, products
 from text_generation_server.kernels.interface import Matmul
 from text_generation_server.kernels.reference.kernels import ReferenceKernels

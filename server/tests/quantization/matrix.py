@@ -19,7 +19,7 @@ import test_pack_quantized
 import torch
 from makers import awq, gptq, pack_quantized, share
 from slices import read, source
-from text_generation_server.kernels.cpu.native import load_library
+from text_generation_server.kernels.cpu.native.library import load_library
 from text_generation_server.kernels.cpu.quantized import products
 from text_generation_server.kernels.weights import QuantizedWeight
 from text_generation_server.quantization.awq import Awq

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..interface import Matmul
 from .blocks import block_linear
-from .native import Library, dense_linear, dense_why_not
+from .native.library import Library
+from .native.linear import dense_linear, dense_why_not
 from .proofs import Multiply, Proofs, RowSplitter
 
 

@@ -17,7 +17,8 @@ from ..interface import Matmul
 from ..weights import Float8, Integer, QuantizedWeight, Table
 from .blocks import block_linear
 from .linear import StableLinear
-from .native import Library, quantized_linear
+from .native.library import Library
+from .native.linear import quantized_linear, why_not
 from .proofs import Multiply, Proofs
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Native:
             return f"the weight is on {weight.device}"
         if weight.coding == Float8("e4m3fn") and bool((weight.planes[0] & 0x7F == 0x7F).any()):
             return "some codes are not numbers"
-        return self._library.why_not(weight.coding)
+        return why_not(self._library, weight.coding)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
         assert self._library is not None

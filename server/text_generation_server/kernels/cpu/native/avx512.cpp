@@ -1,7 +1,8 @@
 // Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl, and all of AVX2's.
-#include "linear.h"
+#include "layer.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <immintrin.h>
 #include <utility>
@@ -87,10 +88,28 @@ INLINE void store_bfloat16(uint16_t *at, F value) {
     _mm256_storeu_si256((__m256i *)at, _mm512_cvtepi32_epi16(rounded));
 }
 
+INLINE F minimum(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE __mmask16 less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INLINE F choose(__mmask16 condition, F a, F b) { return _mm512_mask_blend_ps(condition, b, a); }
+INLINE F round_to_whole(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE I to_integer(F value) { return {_mm512_cvtps_epi32(value)}; }
+INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+template <int N>
+INLINE I shift_right_signed(I value) { return {_mm512_srai_epi32(value.v, N)}; }
+INLINE F power_of_two(I value) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(value.v, _mm512_set1_epi32(127)), 23));
+}
+INLINE float first_of(F value) { return _mm512_cvtss_f32(value); }
+INLINE float add_up(F value) { return _mm512_reduce_add_ps(value); }
+INLINE float highest_of(F value) { return _mm512_reduce_max_ps(value); }
+
 #include "linear_variant.h"
+#include "layer_variant.h"
 
 }  // namespace
 
-const Variant kAvx512{"avx512", spread, multiply};
+const Variant kAvx512{"avx512", kTable4, spread, multiply};
+const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, attend};
 
 }  // namespace kernels

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "linear.h"
+#include "layer.h"
 #include "pool.h"
 
 namespace kernels {
@@ -15,6 +15,30 @@ constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kWorthThreads = 1 << 17;
 
 const Variant *const kVariants[] = {&kAvx2, &kAvx512};
+const LayerVariant *const kLayerVariants[] = {&kLayerAvx2, &kLayerAvx512};
+
+// Elements that are worth a second thread.
+constexpr int64_t kWorthElements = 1 << 16;
+
+template <class Function>
+void each_row(int32_t threads, int64_t rows, int64_t size, Function &&function) {
+    Pool::shared().run(threads, rows, std::max<int64_t>(1, kWorthElements / std::max<int64_t>(1, size)), function);
+}
+
+template <class T>
+void store_tokens(const T *k, const T *v, T *keys, T *values, const int64_t *slots, int64_t tokens, int64_t stride,
+                  int64_t v_stride, int64_t heads, int64_t dim, int64_t block_size) {
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
+        for (int64_t head = 0; head < heads; head++) {
+            T *to = keys + (block * heads + head) * dim * block_size + offset;
+            const T *from = k + token * stride + head * dim;
+            for (int64_t d = 0; d < dim; d++) to[d * block_size] = from[d];
+            std::memcpy(values + ((block * heads + head) * block_size + offset) * dim, v + token * v_stride + head * dim,
+                        dim * sizeof(T));
+        }
+    }
+}
 
 bool supported(int variant) {
     __builtin_cpu_init();
@@ -61,6 +85,12 @@ void put_codes(int32_t coding, const uint32_t *codes, int column, uint8_t *to) {
         case kInt3: put(column * 3, word(0, 8, 3), 3); break;
         case kInt4:
         case kTable4: put(column * 4, word(0, 8, 4), 4); break;
+        case kTable4Bytes: {
+            // Of vector v the bytes 4v to 4v + 3 of both halves, see avx2.cpp.
+            const int byte = column % 8 / 4 * 16 + column / 8 * 4 + column % 4;
+            for (int j = 0; j < 4; j++) put(j * kColumns + byte, codes[j] | codes[j + 4] << 4, 1);
+            break;
+        }
         case kInt8:
             for (int j = 0; j < 2; j++) put((j * kColumns + column) * 4, word(4 * j, 4, 8), 4);
             break;
@@ -84,6 +114,9 @@ EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
     *runs = supported(index);
     return kVariants[index]->name;
 }
+
+// The coding that a variant wants for codes of a table.
+EXPORT int32_t kernels_table_coding(int32_t variant) { return kVariants[variant]->table; }
 
 EXPORT int64_t kernels_step_bytes(int32_t coding) { return kStepBytes[coding]; }
 
@@ -139,5 +172,62 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
             use.multiply(*weight, activations, first, last, scratch.floats(scratch_floats(count)));
         });
     }
+}
+
+// x, y: [rows][size] of `type`; weight: [weight_rows][size].
+EXPORT void kernels_rms_norm(int32_t variant, const void *x, const void *weight, void *y, int32_t type, int64_t rows,
+                             int64_t size, int64_t weight_rows, float eps, int32_t threads) {
+    each_row(threads, rows, size, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->rms_norm(x, weight, y, type, size, weight_rows, eps, first, last);
+    });
+}
+
+// x: [rows][2 * size]; y: [rows][size].
+EXPORT void kernels_silu_and_mul(int32_t variant, const void *x, void *y, int32_t type, int64_t rows, int64_t size,
+                                 int32_t threads) {
+    each_row(threads, rows, 4 * size, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->silu_and_mul(x, y, type, size, first, last);
+    });
+}
+
+EXPORT void kernels_rotate(int32_t variant, const void *x, const float *cos, const float *sin, void *y, int32_t type,
+                           int64_t tokens, int64_t heads, int64_t dim, int64_t stride, int32_t threads) {
+    each_row(threads, tokens, heads * dim, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->rotate(x, cos, sin, y, type, heads, dim, stride, first, last);
+    });
+}
+
+// k, v: [tokens][heads][dim], `k_stride` and `v_stride` elements from one token to the next; the caches: see Attention.
+EXPORT void kernels_store_kv(const void *k, const void *v, void *keys, void *values, const int64_t *slots, int32_t type,
+                             int64_t tokens, int64_t k_stride, int64_t v_stride, int64_t heads, int64_t dim,
+                             int64_t block_size) {
+    if (type == kF32)
+        store_tokens(static_cast<const float *>(k), static_cast<const float *>(v), static_cast<float *>(keys),
+                     static_cast<float *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
+    else
+        store_tokens(static_cast<const uint16_t *>(k), static_cast<const uint16_t *>(v), static_cast<uint16_t *>(keys),
+                     static_cast<uint16_t *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
+}
+
+EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threads) {
+    const int64_t group = step->heads / step->kv_heads, tokens = std::max<int64_t>(1, kTileRows / group);
+    std::vector<AttentionTile> tiles;
+    for (int64_t sequence = 0; sequence < step->sequences; sequence++) {
+        const int64_t count = step->starts[sequence + 1] - step->starts[sequence];
+        // The last tokens see the most keys, and are begun first.
+        for (int64_t token = (count - 1) / tokens * tokens; token >= 0; token -= tokens)
+            for (int64_t head = 0; head < step->kv_heads; head++)
+                tiles.push_back({sequence, token, std::min(tokens, count - token), head});
+    }
+    int64_t keys = 0;
+    for (int64_t sequence = 0; sequence < step->sequences; sequence++) keys += step->lengths[sequence];
+    // Waking a thread costs more than few keys.
+    const bool worth = keys * step->head_dim * step->heads > kWorthElements;
+    Pool::shared().run(worth ? threads : 1, int64_t(tiles.size()), 1, [&](int64_t first, int64_t last) {
+        static thread_local Buffer scratch;
+        float *floats = scratch.floats(attention_scratch_floats(step->head_dim, tokens * group));
+        for (int64_t tile = first; tile < last; tile++)
+            kLayerVariants[variant]->attend(*step, tiles[tile], floats, tokens * group);
+    });
 }
 }

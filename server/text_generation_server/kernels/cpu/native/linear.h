@@ -17,11 +17,11 @@ namespace kernels {
 constexpr int kColumns = 32;     // OUT features of a panel
 constexpr int kStepPlaces = 8;   // IN places of a step
 
-enum Coding : int32_t { kFloat32, kBfloat16, kInt2, kInt3, kInt4, kInt8, kTable4, kE4m3, kE5m2, kCodings };
+enum Coding : int32_t { kFloat32, kBfloat16, kInt2, kInt3, kInt4, kInt8, kTable4, kE4m3, kE5m2, kTable4Bytes, kCodings };
 enum Float : int32_t { kNone, kF32, kF16, kBf16 };
 
 // Bytes of a step: 8 places x 32 columns.
-constexpr int64_t kStepBytes[kCodings] = {1024, 512, 64, 96, 128, 256, 128, 256, 256};
+constexpr int64_t kStepBytes[kCodings] = {1024, 512, 64, 96, 128, 256, 128, 256, 256, 128};
 
 // Mirrored by `native/__init__.py`.
 struct Weight {
@@ -36,7 +36,7 @@ struct Weight {
     const void *scales;         // [panels][groups][32]
     const uint8_t *zeros;       // [panels][groups][32], or null: `middle` everywhere
     const int32_t *places;      // [steps * 8]: IN feature or -1; null: each place is its own feature
-    const float *table;         // 16 numbers, of kTable4
+    const float *table;         // 16 numbers, of kTable4 and kTable4Bytes
     float middle;
 };
 
@@ -53,6 +53,7 @@ struct Rows {
 // What one instruction set provides.
 struct Variant {
     const char *name;
+    Coding table;  // how it wants codes of a table laid out: kTable4 or kTable4Bytes
     // Fills rows [first, last) of `x` and `sums` from activations of `type` [count][in_features].
     void (*spread)(const Weight &, const void *activations, Float type, int64_t first, int64_t last, int64_t stride,
                    float *x, float *sums);

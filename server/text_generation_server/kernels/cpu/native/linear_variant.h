@@ -23,8 +23,23 @@ INLINE void repeat(Function &&function) {
 // may come out multiplied by a power of two, since taking it where it stands saves a shift; `gain` is its inverse and
 // goes into the activations, which is exact.
 
+// Calls `function(place, vector, numbers)` for all numbers of a step, the places of a vector in ascending order.
+template <class C, class Function>
+INLINE void each_number(const uint8_t *step, const float *table, Function &&function) {
+    if constexpr (C::kByPlace) {
+        const auto numbers = C::prepare(table);
+        repeat<kStepPlaces>([&](auto j) { C::template expand<j>(step, numbers, [&](auto v, F number) { function(j, v, number); }); });
+    } else {
+        repeat<kVectors>([&](auto v) {
+            auto words = C::load(step, v, table);
+            repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words)); });
+        });
+    }
+}
+
 template <int Bits>
 struct Packed {  // 8 codes of 2, 3 or 4 bits in one integer
+    static constexpr bool kByPlace = false;
     using Words = I;
     static INLINE Words load(const uint8_t *step, int vector, const float *) {
         return load_words<Bits>(step + vector * kWidth * Bits);
@@ -38,6 +53,7 @@ struct Packed {  // 8 codes of 2, 3 or 4 bits in one integer
 };
 
 struct Bytes {  // 4 codes of 8 bits in an integer, places 4 to 7 after places 0 to 3
+    static constexpr bool kByPlace = false;
     struct Words { I low, high; };
     static INLINE Words load(const uint8_t *step, int vector, const float *) {
         const uint8_t *at = step + vector * kWidth * 4;
@@ -52,7 +68,10 @@ struct Bytes {  // 4 codes of 8 bits in an integer, places 4 to 7 after places 0
     static constexpr float gain(int j) { return j % 4 == 3 ? 1.0f : 1.0f / float(1 << (j % 4 * 8)); }
 };
 
+#ifndef TABLE
+#define TABLE Table
 struct Table {  // 8 codes of 4 bits in an integer
+    static constexpr bool kByPlace = false;
     struct Words { I codes; Numbers16 table; };
     static INLINE Words load(const uint8_t *step, int vector, const float *table) {
         return {load_integers(step + vector * kWidth * 4), load_numbers(table)};
@@ -61,8 +80,10 @@ struct Table {  // 8 codes of 4 bits in an integer
     static INLINE F get(const Words &words) { return look_up<J * 4>(words.table, words.codes); }
     static constexpr float gain(int) { return 1.0f; }
 };
+#endif
 
 struct Brain {  // 2 bfloat16 in an integer, the even place low
+    static constexpr bool kByPlace = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth * 4; }
     template <int J>
@@ -74,6 +95,7 @@ struct Brain {  // 2 bfloat16 in an integer, the even place low
 };
 
 struct Single {  // float32
+    static constexpr bool kByPlace = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth * 4; }
     template <int J>
@@ -85,6 +107,7 @@ struct Single {  // float32
 // and an exponent of another bias, which makes numbers 256 times too small. Scales make up for that.
 template <bool E5m2>
 struct Float8 {
+    static constexpr bool kByPlace = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth; }
     template <int J>
@@ -147,13 +170,9 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
             repeat<Panels>([&](auto p) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
                 prefetch(at);
-                repeat<kVectors>([&](auto v) {
-                    auto words = C::load(at, v, weight.table);
-                    repeat<kStepPlaces>([&](auto j) {
-                        F number = C::template get<j>(words);
-                        repeat<Count>([&](auto m) {
-                            partial[p][m][v] = add_product(number, broadcast(x + m * rows.stride + j), partial[p][m][v]);
-                        });
+                each_number<C>(at, weight.table, [&](auto j, auto v, F number) {
+                    repeat<Count>([&](auto m) {
+                        partial[p][m][v] = add_product(number, broadcast(x + m * rows.stride + j), partial[p][m][v]);
                     });
                 });
             });
@@ -178,7 +197,7 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
 
 // `Count` rows with 2 vectors of columns of numbers that lie in memory. `sums` and `partials`: [Count][kColumns].
 template <int Count>
-INLINE void multiply_numbers(const float *numbers, int64_t places, const float *x, int64_t stride, float *partials,
+__attribute__((noinline)) void multiply_numbers(const float *numbers, int64_t places, const float *x, int64_t stride, float *partials,
                              bool begins) {
     F partial[Count][2];
     repeat<Count>([&](auto m) {
@@ -215,10 +234,8 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                 const uint8_t *at = codes + step * step_bytes;
                 float *to = numbers + (step - first) * kStepPlaces * kColumns;
                 prefetch(at);
-                repeat<kVectors>([&](auto v) {
-                    auto words = C::load(at, v, weight.table);
-                    repeat<kStepPlaces>([&](auto j) { store_floats(to + j * kColumns + v * kWidth, C::template get<j>(words)); });
-                });
+                each_number<C>(at, weight.table,
+                               [&](auto j, auto v, F number) { store_floats(to + j * kColumns + v * kWidth, number); });
             }
             for (int64_t row = 0; row < rows.count; row += kRows) {
                 const float *x = rows.x + row * rows.stride + first * kStepPlaces;
@@ -309,7 +326,8 @@ void with_coding(int32_t coding, Function &&function) {
         case kInt3: return function(Packed<3>{});
         case kInt4: return function(Packed<4>{});
         case kInt8: return function(Bytes{});
-        case kTable4: return function(Table{});
+        case kTable4:
+        case kTable4Bytes: return function(TABLE{});
         case kE4m3: return function(Float8<false>{});
         case kE5m2: return function(Float8<true>{});
     }
