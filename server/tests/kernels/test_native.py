@@ -12,13 +12,16 @@ from conftest import INSTRUCTION_SETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantized_products import CODINGS, close, make
+from text_generation_server.batch import StepBatch
 from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.native import library as native
 from text_generation_server.kernels.cpu.native import linear
-from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.cpu.native.layer import NativeLayer
 from text_generation_server.kernels.cpu.native.library import Library, load_library
 from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear, why_not
 from text_generation_server.kernels.cpu.quantized import Native
+from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
 from torch import Tensor
 
@@ -230,3 +233,79 @@ def test_groups_without_features_change_nothing(library: Library) -> None:
     close(
         quantized_linear(library, weight, torch.float32)(x), x, (codes.double() - 8) * scales.double()[:, index], 1e-5
     )
+
+
+# What a layer computes besides its products --------------------------------------------------------------------------
+
+
+each_layer = pytest.mark.parametrize("layer", map(NativeLayer, LIBRARIES), ids=[each.name for each in LIBRARIES])
+
+
+@each_layer
+@pytest.mark.parametrize("size", [1, 7, 16, 100, 256, 4304])
+def test_norms_and_activations_of_any_size_equal_float64(size: int, layer: NativeLayer) -> None:
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+        x, weight = rows(9, size, dtype), rows(1, size, dtype)[0] + 1
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        torch.testing.assert_close(layer.rms_norm(x, weight, 1e-5).double(), exact, rtol=tolerance, atol=tolerance)
+        pair = rows(9, 2 * size, dtype) * 4
+        gate, up = pair.double().chunk(2, -1)
+        found = layer.silu_and_mul(pair).double()
+        torch.testing.assert_close(found, gate / (1 + torch.exp(-gate)) * up, rtol=tolerance, atol=tolerance)
+
+
+@each_layer
+def test_the_exponential_is_right_to_a_few_units_in_the_last_place(layer: NativeLayer) -> None:
+    """Seen through silu(x) * 1 for negative x, where it is x * exp(x) to the last bit."""
+    x = -torch.linspace(20, 85, 40_001)
+    found = layer.silu_and_mul(torch.stack((x, torch.ones_like(x)), 1).view(-1, 2))[:, 0].double()
+    exact = x.double() / (1 + torch.exp(-x.double()))
+    assert ((found - exact) / exact).abs().max() < 4e-7
+    edges = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0], [-200.0, 1.0], [88.0, 1.0]])
+    y = layer.silu_and_mul(edges)[:, 0]
+    assert y[0].isinf() and y[1].isnan() and y[2] == 0 and y[3] == 88
+
+
+@each_layer
+def test_elements_have_the_same_bits_in_any_company(layer: NativeLayer) -> None:
+    x = rows(200, 100)
+    weight = rows(1, 100)[0]
+    cos, sin = rows(200, 20).float(), rows(200, 20).float() + 1
+    whole = layer.rms_norm(x, weight, 1e-5), layer.silu_and_mul(x), layer.rotate(x.view(200, 5, 20), cos, sin)
+    for count in (1, 2, 3, 17):
+        for first in (0, 1, 200 - count):
+            part = slice(first, first + count)
+            assert torch.equal(layer.rms_norm(x[part], weight, 1e-5), whole[0][part])
+            assert torch.equal(layer.silu_and_mul(x[part]), whole[1][part])
+            assert torch.equal(layer.rotate(x[part].view(count, 5, 20), cos[part], sin[part]), whole[2][part])
+
+
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("heads", [2, 16])
+def test_attention_has_the_same_bits_whole_in_chunks_and_step_by_step(
+    heads: int, window: int | None, dtype: torch.dtype, layer: NativeLayer
+) -> None:
+    length, dim, size, options = 150, 64, 16, AttentionOptions(0.125, window)
+    q = rows(length, heads * dim, dtype).view(length, heads, dim)
+    k, v = (rows(length, 2 * dim + shift, dtype)[:, shift:].reshape(length, 2, dim) for shift in (0, 1))
+
+    def attend(chunk: int) -> Tensor:
+        cache = layer.new_kv_cache(CacheSpec(1, 2, dim, dtype), 12, size)
+        for tensor in cache.layers[0]:
+            tensor.fill_(torch.nan)
+        found, table = [], torch.tensor([[3, 1, 4, 11, 5, 9, 2, 6, 8, 7]])
+        for begin in range(0, length, chunk):
+            positions = torch.arange(begin, min(begin + chunk, length))
+            slots = table[0, positions // size] * size + positions % size
+            count = len(positions)
+            nothing = torch.zeros(0, dtype=torch.int64)
+            batch = StepBatch(nothing, positions, [0, count], [begin + count], slots, table, nothing, cache)
+            layer.store_kv(k[positions], v[positions], 0, batch)
+            found.append(layer.attention(q[positions], 0, batch, options))
+        return torch.cat(found)
+
+    whole = attend(length)
+    for chunk in (1, 7, 16, 33, 64):
+        assert torch.equal(attend(chunk), whole), chunk

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...weights import Coding, Integer, QuantizedWeight, Table, pack
+from ...weights import Coding, Float8, Integer, QuantizedWeight, Table, pack
 from .library import FLOATS, Library
 
 logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
+E4M3 = 7
 _DENSE = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -125,10 +126,7 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
     sizes = torch.bincount(groups, minlength=weight.scales.shape[1]).tolist()
     plain = all(size % STEP == 0 for size in sizes) and torch.equal(order, torch.arange(len(order)))
     codes = weight.codes()
-    if isinstance(weight.coding, Integer | Table):
-        coding = {2: 2, 3: 3, 4: 4, 8: 5}[weight.coding.bits] if isinstance(weight.coding, Integer) else library.table_coding
-    else:
-        coding = 7 if weight.coding.kind == "e4m3fn" else 8
+    coding = _coding(library, weight.coding)
     places = None
     if not plain or weight.order is not None:
         # Codes are brought into the order of the features, so that both codes and activations are found by feature.
@@ -137,11 +135,22 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
             order = weight.order[order]
         places = _places(order, sizes)
     scales = weight.scales
-    if coding == 7:
+    if coding == E4M3:
         scales = scales.float() * 256  # numbers come out of float16 that much too small
     return _linear(
         library, coding, codes, places, sizes, dtype, scales, weight.zeros, _middle(weight.coding), weight.coding
     )
+
+
+def _coding(library: Library, coding: Coding) -> int:
+    """`Coding` of linear.h."""
+    match coding:
+        case Integer(bits):
+            return {2: 2, 3: 3, 4: 4, 8: 5}[bits]
+        case Table():
+            return library.table_coding
+        case Float8(kind):
+            return {"e4m3fn": E4M3, "e5m2": 8}[kind]
 
 
 def _middle(coding: Coding) -> int:
