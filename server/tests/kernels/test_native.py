@@ -37,8 +37,8 @@ def rows(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @each_library
 @given(
     coding=st.sampled_from(CODINGS),
-    out=st.integers(1, 300),
-    in_=st.integers(1, 900),
+    out=st.integers(8, 300),
+    in_=st.integers(8, 900),
     group=st.integers(1, 900),
     zeros=st.booleans(),
     order=st.booleans(),
@@ -238,7 +238,7 @@ def test_groups_without_features_change_nothing(library: Library) -> None:
 # What a layer computes besides its products --------------------------------------------------------------------------
 
 
-each_layer = pytest.mark.parametrize("layer", map(NativeLayer, LIBRARIES), ids=[each.name for each in LIBRARIES])
+each_layer = pytest.mark.parametrize("layer", list(map(NativeLayer, LIBRARIES)), ids=[each.name for each in LIBRARIES])
 
 
 @each_layer

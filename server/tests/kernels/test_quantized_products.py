@@ -168,7 +168,7 @@ def test_the_first_product_with_nothing_against_it_is_chosen(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("size", [1, 3, 8, 31, 104, 128])
+@pytest.mark.parametrize("size", [1, 3, 8, 17, 26, 31, 104, 128])
 def test_unpacking_undoes_packing(bits: int, size: int) -> None:
     codes = torch.randint(0, 2**bits, (5, size), dtype=torch.uint8)
     planes = pack(codes, bits)

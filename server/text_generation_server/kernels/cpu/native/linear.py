@@ -65,8 +65,8 @@ def _error(library: Library, kind: Coding | torch.dtype) -> float:
         matmul = dense_linear(library, dense)
         tolerated = 0.0 if kind == torch.float32 else 2.0**-8  # of the result's own rounding
     else:
-        codes = torch.randint(0, 2**kind.bits, (out, in_), generator=generator, dtype=torch.uint8)
-        codes %= 2**kind.bits if isinstance(kind, Integer | Table) else 120  # of 8-bit floats, finite ones
+        most = 120 if isinstance(kind, Float8) else 2**kind.bits  # of 8-bit floats, finite ones
+        codes = torch.randint(0, most, (out, in_), generator=generator, dtype=torch.uint8)
         scales = torch.rand(out, in_ // group, generator=generator) + 0.5
         zeros = None
         if isinstance(kind, Integer):
