@@ -73,7 +73,7 @@ install_python() {
     .venv/bin/pip install -q --disable-pip-version-check -r server/requirements.lock
     .venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e ./server
     # Once more for its message alone, if there is one: pip keeps it to itself.
-    .venv/bin/python "$kernels/build.py" || say "torch's operators serve instead, several times slower"
+    .venv/bin/python "$kernels/build.py" "${CXX:-c++}" || say "torch's operators serve instead, several times slower"
     echo "$state" > .venv/.installed
     say "Python packages are ready"
 }

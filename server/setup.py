@@ -1,5 +1,6 @@
 """Generates `text_generation_server/pb/` and builds the kernels, for wheels and for editable installs."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def generate() -> None:
 
 def build_kernels() -> None:
     """Without a compiler the package works too, more slowly."""
-    reason = runpy.run_path(str(KERNELS / "build.py"))["build"]()
+    reason = runpy.run_path(str(KERNELS / "build.py"))["build"](os.environ.get("CXX", "c++"))
     if reason is not None:
         print(f"kernels are not built, torch's operators serve instead: {reason}", file=sys.stderr)
 

@@ -202,8 +202,8 @@ def test_the_library_is_built_once_and_without_a_compiler_says_so(
 
     def build(cxx: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, tmp_path / "build.py"],
-            env={"CXX": cxx, "PATH": "/nowhere"},
+            [sys.executable, tmp_path / "build.py", cxx],
+            env={"PATH": "/nowhere"},
             capture_output=True,
             text=True,
         )

@@ -1,6 +1,6 @@
-"""Builds libkernels.so from the sources beside it: with the package (`setup.py`), or by `python build.py`.
+"""Builds libkernels.so from the sources beside it: with the package (`setup.py`), or by `python build.py [COMPILER]`.
 
-A C++ compiler is all that is needed: $CXX, else c++. One object for each instruction set, so that the library runs on
+A C++ compiler is all that is needed. One object for each instruction set, so that the library runs on
 every processor and uses the best that the present one has. Nothing is compiled again while sources, flags and compiler
 are the same.
 """
@@ -38,17 +38,17 @@ AVX512 = (
 SOURCES = {"library.cpp": (), "pool.cpp": (), "avx2.cpp": AVX2, "avx512.cpp": AVX512}
 
 
-def build() -> str | None:
-    """Makes LIBRARY if it is not up to date. Returns why there is none, or None.
+def build(command: str = "c++") -> str | None:
+    """Makes LIBRARY with the compiler `command` if it is not up to date. Returns why there is none, or None.
 
     Raises:
         RuntimeError: the compiler refused a source.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"there are no kernels for {platform.machine()} yet"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = shlex.split(command)
     if shutil.which(compiler[0]) is None:
-        return f"{compiler[0]} was not found: install a C++ compiler (Debian, Ubuntu: g++), or name one with CXX"
+        return f"{compiler[0]} was not found: install a C++ compiler (Debian, Ubuntu: g++), or name one with the variable CXX"
     stamp = _stamp(compiler)
     if LIBRARY.exists() and STAMP.exists() and STAMP.read_text() == stamp:
         return None
@@ -86,6 +86,6 @@ def _run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    reason = build()
+    reason = build(*sys.argv[1:2])
     if reason is not None:
         sys.exit(f"kernels are not built: {reason}")

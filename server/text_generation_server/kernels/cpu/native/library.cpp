@@ -135,6 +135,7 @@ EXPORT void kernels_pack(const Weight *weight, const void *source, int64_t eleme
                         const int64_t feature = weight->places ? weight->places[place] : place;
                         const bool real = row < weight->out_features && feature >= 0;
                         codes[j] = real ? element(source, element_bytes, row * weight->in_features + feature) : 0;
+                        if (weight->coding == kInt8) codes[j] ^= 128;
                     }
                     put_codes(weight->coding, codes, column, at);
                 }

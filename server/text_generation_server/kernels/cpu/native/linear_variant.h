@@ -52,7 +52,7 @@ struct Packed {  // 8 codes of 2, 3 or 4 bits in one integer
     static constexpr float gain(int j) { return j * Bits + Bits == 32 ? 1.0f : 1.0f / float(int64_t(1) << (j * Bits)); }
 };
 
-struct Bytes {  // 4 codes of 8 bits in an integer, places 4 to 7 after places 0 to 3
+struct Bytes {  // 4 codes of 8 bits, less 128, in an integer, places 4 to 7 after places 0 to 3
     static constexpr bool kByPlace = false;
     struct Words { I low, high; };
     static INLINE Words load(const uint8_t *step, int vector, const float *) {
@@ -62,10 +62,9 @@ struct Bytes {  // 4 codes of 8 bits in an integer, places 4 to 7 after places 0
     template <int J>
     static INLINE F get(const Words &words) {
         I word = J < 4 ? words.low : words.high;
-        if constexpr (J % 4 == 3) return to_float(shift_right<24>(word));
-        else return to_float(word & all(int32_t(0xFF) << (J % 4 * 8)));
+        return to_float(shift_right_signed<24>(shift_left<24 - J % 4 * 8>(word)));
     }
-    static constexpr float gain(int j) { return j % 4 == 3 ? 1.0f : 1.0f / float(1 << (j % 4 * 8)); }
+    static constexpr float gain(int) { return 1.0f; }
 };
 
 #ifndef TABLE
@@ -128,7 +127,7 @@ struct Group {
         }
     }
     INLINE F zero(int column) const {
-        return weight.zeros ? widen_bytes(weight.zeros + at + column) : all_floats(weight.middle);
+        return weight.zeros ? widen_bytes(weight.zeros + at + column) - all_floats(weight.offset) : all_floats(weight.middle);
     }
     // The sum over groups after this one, whose products with plain codes add up to `partial`.
     INLINE F add(F sum, F partial, int column, const float *x_sum) const {
