@@ -62,7 +62,7 @@ INLINE I load_words(const uint8_t *at) {
 // up decides which column each is.
 #define TABLE TableBytes
 struct TableBytes {
-    static constexpr bool kByPlace = true;
+    static constexpr bool kByPlace = true, kSubtracts = false;
     struct Numbers { __m256i byte[4]; };
     static INLINE Numbers prepare(const float *table) {
         const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
@@ -102,6 +102,7 @@ INLINE F widen_float16(const uint16_t *at) { return _mm256_cvtph_ps(_mm_loadu_si
 INLINE F widen_bfloat16(const uint16_t *at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16));
 }
+INLINE I bytes_to_integers(const uint8_t *at) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at))}; }
 INLINE F widen_bytes(const uint8_t *at) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)));
 }

@@ -75,6 +75,7 @@ INLINE F widen_float16(const uint16_t *at) { return _mm512_cvtph_ps(_mm256_loadu
 INLINE F widen_bfloat16(const uint16_t *at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
 }
+INLINE I bytes_to_integers(const uint8_t *at) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at))}; }
 INLINE F widen_bytes(const uint8_t *at) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)));
 }

@@ -48,7 +48,7 @@ def build(command: str = "c++") -> str | None:
         return f"there are no kernels for {platform.machine()} yet"
     compiler = shlex.split(command)
     if shutil.which(compiler[0]) is None:
-        return f"{compiler[0]} was not found: install a C++ compiler (Debian, Ubuntu: g++), or name one with the variable CXX"
+        return f"{compiler[0]} was not found: install a C++ compiler (Debian, Ubuntu: g++), or name one with $CXX"
     stamp = _stamp(compiler)
     if LIBRARY.exists() and STAMP.exists() and STAMP.read_text() == stamp:
         return None

@@ -135,7 +135,6 @@ EXPORT void kernels_pack(const Weight *weight, const void *source, int64_t eleme
                         const int64_t feature = weight->places ? weight->places[place] : place;
                         const bool real = row < weight->out_features && feature >= 0;
                         codes[j] = real ? element(source, element_bytes, row * weight->in_features + feature) : 0;
-                        if (weight->coding == kInt8) codes[j] ^= 128;
                     }
                     put_codes(weight->coding, codes, column, at);
                 }
@@ -153,7 +152,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
     const int64_t x_bytes = type == kF32 ? 4 : 2;
     // Rows one after another at a power of two would share few places of a cache.
     const int64_t stride = weight->steps * kStepPlaces + 16;
-    const bool has_sums = weight->scale_type != kNone && (weight->zeros || weight->middle != 0);
+    const bool has_sums = weight->coding >= kInt2 && weight->coding <= kInt4;
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
         float *spread = spread_buffer.floats(count * stride);

@@ -34,12 +34,10 @@ struct Weight {
     const uint8_t *codes;       // [panels][steps][step bytes]
     const int32_t *group_ends;  // [groups]: the step after the last one of each group
     const void *scales;         // [panels][groups][32]
-    const uint8_t *zeros;       // [panels][groups][32], with the offset, or null: `middle` everywhere
+    const uint8_t *zeros;       // [panels][groups][32], or null: `middle` everywhere
     const int32_t *places;      // [steps * 8]: IN feature or -1; null: each place is its own feature
     const float *table;         // 16 numbers, of kTable4 and kTable4Bytes
-    float middle;               // less `offset`
-    float offset;               // what codes, and so zero points, are less: 8-bit codes are kept signed, since sums of large
-                                // codes would lose in rounding what their zero point takes away
+    float middle;
 };
 
 // Activations as the product reads them.

@@ -15,7 +15,7 @@ from .library import FLOATS, Library
 logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
-INT8, E4M3 = 5, 7
+E4M3 = 7
 _DENSE = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -36,7 +36,6 @@ class _Weight(ctypes.Structure):
         ("places", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("middle", ctypes.c_float),
-        ("offset", ctypes.c_float),
     )
 
 
@@ -147,7 +146,7 @@ def _coding(library: Library, coding: Coding) -> int:
     """`Coding` of linear.h."""
     match coding:
         case Integer(bits):
-            return {2: 2, 3: 3, 4: 4, 8: INT8}[bits]
+            return {2: 2, 3: 3, 4: 4, 8: 5}[bits]
         case Table():
             return library.table_coding
         case Float8(kind):
@@ -190,8 +189,7 @@ def _linear(
     if scales is not None:
         scales = _panels(scales)
         weight.scale_type, weight.scales = FLOATS[scales.dtype], scales.data_ptr()
-        weight.offset = 128 if coding == INT8 else 0
-        weight.middle = middle - weight.offset
+        weight.middle = middle
         kept.append(scales)
     if zeros is not None:
         zeros = _panels(zeros)

@@ -24,22 +24,26 @@ INLINE void repeat(Function &&function) {
 // goes into the activations, which is exact.
 
 // Calls `function(place, vector, numbers)` for all numbers of a step, the places of a vector in ascending order.
+// `minus`: what is taken away from the codes of each vector, where the coding does that.
 template <class C, class Function>
-INLINE void each_number(const uint8_t *step, const float *table, Function &&function) {
+INLINE void each_number(const uint8_t *step, const float *table, const I *minus, Function &&function) {
     if constexpr (C::kByPlace) {
         const auto numbers = C::prepare(table);
         repeat<kStepPlaces>([&](auto j) { C::template expand<j>(step, numbers, [&](auto v, F number) { function(j, v, number); }); });
     } else {
         repeat<kVectors>([&](auto v) {
             auto words = C::load(step, v, table);
-            repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words)); });
+            if constexpr (C::kSubtracts)
+                repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words, minus[v])); });
+            else
+                repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words)); });
         });
     }
 }
 
 template <int Bits>
 struct Packed {  // 8 codes of 2, 3 or 4 bits in one integer
-    static constexpr bool kByPlace = false;
+    static constexpr bool kByPlace = false, kSubtracts = false;
     using Words = I;
     static INLINE Words load(const uint8_t *step, int vector, const float *) {
         return load_words<Bits>(step + vector * kWidth * Bits);
@@ -52,17 +56,20 @@ struct Packed {  // 8 codes of 2, 3 or 4 bits in one integer
     static constexpr float gain(int j) { return j * Bits + Bits == 32 ? 1.0f : 1.0f / float(int64_t(1) << (j * Bits)); }
 };
 
-struct Bytes {  // 4 codes of 8 bits, less 128, in an integer, places 4 to 7 after places 0 to 3
-    static constexpr bool kByPlace = false;
+// 4 codes of 8 bits in an integer, places 4 to 7 after places 0 to 3. Zero points are taken away at once: sums of codes that
+// lie far from zero would lose in rounding more than a product in float32 may be off.
+struct Bytes {
+    static constexpr bool kByPlace = false, kSubtracts = true;
     struct Words { I low, high; };
     static INLINE Words load(const uint8_t *step, int vector, const float *) {
         const uint8_t *at = step + vector * kWidth * 4;
         return {load_integers(at), load_integers(at + kColumns * 4)};
     }
     template <int J>
-    static INLINE F get(const Words &words) {
-        I word = J < 4 ? words.low : words.high;
-        return to_float(shift_right_signed<24>(shift_left<24 - J % 4 * 8>(word)));
+    static INLINE F get(const Words &words, I zero) {
+        const I word = J < 4 ? words.low : words.high;
+        if constexpr (J % 4 == 3) return to_float(shift_right<24>(word) - zero);
+        else return to_float((shift_right<J % 4 * 8>(word) & all(0xFF)) - zero);
     }
     static constexpr float gain(int) { return 1.0f; }
 };
@@ -70,7 +77,7 @@ struct Bytes {  // 4 codes of 8 bits, less 128, in an integer, places 4 to 7 aft
 #ifndef TABLE
 #define TABLE Table
 struct Table {  // 8 codes of 4 bits in an integer
-    static constexpr bool kByPlace = false;
+    static constexpr bool kByPlace = false, kSubtracts = false;
     struct Words { I codes; Numbers16 table; };
     static INLINE Words load(const uint8_t *step, int vector, const float *table) {
         return {load_integers(step + vector * kWidth * 4), load_numbers(table)};
@@ -82,7 +89,7 @@ struct Table {  // 8 codes of 4 bits in an integer
 #endif
 
 struct Brain {  // 2 bfloat16 in an integer, the even place low
-    static constexpr bool kByPlace = false;
+    static constexpr bool kByPlace = false, kSubtracts = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth * 4; }
     template <int J>
@@ -94,7 +101,7 @@ struct Brain {  // 2 bfloat16 in an integer, the even place low
 };
 
 struct Single {  // float32
-    static constexpr bool kByPlace = false;
+    static constexpr bool kByPlace = false, kSubtracts = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth * 4; }
     template <int J>
@@ -106,7 +113,7 @@ struct Single {  // float32
 // and an exponent of another bias, which makes numbers 256 times too small. Scales make up for that.
 template <bool E5m2>
 struct Float8 {
-    static constexpr bool kByPlace = false;
+    static constexpr bool kByPlace = false, kSubtracts = false;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, const float *) { return step + vector * kWidth; }
     template <int J>
@@ -127,7 +134,13 @@ struct Group {
         }
     }
     INLINE F zero(int column) const {
-        return weight.zeros ? widen_bytes(weight.zeros + at + column) - all_floats(weight.offset) : all_floats(weight.middle);
+        return weight.zeros ? widen_bytes(weight.zeros + at + column) : all_floats(weight.middle);
+    }
+    // The same as integers.
+    INLINE void zeros_of(I *to) const {
+        repeat<kVectors>([&](auto v) {
+            to[v] = weight.zeros ? bytes_to_integers(weight.zeros + at + v * kWidth) : all(int32_t(weight.middle));
+        });
     }
     // The sum over groups after this one, whose products with plain codes add up to `partial`.
     INLINE F add(F sum, F partial, int column, const float *x_sum) const {
@@ -164,12 +177,15 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
     for (int64_t group = 0; group < weight.groups; group++) {
         F partial[Panels][Count][kVectors];
         repeat<Panels>([&](auto p) { repeat<Count>([&](auto m) { repeat<kVectors>([&](auto v) { partial[p][m][v] = zeros(); }); }); });
+        I minus[Panels][kVectors];
+        if constexpr (C::kSubtracts)
+            repeat<Panels>([&](auto p) { Group{weight, ((panel + p) * weight.groups + group) * kColumns}.zeros_of(minus[p]); });
         for (; step < weight.group_ends[group]; step++) {
             const float *x = rows.x + step * kStepPlaces;
             repeat<Panels>([&](auto p) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
                 prefetch(at);
-                each_number<C>(at, weight.table, [&](auto j, auto v, F number) {
+                each_number<C>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
                     repeat<Count>([&](auto m) {
                         partial[p][m][v] = add_product(number, broadcast(x + m * rows.stride + j), partial[p][m][v]);
                     });
@@ -227,13 +243,15 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
     for (int64_t group = 0; group < weight.groups; group++) {
         const int64_t begin = step, end = weight.group_ends[group];
         Group here{weight, (panel * weight.groups + group) * kColumns};
+        I minus[kVectors];
+        if constexpr (C::kSubtracts) here.zeros_of(minus);
         while (step < end) {
             const int64_t first = step, last = std::min(first + kChunkSteps, end);
             for (; step < last; step++) {
                 const uint8_t *at = codes + step * step_bytes;
                 float *to = numbers + (step - first) * kStepPlaces * kColumns;
                 prefetch(at);
-                each_number<C>(at, weight.table,
+                each_number<C>(at, weight.table, minus,
                                [&](auto j, auto v, F number) { store_floats(to + j * kColumns + v * kWidth, number); });
             }
             for (int64_t row = 0; row < rows.count; row += kRows) {
