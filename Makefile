@@ -8,6 +8,9 @@ PORT ?= 3000
 ARGS ?=
 TORCH_INDEX_URL ?=
 
+# Tests of Python that run at a time; each takes about one core and one gigabyte.
+JOBS ?= 2
+
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
@@ -48,15 +51,15 @@ test-rust: install
 	$(CARGO) --config scripts/tests.toml test --locked --release -p scheduler --features planted-bugs --test planted_bugs
 
 test-python: install
-	$(PYTHON) -m pytest server/tests
+	$(PYTHON) -m pytest -n $(JOBS) server/tests
 
 test-integration: install
-	$(PYTHON) -m pytest integration-tests
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile integration-tests
 
 # With every type and number of shards where `make test` takes a sample.
 test-full: install
-	FULL=1 $(PYTHON) -m pytest server/tests
-	FULL=1 $(PYTHON) -m pytest integration-tests
+	FULL=1 $(PYTHON) -m pytest -n $(JOBS) server/tests
+	FULL=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadfile integration-tests
 
 matrix: install
 	$(PYTHON) scripts/support_matrix.py

@@ -15,4 +15,8 @@ grep -q 'Serving until Ctrl-C' "$log" || { cat "$log"; kill -TERM -- "-$pid"; ex
 kill -INT -- "-$pid"
 wait "$pid" || true
 grep -A4 '^In the beginning' "$log"
+if sed -n '/^In the beginning/,/^Try it yourself/p' "$log" | grep -q '^2[0-9-]*T[0-9:.]*Z'; then
+    echo "lines of the log stand within the answer"
+    exit 1
+fi
 rm -f "$log"

@@ -24,7 +24,7 @@ find_python() {
 }
 
 missing=()
-command -v cc >/dev/null && command -v make >/dev/null || missing+=(build-essential)
+command -v cc >/dev/null && command -v c++ >/dev/null && command -v make >/dev/null || missing+=(build-essential)
 command -v curl >/dev/null || missing+=(curl ca-certificates)
 find_python >/dev/null || missing+=(python3 python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
@@ -54,15 +54,17 @@ if [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -1)" != "$wanted" ]; t
     fail "cargo is $found, $wanted or newer is needed. Install rustup, or remove the older cargo from PATH"
 fi
 
-# Python packages -------------------------------------------------------------------------------------------------
+# Python packages, and release builds at the same time: the former wait for the network, the latter for the processor --
 
 if [ ! -x .venv/bin/python ]; then
     say "virtual environment .venv/ with $("$python" --version)"
     "$python" -m venv .venv
 fi
 # One stamp for all that decides what is installed.
-state=$(cat server/requirements.lock server/pyproject.toml server/setup.py proto/shard.proto | sha256sum | cut -d' ' -f1)
-if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ]; then
+kernels=server/text_generation_server/kernels/cpu/native
+state=$(cat server/requirements.lock server/pyproject.toml server/setup.py proto/shard.proto "$kernels"/*.{cpp,h,py} | sha256sum | cut -d' ' -f1)
+install_python() {
+    local torch
     torch=$(grep '^torch==' server/requirements.lock)
     say "Python packages ($torch and what it needs; a few minutes on a fresh machine)"
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
@@ -70,14 +72,23 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ]; then
     fi
     .venv/bin/pip install -q --disable-pip-version-check -r server/requirements.lock
     .venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e ./server
+    # Once more for its message alone, if there is one: pip keeps it to itself.
+    .venv/bin/python "$kernels/build.py" "${CXX:-c++}" || say "torch's operators serve instead, several times slower"
     echo "$state" > .venv/.installed
+    say "Python packages are ready"
+}
+packages=
+if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ] || [ ! -e "$kernels/libkernels.so" ]; then
+    install_python &
+    packages=$!
 fi
-
-# Release builds --------------------------------------------------------------------------------------------------
 
 binaries=(text-generation-launcher text-generation-router text-generation-benchmark)
 say "release builds (a few minutes the first time): ${binaries[*]}"
-cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark
+built=0
+cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark || built=$?
+if [ -n "$packages" ]; then wait "$packages" || fail "the Python packages could not be installed; see above"; fi
+[ "$built" = 0 ] || fail "the release builds failed; see above"
 for binary in "${binaries[@]}"; do
     # Not over the running file: a server may be in use.
     if ! cmp -s "target/release/$binary" ".venv/bin/$binary"; then

@@ -6,8 +6,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "In the beginning God created"
@@ -43,6 +45,14 @@ def stream(port: int) -> None:
     print("\n")
 
 
+def pass_on(lines: BinaryIO, terminal: threading.Lock) -> None:
+    """Prints the server's log as it comes, but nothing while somebody else has the terminal."""
+    for line in lines:
+        with terminal:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models/docs-llama-7m", help="folder or hub id")
@@ -54,21 +64,33 @@ def main() -> int:
     print("run:", " ".join(command), flush=True)
     # Ctrl-C reaches the launcher through the terminal; this process only waits for it to drain.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    server = subprocess.Popen(command, preexec_fn=restore, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    terminal = threading.Lock()
+    log = threading.Thread(target=pass_on, args=(server.stdout, terminal))
+    log.start()
     while not is_ready(options.port):
         if (code := server.poll()) is not None:
+            log.join()
             return code
         time.sleep(0.2)
-    stream(options.port)
-    print(
-        "Try it yourself:\n\n"
-        f"  curl -N http://127.0.0.1:{options.port}/generate_stream -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"inputs": "{PROMPT}", "parameters": {{"max_new_tokens": 40}}}}\'\n\n'
-        "Serving until Ctrl-C.",
-        flush=True,
-    )
-    return server.wait()
+    try:
+        with terminal:
+            stream(options.port)
+            print(
+                "Try it yourself:\n\n"
+                f"  curl -N http://127.0.0.1:{options.port}/generate_stream -H 'Content-Type: application/json' \\\n"
+                f'    -d \'{{"inputs": "{PROMPT}", "parameters": {{"max_new_tokens": 40}}}}\'\n\n'
+                "Serving until Ctrl-C.",
+                flush=True,
+            )
+    except BaseException:
+        server.terminate()
+        raise
+    code = server.wait()
+    log.join()
+    return code
 
 
 if __name__ == "__main__":

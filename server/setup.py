@@ -1,13 +1,17 @@
-"""Generates `text_generation_server/pb/` from `proto/shard.proto`, for wheels and for editable installs."""
+"""Generates `text_generation_server/pb/` and builds the kernels, for wheels and for editable installs."""
 
+import os
+import runpy
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PROTO = HERE.parent / "proto"
 TARGET = HERE / "text_generation_server" / "pb"
+KERNELS = HERE / "text_generation_server" / "kernels" / "cpu" / "native"
 
 
 def generate() -> None:
@@ -23,12 +27,27 @@ def generate() -> None:
     (TARGET / "__init__.py").write_text('"""Generated from proto/shard.proto; not in git."""\n')
 
 
+def build_kernels() -> None:
+    """Without a compiler the package works too, more slowly."""
+    reason = runpy.run_path(str(KERNELS / "build.py"))["build"](os.environ.get("CXX", "c++"))
+    if reason is not None:
+        print(f"kernels are not built, torch's operators serve instead: {reason}", file=sys.stderr)
+
+
 class Build(build_py):
     """Generates first, so that what is packed is complete."""
 
     def run(self) -> None:
         generate()
+        build_kernels()
         super().run()
 
 
-setup(cmdclass={"build_py": Build})
+class BinaryDistribution(Distribution):
+    """A wheel holds a library for one kind of processor."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(cmdclass={"build_py": Build}, distclass=BinaryDistribution)

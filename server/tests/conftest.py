@@ -5,9 +5,12 @@ import os
 # Before torch is imported: threads that spin for each other starve when other processes want the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from functools import lru_cache
+
 import pytest
 import torch
 from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.cpu.native.library import Library
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,19 @@ def one_thread_kernels() -> CpuKernels:
 def kernels(one_thread_kernels: CpuKernels) -> CpuKernels:
     torch.set_num_threads(1)
     return one_thread_kernels
+
+
+# "none": torch's operators alone. The others: our own products, in every variant that this processor executes.
+INSTRUCTION_SETS = ["none", *(name for name, runs in Library().variants.items() if runs)]
+
+
+@lru_cache
+def kernels_of(instruction_set: str) -> CpuKernels:
+    return CpuKernels(instruction_set)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def every_kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    """The CPU backend in each of its forms, in turn."""
+    torch.set_num_threads(1)
+    return kernels_of(request.param)

@@ -67,6 +67,14 @@ def serve(
     gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu; cuda is not served yet.")] = "cpu",
+    instruction_set: Annotated[
+        str | None,
+        typer.Option(
+            envvar="INSTRUCTION_SET",
+            help="Of our own kernels on processors: avx2, avx512, or none for torch's operators alone; by default the "
+            "best that the processor executes.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
@@ -103,6 +111,7 @@ def serve(
             gptq_bits=gptq_bits,
             gptq_groupsize=gptq_groupsize,
             device=device,
+            instruction_set=instruction_set,
             exit_with_stdin=exit_with_stdin,
             logits_digest_dir=logits_digest_dir,
             fault_file=fault_file,

@@ -26,6 +26,7 @@ class ServeConfig:
     gptq_bits: int | None
     gptq_groupsize: int | None
     device: str
+    instruction_set: str | None
     exit_with_stdin: bool
     logits_digest_dir: Path | None
     fault_file: Path | None

@@ -73,7 +73,7 @@ def test_unstable_linears_are_called_with_proven_counts_only(monkeypatch: pytest
         return multiply
 
     monkeypatch.setattr(linear, "prepack", prepack)
-    matmul = linear.LinearFactory(Proofs())(torch.randn(24, 96))
+    matmul = linear.LinearFactory(Proofs(), None)(torch.randn(24, 96))
     calls.clear()
     for rows in range(1, 100):
         assert matmul(torch.randn(rows, 96)).shape == (rows, 24)
@@ -83,7 +83,7 @@ def test_unstable_linears_are_called_with_proven_counts_only(monkeypatch: pytest
 def test_a_linear_without_any_proven_count_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.Generator().manual_seed(0)
     monkeypatch.setattr(linear, "prepack", lambda weight: lambda x: torch.randn(len(x), len(weight), generator=noise))
-    kernels = CpuKernels()
+    kernels = CpuKernels("none")
     kernels.linear(torch.randn(8, 16))
     assert not kernels.row_stable
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.cpu.quantized import PRODUCTS, Product
+from text_generation_server.kernels.cpu.native.library import load_library
+from text_generation_server.kernels.cpu.quantized import Product, products
 from text_generation_server.kernels.interface import Matmul
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, Table, alike, pack, unpack
@@ -62,14 +63,14 @@ def close(y: Tensor, x: Tensor, matrix: Tensor, tolerance: float) -> None:
     [(96, 256, 128), (96, 256, 256), (40, 160, 32), (17, 104, 16), (24, 4304, 128), (48, 256, 64)],
 )
 def test_products_equal_float64(
-    out: int, in_: int, groups: int, coding: Coding, dtype: torch.dtype, kernels: CpuKernels
+    out: int, in_: int, groups: int, coding: Coding, dtype: torch.dtype, every_kernels: CpuKernels
 ) -> None:
     for zeros in [False, True] if isinstance(coding, Integer) else [False]:
         weight, matrix = make(coding, out, in_, groups, zeros, order=False, dtype=torch.float16)
         x = torch.randn(7, in_, generator=torch.Generator().manual_seed(1)).to(dtype)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         for matmul in (
-            kernels.quantized_linear(weight, dtype, "layer"),
+            every_kernels.quantized_linear(weight, dtype, "layer"),
             ReferenceKernels().quantized_linear(weight, dtype, "layer"),
         ):
             y = matmul(x)
@@ -79,11 +80,11 @@ def test_products_equal_float64(
 
 @pytest.mark.parametrize("coding", CODINGS, ids=str)
 @pytest.mark.parametrize("index", [True, False])
-def test_products_with_reordered_features_equal_float64(coding: Coding, index: bool, kernels: CpuKernels) -> None:
+def test_products_with_reordered_features_equal_float64(coding: Coding, index: bool, every_kernels: CpuKernels) -> None:
     groups: int | Tensor = torch.tensor([0] * 33 + [1] * 5 + [2] * 90) if index else 32
     weight, matrix = make(coding, 24, 128, groups, isinstance(coding, Integer), order=True, dtype=torch.bfloat16)
     x = torch.randn(3, 128)
-    for kernel in (kernels, ReferenceKernels()):
+    for kernel in (every_kernels, ReferenceKernels()):
         close(kernel.quantized_linear(weight, torch.float32, "layer")(x), x, matrix, 1e-5)
 
 
@@ -101,8 +102,12 @@ def test_the_reference_product_keeps_everything_on_the_device_of_the_weight(codi
     assert (y.shape, y.dtype, y.device.type) == ((3, 24), torch.bfloat16, "cuda")
 
 
+PRODUCTS = products(load_library())
+TORCH_PRODUCTS = products(None)
+
 # A weight that each product takes.
 TAKEN: dict[str, Callable[[], QuantizedWeight]] = {
+    "native": lambda: make(Integer(3), 61, 256, 48, True, True, torch.float16)[0],
     "int4 (torch)": lambda: make(Integer(4), 64, 256, 256, True, False, torch.float16)[0],
     "int8 (torch)": lambda: make(Integer(8), 64, 256, 256, False, False, torch.float32)[0],
     "dequantized blocks": lambda: make(Table(TABLE), 80, 256, 64, False, False, torch.float32)[0],
@@ -147,22 +152,23 @@ CHOICES: list[tuple[QuantizedWeight, torch.dtype, str]] = [
 
 @pytest.mark.parametrize("size", [8, 12, 33, 59, 64, 100, 117, 118, 192, 1001, 1024])
 @pytest.mark.parametrize("out", [16, 61, 128])
-def test_8_bit_rows_of_any_length_equal_float64(out: int, size: int, kernels: CpuKernels) -> None:
+def test_8_bit_rows_of_any_length_equal_float64(out: int, size: int, every_kernels: CpuKernels) -> None:
     """torch's product of 8 bits reads beyond a row that is not made of whole vectors, and ends the process."""
     weight, matrix = make(Integer(8), out, size, size, False, False, torch.float32)
     x = torch.randn(16, size).bfloat16()
-    close(kernels.quantized_linear(weight, torch.bfloat16, "layer")(x), x, matrix, 1e-2)
+    close(every_kernels.quantized_linear(weight, torch.bfloat16, "layer")(x), x, matrix, 1e-2)
 
 
 @pytest.mark.parametrize(("weight", "dtype", "name"), CHOICES)
 def test_the_first_product_with_nothing_against_it_is_chosen(
     weight: QuantizedWeight, dtype: torch.dtype, name: str
 ) -> None:
-    assert next(product.name for product in PRODUCTS if product.why_not(weight, dtype) is None) == name
+    assert next(product.name for product in PRODUCTS if product.why_not(weight, dtype) is None) == "native"
+    assert next(product.name for product in TORCH_PRODUCTS if product.why_not(weight, dtype) is None) == name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("size", [1, 3, 8, 31, 104, 128])
+@pytest.mark.parametrize("size", [1, 3, 8, 17, 26, 31, 104, 128])
 def test_unpacking_undoes_packing(bits: int, size: int) -> None:
     codes = torch.randint(0, 2**bits, (5, size), dtype=torch.uint8)
     planes = pack(codes, bits)

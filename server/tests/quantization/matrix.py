@@ -19,7 +19,8 @@ import test_pack_quantized
 import torch
 from makers import awq, gptq, pack_quantized, share
 from slices import read, source
-from text_generation_server.kernels.cpu.quantized import PRODUCTS
+from text_generation_server.kernels.cpu.native.library import load_library
+from text_generation_server.kernels.cpu.quantized import products
 from text_generation_server.kernels.weights import QuantizedWeight
 from text_generation_server.quantization.awq import Awq
 from text_generation_server.quantization.bitsandbytes import (
@@ -39,6 +40,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "quantization.md"
 BEGIN, END = "<!-- written by scripts/support_matrix.py -->", "<!-- end -->"
 SIZES = (1, 2, 4)
 SHAPE = Shape(32, 2048)
+PRODUCTS = products(load_library())
 RNG = np.random.default_rng(0)
 ORDERS = {
     "absent": "in order", "in order": "in order", "act-order": "act-order", "arbitrary": "any `g_idx`",

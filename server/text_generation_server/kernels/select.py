@@ -34,12 +34,15 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     return requested
 
 
-def select_kernels(device: str) -> Kernels:
-    """The kernels of a device. Proves what it can of their row stability, so it takes a moment."""
+def select_kernels(device: str, instruction_set: str | None = None) -> Kernels:
+    """The kernels of a device. Proves what it can of their row stability, so it takes a moment.
+
+    instruction_set: of our own kernels for processors; by default the best that this one executes.
+    """
     _check_device(device)
     from .cpu.kernels import CpuKernels
 
-    return CpuKernels()
+    return CpuKernels(instruction_set)
 
 
 def _check_device(device: str) -> None:

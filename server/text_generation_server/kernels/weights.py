@@ -185,7 +185,7 @@ def unpack(planes: Sequence[Tensor], bits: int, out: Tensor) -> Tensor:
             run = plane if slot == 0 else plane >> (slot * width)
             run = run if (slot + 1) * width == 8 else run & mask
             place = slice(slot * size, min((slot + 1) * size, in_features))
-            run = run[:, : place.stop - place.start]
+            run = run[:, : max(0, place.stop - place.start)]  # a short row leaves the last slots empty
             if shift:
                 out[:, place] += run << shift
             else:

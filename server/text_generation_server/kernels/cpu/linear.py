@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..interface import Matmul
 from .blocks import block_linear
+from .native.library import Library
+from .native.linear import dense_linear, dense_why_not
 from .proofs import Multiply, Proofs, RowSplitter
 
 
@@ -40,11 +42,13 @@ class StableLinear:
 class LinearFactory:
     """Prepares dense linears."""
 
-    def __init__(self, proofs: Proofs) -> None:
-        self._proofs = proofs
+    def __init__(self, proofs: Proofs, library: Library | None) -> None:
+        self._proofs, self._library = proofs, library
 
     def __call__(self, weight: Tensor) -> Matmul:
         out, in_ = weight.shape
+        if self._library is not None and dense_why_not(self._library, weight.dtype) is None:
+            return dense_linear(self._library, weight)
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # Blocks are widened to float32 when they are multiplied: sums are in float32 and the result is rounded, as
             # native bfloat16 does. Several times faster than torch's own loop, and half of the memory of float32.

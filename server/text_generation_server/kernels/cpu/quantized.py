@@ -1,6 +1,6 @@
 """Products with quantized weights, each row's bits its own (see `proofs.py`).
 
-A product is chosen for each weight: the first of `PRODUCTS` that has nothing against it. One product serves every
+A product is chosen for each weight: the first of `products` that has nothing against it. One product serves every
 number of rows of a weight, since another one would give a row other bits.
 """
 
@@ -17,6 +17,8 @@ from ..interface import Matmul
 from ..weights import Float8, Integer, QuantizedWeight, Table
 from .blocks import block_linear
 from .linear import StableLinear
+from .native.library import Library
+from .native.linear import quantized_linear, why_not
 from .proofs import Multiply, Proofs
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,38 @@ class Gathered:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matmul(x.index_select(1, self.order))
+
+
+def gathered(matmul: Matmul, weight: QuantizedWeight) -> Matmul:
+    """`matmul`, of a weight by place, for activations in the order of the features."""
+    return matmul if weight.order is None else Gathered(matmul, weight.order)
+
+
+class Native:
+    """Our own kernels (see `native/linear.h`): numbers are made in registers, or in a core's first cache for many rows.
+
+    Every coding, any groups, any order of features; sums are in float32. Rows are independent by construction.
+    """
+
+    name = "native"
+
+    def __init__(self, library: Library | None):
+        self._library = library
+
+    def why_not(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+        if self._library is None:
+            return "not built"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"activations are {dtype}".replace("torch.", "")
+        if weight.device.type != "cpu":
+            return f"the weight is on {weight.device}"
+        if weight.coding == Float8("e4m3fn") and bool((weight.planes[0] & 0x7F == 0x7F).any()):
+            return "some codes are not numbers"
+        return why_not(self._library, weight.coding)
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype, proofs: Proofs) -> Matmul:
+        assert self._library is not None
+        return quantized_linear(self._library, weight, dtype)
 
 
 class Int4Packed:
@@ -93,7 +127,8 @@ class Int4Packed:
             return self._multiply(codes, unscaled, group)
 
         kind = f"{self.name}, groups of {group}"
-        return StableLinear(multiply, proofs(kind, weight.in_features, weight.out_features, dtype, probe))
+        splitter = proofs(kind, weight.in_features, weight.out_features, dtype, probe)
+        return gathered(StableLinear(multiply, splitter), weight)
 
     @staticmethod
     def _multiply(codes: Tensor, scales_and_zeros: Tensor, group: int) -> Multiply:
@@ -135,7 +170,8 @@ class Int8Packed:
                 (w.float() * 30).round_().clamp_(-127, 127).to(torch.int8), torch.ones(len(w), dtype=dtype)
             )
 
-        return StableLinear(multiply, proofs(self.name, weight.in_features, weight.out_features, dtype, probe))
+        splitter = proofs(self.name, weight.in_features, weight.out_features, dtype, probe)
+        return gathered(StableLinear(multiply, splitter), weight)
 
     @staticmethod
     def _multiply(weight: Tensor, scales: Tensor) -> Multiply:
@@ -156,29 +192,31 @@ class Dequantized:
         native = dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         computed = dtype if native else torch.float32
         shape = (weight.out_features, weight.in_features)
-        return block_linear(lambda rows: weight.dequantize(rows).to(computed), shape, dtype, computed, proofs)
+        matmul = block_linear(lambda rows: weight.dequantize(rows).to(computed), shape, dtype, computed, proofs)
+        return gathered(matmul, weight)
 
 
-PRODUCTS: tuple[Product, ...] = (Int4Packed(), Int8Packed(), Dequantized())
+def products(library: Library | None) -> tuple[Product, ...]:
+    """All of them, the best first. library: our own kernels, if they are built."""
+    return (Native(library), Int4Packed(), Int8Packed(), Dequantized())
 
 
 class QuantizedLinearFactory:
     """Chooses the product for each quantized weight."""
 
-    def __init__(self, proofs: Proofs) -> None:
-        self._proofs = proofs
+    def __init__(self, proofs: Proofs, library: Library | None) -> None:
+        self._proofs, self._products = proofs, products(library)
         self._told: set[tuple[str, str]] = set()
 
     def __call__(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
         against = []
-        for product in PRODUCTS:
+        for product in self._products:
             reason = product.why_not(weight, dtype)
             if reason is None:
                 break
             against.append(f"not {product.name}: {reason}")
         self._tell(label, weight, product.name, against)
-        matmul = product.prepare(weight, dtype, self._proofs)
-        return matmul if weight.order is None else Gathered(matmul, weight.order)
+        return product.prepare(weight, dtype, self._proofs)
 
     def _tell(self, label: str, weight: QuantizedWeight, product: str, against: list[str]) -> None:
         """Once for each kind of layer and product."""

@@ -1,0 +1,311 @@
+"""Our own products: equal to float64 over odd shapes, the same bits in every company, and never a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_quantized_products import CODINGS, close, make
+from text_generation_server.batch import StepBatch
+from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.cpu.native import library as native
+from text_generation_server.kernels.cpu.native import linear
+from text_generation_server.kernels.cpu.native.layer import NativeLayer
+from text_generation_server.kernels.cpu.native.library import Library, load_library
+from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear, why_not
+from text_generation_server.kernels.cpu.quantized import Native
+from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
+from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
+from torch import Tensor
+
+LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]
+each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def rows(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+
+
+@each_library
+@given(
+    coding=st.sampled_from(CODINGS),
+    out=st.integers(8, 300),
+    in_=st.integers(8, 900),
+    group=st.integers(1, 900),
+    zeros=st.booleans(),
+    order=st.booleans(),
+    count=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scales=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=120)
+def test_random_shapes_equal_float64(
+    library: Library,
+    coding: Coding,
+    out: int,
+    in_: int,
+    group: int,
+    zeros: bool,
+    order: bool,
+    count: int,
+    dtype: torch.dtype,
+    scales: torch.dtype,
+) -> None:
+    weight, matrix = make(coding, out, in_, min(group, in_), zeros and isinstance(coding, Integer), order, scales)
+    x = rows(count, in_, dtype)
+    close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("in_", [4096, 4304, 10944, 29568])
+@pytest.mark.parametrize("coding", [Integer(3), Integer(4), CODINGS[4], Float8("e4m3fn")], ids=str)
+def test_long_rows_equal_float64(in_: int, coding: Coding, library: Library) -> None:
+    for group in (16, in_):
+        weight, matrix = make(coding, 40, in_, group, isinstance(coding, Integer), False, torch.float32)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = rows(3, in_, dtype)
+            close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "in_"), [(1, 1), (33, 7), (64, 256), (100, 4304)])
+def test_dense_products_equal_float64(out: int, in_: int, dtype: torch.dtype, library: Library) -> None:
+    matrix, x = rows(out, in_, dtype), rows(37, in_ + 1, dtype)[:, :in_]
+    y = dense_linear(library, matrix)(x)
+    assert y.dtype == dtype
+    close(y, x, matrix.double(), TOLERANCE[dtype])
+
+
+@each_library
+@pytest.mark.parametrize("coding", [*CODINGS, torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
+    coding: Coding | torch.dtype, library: Library
+) -> None:
+    in_, out = 296, 333
+    kept = torch.get_num_threads()
+    for group in (24, 296):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            if isinstance(coding, torch.dtype):
+                matmul = dense_linear(library, rows(out, in_, coding))
+            else:
+                zeros = isinstance(coding, Integer)
+                matmul = quantized_linear(
+                    library, make(coding, out, in_, group, zeros, True, torch.float16)[0], torch.float32
+                )
+            x = rows(300, in_, matmul.dtype)
+            results.append(matmul(x))
+            for count in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 33, 64, 200, 256, 257):
+                for first in (0, 1, 300 - count):
+                    assert torch.equal(matmul(x[first : first + count]), results[-1][first : first + count])
+        torch.set_num_threads(kept)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@each_library
+def test_values_at_the_edges_of_bfloat16_survive(library: Library) -> None:
+    """The largest, the smallest and the subnormal; infinities and what is not a number stay in their own rows."""
+    finfo = torch.finfo(torch.bfloat16)
+    values = torch.tensor([finfo.max, -finfo.max, finfo.tiny, 2.0**-133, 1.0, 0.0]).bfloat16()
+    one = torch.eye(6, dtype=torch.bfloat16)
+    assert torch.equal(dense_linear(library, one)(values[None]), values[None])
+    x = torch.zeros(5, 6, dtype=torch.bfloat16)
+    x[1, 0], x[3, 2] = float("inf"), float("nan")
+    y = dense_linear(library, torch.ones(3, 6, dtype=torch.bfloat16))(x)
+    assert y[1].isinf().all() and y[3].isnan().all() and not y[[0, 2, 4]].any()
+
+
+@each_library
+def test_results_are_rounded_to_the_nearest_even_bfloat16(library: Library) -> None:
+    x = torch.cat((rows(200, 1), torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8], [1 + 2.0**-8 + 2.0**-20]])))
+    wanted = x.bfloat16()
+    # The number itself, as the sum of three bfloat16 numbers.
+    parts = [x.bfloat16()]
+    for _ in range(2):
+        parts.append((x - sum(part.float() for part in parts)).bfloat16())
+    y = dense_linear(library, torch.ones(1, 3, dtype=torch.bfloat16))(torch.cat(parts, 1))
+    assert torch.equal(y, wanted)
+
+
+@each_library
+def test_activations_of_another_shape_or_type_are_refused_with_both(library: Library) -> None:
+    matmul = dense_linear(library, rows(8, 16))
+    for wrong in (rows(3, 15), rows(3, 16, torch.bfloat16), rows(3, 16)[0]):
+        with pytest.raises(ValueError, match=r"activations are .*; expected torch.float32 \[rows, 16\]"):
+            matmul(wrong)
+    assert matmul(torch.empty(0, 16)).shape == (0, 8)
+    transposed = rows(16, 5).T
+    assert torch.equal(matmul(transposed), matmul(transposed.contiguous()))
+
+
+def test_no_number_and_rarer_codes_keep_to_what_torch_reads() -> None:
+    """e4m3 has a code for what is not a number, which our widening would take for 480."""
+    weight, _ = make(Float8("e4m3fn"), 8, 32, 32, False, False, torch.float32)
+    product = Native(load_library())
+    assert product.why_not(weight, torch.float32) is None
+    weight.planes[0][3, 5] = 0xFF
+    assert product.why_not(weight, torch.float32) == "some codes are not numbers"
+    y = CpuKernels().quantized_linear(weight, torch.float32, "layer")(torch.ones(1, 32))
+    assert y.isnan().tolist() == [[i == 3 for i in range(8)]]
+
+
+def test_a_variant_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose instructions do not do what they should."""
+    library, quantize, dense = Library(), linear.quantized_linear, linear.dense_linear
+
+    def wrong(matmul: linear.NativeLinear) -> linear.NativeLinear:
+        class Wrong(linear.NativeLinear):
+            def __call__(self, x: Tensor) -> Tensor:
+                return super().__call__(x) * torch.where(torch.arange(self._out) == 5, 1.001, 1)
+
+        matmul.__class__ = Wrong
+        return matmul
+
+    monkeypatch.setattr(linear, "quantized_linear", lambda *arguments: wrong(quantize(*arguments)))
+    monkeypatch.setattr(linear, "dense_linear", lambda *arguments: wrong(dense(*arguments)))
+    assert "wrong by" in str(why_not(library, Integer(4)))
+    assert "wrong by" in str(linear.dense_why_not(library, torch.float32))
+
+
+def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_library("none") is None
+    for library in LIBRARIES:
+        chosen = load_library(library.name)
+        assert chosen is not None and chosen.name == library.name
+    with pytest.raises(ConfigError, match=r"--instruction-set neon: this processor executes .*avx2"):
+        load_library("neon")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
+    assert load_library() is None  # not built
+
+
+def test_the_library_is_built_once_and_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(native.__file__).parent
+    for source in (*folder.glob("*.cpp"), *folder.glob("*.h"), folder / "build.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+
+    def build(cxx: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, tmp_path / "build.py", cxx],
+            env={"PATH": "/nowhere"},
+            capture_output=True,
+            text=True,
+        )
+
+    assert build(str(compiler)).returncode == 0
+    calls = (tmp_path / "compiler.log").read_text().splitlines()
+    assert sum("-c" in call.split() for call in calls) == 4
+    assert build(str(compiler)).returncode == 0
+    again = (tmp_path / "compiler.log").read_text().splitlines()[len(calls) :]
+    assert again == ["--version"]
+    (tmp_path / "pool.h").write_text("// other\n")
+    assert build(str(compiler)).returncode == 0
+    assert (tmp_path / "compiler.log").read_text().count("-c ") == 8
+    missing = build("no-such-compiler")
+    assert missing.returncode == 1
+    assert "no-such-compiler was not found: install a C++ compiler" in missing.stderr
+
+
+@each_library
+def test_groups_without_features_change_nothing(library: Library) -> None:
+    index = torch.tensor([0] * 5 + [2] * 11)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (9, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(9, 3, generator=generator)
+    weight = QuantizedWeight(Integer(4), 16, pack(codes, 4), scales, None, index, None)
+    x = rows(2, 16)
+    close(
+        quantized_linear(library, weight, torch.float32)(x), x, (codes.double() - 8) * scales.double()[:, index], 1e-5
+    )
+
+
+# What a layer computes besides its products --------------------------------------------------------------------------
+
+
+each_layer = pytest.mark.parametrize("layer", list(map(NativeLayer, LIBRARIES)), ids=[each.name for each in LIBRARIES])
+
+
+@each_layer
+@pytest.mark.parametrize("size", [1, 7, 16, 100, 256, 4304])
+def test_norms_and_activations_of_any_size_equal_float64(size: int, layer: NativeLayer) -> None:
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+        x, weight = rows(9, size, dtype), rows(1, size, dtype)[0] + 1
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        torch.testing.assert_close(layer.rms_norm(x, weight, 1e-5).double(), exact, rtol=tolerance, atol=tolerance)
+        pair = rows(9, 2 * size, dtype) * 4
+        gate, up = pair.double().chunk(2, -1)
+        found = layer.silu_and_mul(pair).double()
+        torch.testing.assert_close(found, gate / (1 + torch.exp(-gate)) * up, rtol=tolerance, atol=tolerance)
+
+
+@each_layer
+def test_the_exponential_is_right_to_a_few_units_in_the_last_place(layer: NativeLayer) -> None:
+    """Seen through silu(x) * 1 for negative x, where it is x * exp(x) to the last bit."""
+    x = -torch.linspace(20, 85, 40_001)
+    found = layer.silu_and_mul(torch.stack((x, torch.ones_like(x)), 1).view(-1, 2))[:, 0].double()
+    exact = x.double() / (1 + torch.exp(-x.double()))
+    assert ((found - exact) / exact).abs().max() < 4e-7
+    edges = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0], [-200.0, 1.0], [88.0, 1.0]])
+    y = layer.silu_and_mul(edges)[:, 0]
+    assert y[0].isinf() and y[1].isnan() and y[2] == 0 and y[3] == 88
+
+
+@each_layer
+def test_elements_have_the_same_bits_in_any_company(layer: NativeLayer) -> None:
+    x = rows(200, 100)
+    weight = rows(1, 100)[0]
+    cos, sin = rows(200, 20).float(), rows(200, 20).float() + 1
+    whole = layer.rms_norm(x, weight, 1e-5), layer.silu_and_mul(x), layer.rotate(x.view(200, 5, 20), cos, sin)
+    for count in (1, 2, 3, 17):
+        for first in (0, 1, 200 - count):
+            part = slice(first, first + count)
+            assert torch.equal(layer.rms_norm(x[part], weight, 1e-5), whole[0][part])
+            assert torch.equal(layer.silu_and_mul(x[part]), whole[1][part])
+            assert torch.equal(layer.rotate(x[part].view(count, 5, 20), cos[part], sin[part]), whole[2][part])
+
+
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("heads", [2, 16])
+def test_attention_has_the_same_bits_whole_in_chunks_and_step_by_step(
+    heads: int, window: int | None, dtype: torch.dtype, layer: NativeLayer
+) -> None:
+    length, dim, size, options = 150, 64, 16, AttentionOptions(0.125, window)
+    q = rows(length, heads * dim, dtype).view(length, heads, dim)
+    k, v = (rows(length, 2 * dim + shift, dtype)[:, shift:].reshape(length, 2, dim) for shift in (0, 1))
+
+    def attend(chunk: int) -> Tensor:
+        cache = layer.new_kv_cache(CacheSpec(1, 2, dim, dtype), 12, size)
+        for tensor in cache.layers[0]:
+            tensor.fill_(torch.nan)
+        found, table = [], torch.tensor([[3, 1, 4, 11, 5, 9, 2, 6, 8, 7]])
+        for begin in range(0, length, chunk):
+            positions = torch.arange(begin, min(begin + chunk, length))
+            slots = table[0, positions // size] * size + positions % size
+            count = len(positions)
+            nothing = torch.zeros(0, dtype=torch.int64)
+            batch = StepBatch(nothing, positions, [0, count], [begin + count], slots, table, nothing, cache)
+            layer.store_kv(k[positions], v[positions], 0, batch)
+            found.append(layer.attention(q[positions], 0, batch, options))
+        return torch.cat(found)
+
+    whole = attend(length)
+    for chunk in (1, 7, 16, 33, 64):
+        assert torch.equal(attend(chunk), whole), chunk

@@ -1,0 +1,233 @@
+// The C interface, called by `native/__init__.py` without the interpreter's lock.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "layer.h"
+#include "pool.h"
+
+namespace kernels {
+namespace {
+
+// Rows whose activations are spread at once: they stay in a shared cache.
+constexpr int64_t kRowsAtOnce = 256;
+// Multiplications that are worth a second thread.
+constexpr int64_t kWorthThreads = 1 << 17;
+
+const Variant *const kVariants[] = {&kAvx2, &kAvx512};
+const LayerVariant *const kLayerVariants[] = {&kLayerAvx2, &kLayerAvx512};
+
+// Elements that are worth a second thread.
+constexpr int64_t kWorthElements = 1 << 16;
+
+template <class Function>
+void each_row(int32_t threads, int64_t rows, int64_t size, Function &&function) {
+    Pool::shared().run(threads, rows, std::max<int64_t>(1, kWorthElements / std::max<int64_t>(1, size)), function);
+}
+
+template <class T>
+void store_tokens(const T *k, const T *v, T *keys, T *values, const int64_t *slots, int64_t tokens, int64_t stride,
+                  int64_t v_stride, int64_t heads, int64_t dim, int64_t block_size) {
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
+        for (int64_t head = 0; head < heads; head++) {
+            T *to = keys + (block * heads + head) * dim * block_size + offset;
+            const T *from = k + token * stride + head * dim;
+            for (int64_t d = 0; d < dim; d++) to[d * block_size] = from[d];
+            std::memcpy(values + ((block * heads + head) * block_size + offset) * dim, v + token * v_stride + head * dim,
+                        dim * sizeof(T));
+        }
+    }
+}
+
+bool supported(int variant) {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (variant == 0) return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Memory that grows, is not set to zero, and is kept: fresh pages cost more than the work on them.
+struct Buffer {
+    std::vector<char> bytes;
+    float *floats(int64_t count) {
+        const size_t wanted = size_t(count) * sizeof(float) + 64;
+        if (bytes.size() < wanted) bytes = std::vector<char>(wanted);
+        return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
+    }
+};
+
+int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
+
+uint32_t element(const void *source, int64_t size, int64_t at) {
+    if (size == 1) return static_cast<const uint8_t *>(source)[at];
+    if (size == 2) return static_cast<const uint16_t *>(source)[at];
+    return static_cast<const uint32_t *>(source)[at];
+}
+
+// One column of one step: 8 codes in its place. `to`: the step.
+void put_codes(int32_t coding, const uint32_t *codes, int column, uint8_t *to) {
+    auto word = [&](int from, int count, int bits) {
+        uint32_t value = 0;
+        for (int j = 0; j < count; j++) value |= codes[from + j] << (j * bits);
+        return value;
+    };
+    auto put = [&](int64_t at, uint32_t value, int bytes) { std::memcpy(to + at, &value, bytes); };
+    switch (coding) {
+        case kFloat32:
+            for (int j = 0; j < 8; j++) put((j * kColumns + column) * 4, codes[j], 4);
+            break;
+        case kBfloat16:
+            for (int j = 0; j < 4; j++) put((j * kColumns + column) * 4, word(2 * j, 2, 16), 4);
+            break;
+        case kInt2: put(column * 2, word(0, 8, 2), 2); break;
+        case kInt3: put(column * 3, word(0, 8, 3), 3); break;
+        case kInt4:
+        case kTable4: put(column * 4, word(0, 8, 4), 4); break;
+        case kTable4Bytes: {
+            // Of vector v the bytes 4v to 4v + 3 of both halves, see avx2.cpp.
+            const int byte = column % 8 / 4 * 16 + column / 8 * 4 + column % 4;
+            for (int j = 0; j < 4; j++) put(j * kColumns + byte, codes[j] | codes[j + 4] << 4, 1);
+            break;
+        }
+        case kInt8:
+            for (int j = 0; j < 2; j++) put((j * kColumns + column) * 4, word(4 * j, 4, 8), 4);
+            break;
+        default:
+            for (int j = 0; j < 8; j++) put(j * kColumns + column, codes[j], 1);
+    }
+}
+
+}  // namespace
+}  // namespace kernels
+
+using namespace kernels;
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// The name of variant `index`, or null beyond the last; `runs`: whether this processor executes it.
+EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
+    if (index < 0 || index >= int32_t(std::size(kVariants))) return nullptr;
+    *runs = supported(index);
+    return kVariants[index]->name;
+}
+
+// The coding that a variant wants for codes of a table.
+EXPORT int32_t kernels_table_coding(int32_t variant) { return kVariants[variant]->table; }
+
+EXPORT int64_t kernels_step_bytes(int32_t coding) { return kStepBytes[coding]; }
+
+// `source`: codes [out_features][in_features] of `element_bytes` each; `to`: where `weight.codes` will point.
+EXPORT void kernels_pack(const Weight *weight, const void *source, int64_t element_bytes, uint8_t *to, int32_t threads) {
+    Pool::shared().run(threads, panels_of(*weight), 1, [&](int64_t first, int64_t last) {
+        const int64_t step_bytes = kStepBytes[weight->coding];
+        for (int64_t panel = first; panel < last; panel++) {
+            for (int column = 0; column < kColumns; column++) {
+                const int64_t row = panel * kColumns + column;
+                uint8_t *at = to + panel * weight->steps * step_bytes;
+                for (int64_t step = 0; step < weight->steps; step++, at += step_bytes) {
+                    uint32_t codes[kStepPlaces];
+                    for (int j = 0; j < kStepPlaces; j++) {
+                        const int64_t place = step * kStepPlaces + j;
+                        const int64_t feature = weight->places ? weight->places[place] : place;
+                        const bool real = row < weight->out_features && feature >= 0;
+                        codes[j] = real ? element(source, element_bytes, row * weight->in_features + feature) : 0;
+                    }
+                    put_codes(weight->coding, codes, column, at);
+                }
+            }
+        }
+    });
+}
+
+// y = x W^T. x: [rows][in_features] of `x_type`; y: [rows][out_features], of the same type.
+EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *x, int32_t x_type, int64_t rows, void *y,
+                      int32_t threads) {
+    static thread_local Buffer spread_buffer, sums_buffer;
+    const Variant &use = *kVariants[variant];
+    const Float type = Float(x_type);
+    const int64_t x_bytes = type == kF32 ? 4 : 2;
+    // Rows one after another at a power of two would share few places of a cache.
+    const int64_t stride = weight->steps * kStepPlaces + 16;
+    const bool has_sums = weight->coding >= kInt2 && weight->coding <= kInt4;
+    for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, rows - begin);
+        float *spread = spread_buffer.floats(count * stride);
+        float *sums = has_sums ? sums_buffer.floats(count * weight->groups) : nullptr;
+        const char *from = static_cast<const char *>(x) + begin * weight->in_features * x_bytes;
+        const int64_t grain = std::max<int64_t>(1, kWorthThreads / 4 / std::max<int64_t>(1, weight->in_features));
+        Pool::shared().run(threads, count, grain, [&](int64_t first, int64_t last) {
+            use.spread(*weight, from, type, first, last, stride, spread, sums);
+        });
+        char *to = static_cast<char *>(y) + begin * weight->out_features * x_bytes;
+        const Rows activations{count, stride, spread, sums, type == kF32 ? reinterpret_cast<float *>(to) : nullptr,
+                               type == kF32 ? nullptr : reinterpret_cast<uint16_t *>(to)};
+        const int64_t panels = panels_of(*weight), work = count * weight->steps * kStepPlaces * kColumns;
+        const int64_t enough = std::max<int64_t>(1, kWorthThreads / work), even = panels / (threads * 8);
+        Pool::shared().run(threads, panels, std::max(enough, even), [&](int64_t first, int64_t last) {
+            static thread_local Buffer scratch;
+            use.multiply(*weight, activations, first, last, scratch.floats(scratch_floats(count)));
+        });
+    }
+}
+
+// x, y: [rows][size] of `type`; weight: [weight_rows][size].
+EXPORT void kernels_rms_norm(int32_t variant, const void *x, const void *weight, void *y, int32_t type, int64_t rows,
+                             int64_t size, int64_t weight_rows, float eps, int32_t threads) {
+    each_row(threads, rows, size, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->rms_norm(x, weight, y, type, size, weight_rows, eps, first, last);
+    });
+}
+
+// x: [rows][2 * size]; y: [rows][size].
+EXPORT void kernels_silu_and_mul(int32_t variant, const void *x, void *y, int32_t type, int64_t rows, int64_t size,
+                                 int32_t threads) {
+    each_row(threads, rows, 4 * size, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->silu_and_mul(x, y, type, size, first, last);
+    });
+}
+
+EXPORT void kernels_rotate(int32_t variant, const void *x, const float *cos, const float *sin, void *y, int32_t type,
+                           int64_t tokens, int64_t heads, int64_t dim, int64_t stride, int32_t threads) {
+    each_row(threads, tokens, heads * dim, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->rotate(x, cos, sin, y, type, heads, dim, stride, first, last);
+    });
+}
+
+// k, v: [tokens][heads][dim], `k_stride` and `v_stride` elements from one token to the next; the caches: see Attention.
+EXPORT void kernels_store_kv(const void *k, const void *v, void *keys, void *values, const int64_t *slots, int32_t type,
+                             int64_t tokens, int64_t k_stride, int64_t v_stride, int64_t heads, int64_t dim,
+                             int64_t block_size) {
+    if (type == kF32)
+        store_tokens(static_cast<const float *>(k), static_cast<const float *>(v), static_cast<float *>(keys),
+                     static_cast<float *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
+    else
+        store_tokens(static_cast<const uint16_t *>(k), static_cast<const uint16_t *>(v), static_cast<uint16_t *>(keys),
+                     static_cast<uint16_t *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
+}
+
+EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threads) {
+    const int64_t group = step->heads / step->kv_heads, tokens = std::max<int64_t>(1, kTileRows / group);
+    std::vector<AttentionTile> tiles;
+    for (int64_t sequence = 0; sequence < step->sequences; sequence++) {
+        const int64_t count = step->starts[sequence + 1] - step->starts[sequence];
+        // The last tokens see the most keys, and are begun first.
+        for (int64_t token = (count - 1) / tokens * tokens; token >= 0; token -= tokens)
+            for (int64_t head = 0; head < step->kv_heads; head++)
+                tiles.push_back({sequence, token, std::min(tokens, count - token), head});
+    }
+    int64_t keys = 0;
+    for (int64_t sequence = 0; sequence < step->sequences; sequence++) keys += step->lengths[sequence];
+    // Waking a thread costs more than few keys.
+    const bool worth = keys * step->head_dim * step->heads > kWorthElements;
+    Pool::shared().run(worth ? threads : 1, int64_t(tiles.size()), 1, [&](int64_t first, int64_t last) {
+        static thread_local Buffer scratch;
+        float *floats = scratch.floats(attention_scratch_floats(step->head_dim, tokens * group));
+        for (int64_t tile = first; tile < last; tile++)
+            kLayerVariants[variant]->attend(*step, tiles[tile], floats, tokens * group);
+    });
+}
+}

@@ -1,0 +1,73 @@
+// The matrix product y = x W^T of one prepared weight, for every instruction set: what callers and variants agree on.
+//
+// A weight is cut into panels of 32 OUT features. A panel is a run of steps; a step holds 8 places of the IN axis for
+// each of its 32 columns, so that one stream of bytes feeds the product. Places are IN features in the order of their
+// groups: `places` names the feature of each, and a group that does not fill its last step has places without one.
+//
+//   w[o, p] = (value(code[o, p]) - zero[o, g(p)]) * scale[o, g(p)]
+//
+// Every output is one chain of fused multiply-adds over the places of a group in ascending order, then one over the
+// groups. The chain is the same for every number of rows, of threads, and at every place in a batch.
+#pragma once
+
+#include <cstdint>
+
+namespace kernels {
+
+constexpr int kColumns = 32;     // OUT features of a panel
+constexpr int kStepPlaces = 8;   // IN places of a step
+
+enum Coding : int32_t { kFloat32, kBfloat16, kInt2, kInt3, kInt4, kInt8, kTable4, kE4m3, kE5m2, kTable4Bytes, kCodings };
+enum Float : int32_t { kNone, kF32, kF16, kBf16 };
+
+// Bytes of a step: 8 places x 32 columns.
+constexpr int64_t kStepBytes[kCodings] = {1024, 512, 64, 96, 128, 256, 128, 256, 256, 128};
+
+// Mirrored by `native/__init__.py`.
+struct Weight {
+    int32_t coding;
+    int32_t scale_type;         // kNone: one group, and its sum is the result
+    int64_t out_features;
+    int64_t in_features;
+    int64_t steps;              // of a panel
+    int64_t groups;
+    const uint8_t *codes;       // [panels][steps][step bytes]
+    const int32_t *group_ends;  // [groups]: the step after the last one of each group
+    const void *scales;         // [panels][groups][32]
+    const uint8_t *zeros;       // [panels][groups][32], or null: `middle` everywhere
+    const int32_t *places;      // [steps * 8]: IN feature or -1; null: each place is its own feature
+    const float *table;         // 16 numbers, of kTable4 and kTable4Bytes
+    float middle;
+};
+
+// Activations as the product reads them.
+struct Rows {
+    int64_t count;
+    int64_t stride;             // floats from one row to the next
+    const float *x;             // [count][stride]: places, each divided by what its code is multiplied by
+    const float *sums;          // [count][groups]: of plain activations; null where no zero point needs it
+    float *y32;                 // one of the two results, [count][out_features]
+    uint16_t *y16;
+};
+
+// What one instruction set provides.
+struct Variant {
+    const char *name;
+    Coding table;  // how it wants codes of a table laid out: kTable4 or kTable4Bytes
+    // Fills rows [first, last) of `x` and `sums` from activations of `type` [count][in_features].
+    void (*spread)(const Weight &, const void *activations, Float type, int64_t first, int64_t last, int64_t stride,
+                   float *x, float *sums);
+    // Panels [first, last) of the product. `scratch` is this thread's own, of `scratch_floats(rows)`.
+    void (*multiply)(const Weight &, const Rows &, int64_t first, int64_t last, float *scratch);
+};
+
+// Steps that are made into numbers at once, to stay in a core's first cache.
+constexpr int64_t kChunkSteps = 16;
+
+constexpr int64_t scratch_floats(int64_t rows) {
+    return kChunkSteps * kStepPlaces * kColumns + 2 * rows * kColumns;
+}
+
+extern const Variant kAvx2, kAvx512;
+
+}  // namespace kernels

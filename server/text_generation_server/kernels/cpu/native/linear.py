@@ -1,0 +1,213 @@
+"""Our own products: a weight is brought into their layout (see linear.h), and multiplied at any number of rows."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...weights import Coding, Float8, Integer, QuantizedWeight, Table, pack
+from .library import FLOATS, Library
+
+logger = logging.getLogger(__name__)
+
+COLUMNS, STEP = 32, 8
+E4M3 = 7
+_DENSE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of linear.h."""
+
+    _fields_ = (
+        ("coding", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("group_ends", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("middle", ctypes.c_float),
+    )
+
+
+def why_not(library: Library, kind: Coding | torch.dtype) -> str | None:
+    """What speaks against it for codes, or dense numbers, of a kind: that it was seen to compute something else."""
+    if kind not in library.against:
+        worst = _error(library, kind)
+        reason = None if worst <= _TOLERANCE else f"{library.name} is wrong by {worst:.1e} on this processor"
+        if reason is not None:
+            logger.error("native kernels, %s: %s; they are not used for it", kind, reason)
+        library.against[kind] = reason
+    return library.against[kind]
+
+
+# Of a product in float32, relative to the same in float64.
+_TOLERANCE = 1e-5
+
+
+def _error(library: Library, kind: Coding | torch.dtype) -> float:
+    """Of a small product of this kind, relative to float64; infinite if rows depend on each other."""
+    generator = torch.Generator().manual_seed(7)
+    out, in_, group, rows = 40, 72, 24, 9
+    x = torch.randn(rows, in_, generator=generator)
+    if isinstance(kind, torch.dtype):
+        dense = torch.randn(out, in_, generator=generator).to(kind)
+        numbers, x = dense, x.to(kind)
+        matmul = dense_linear(library, dense)
+        tolerated = 0.0 if kind == torch.float32 else 2.0**-8  # of the result's own rounding
+    else:
+        most = 120 if isinstance(kind, Float8) else 2**kind.bits  # of 8-bit floats, finite ones
+        codes = torch.randint(0, most, (out, in_), generator=generator, dtype=torch.uint8)
+        scales = torch.rand(out, in_ // group, generator=generator) + 0.5
+        zeros = None
+        if isinstance(kind, Integer):
+            zeros = torch.randint(0, 2**kind.bits, scales.shape, generator=generator, dtype=torch.uint8)
+        weight = QuantizedWeight(kind, in_, pack(codes, kind.bits), scales, zeros, group, None)
+        numbers, tolerated = weight.dequantize(), 0.0
+        matmul = quantized_linear(library, weight, torch.float32)
+    y, wanted = matmul(x), x.double() @ numbers.double().T
+    if any(not torch.equal(matmul(x[first : first + n]), y[first : first + n]) for n in (1, 2, 3) for first in (0, 5)):
+        return float("inf")
+    error = float(torch.linalg.norm(y.double() - wanted) / torch.linalg.norm(wanted))
+    return max(0.0, error - tolerated)
+
+
+class NativeLinear:
+    """y = x W.T, each row's bits its own, for any number of rows and of threads."""
+
+    def __init__(self, library: Library, weight: _Weight, kept: tuple[Tensor, ...], dtype: torch.dtype):
+        """kept: the tensors that `weight` points into."""
+        self.kept, self.dtype = kept, dtype
+        self._variant, self._type = library.variant, FLOATS[dtype]
+        self._weight, self._address = weight, ctypes.addressof(weight)
+        self._in, self._out = weight.in_features, weight.out_features
+        self._threads = torch.get_num_threads()
+        self._multiply = library.function("multiply", "pipilpi")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self.dtype or x.ndim != 2 or x.shape[1] != self._in or x.device.type != "cpu":
+            found = f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"activations are {found}; expected {self.dtype} [rows, {self._in}] on cpu")
+        x = x.contiguous()
+        y = torch.empty(len(x), self._out, dtype=x.dtype)
+        self._multiply(self._address, self._variant, x.data_ptr(), self._type, len(x), y.data_ptr(), self._threads)
+        return y
+
+
+def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
+    """What speaks against our own product of dense weights."""
+    if dtype not in _DENSE:
+        return f"weights are {dtype}".replace("torch.", "")
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the processor multiplies bfloat16 itself"
+    return why_not(library, dtype)
+
+
+def dense_linear(library: Library, weight: Tensor) -> NativeLinear:
+    """weight: [out, in] float32 or bfloat16, as the activations will be."""
+    codes = weight.detach().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+    places = _places(torch.arange(weight.shape[1]), 1) if weight.shape[1] % STEP else None
+    return _linear(library, _DENSE[weight.dtype], codes, places, [weight.shape[1]], weight.dtype)
+
+
+def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dtype) -> NativeLinear:
+    """For activations of `dtype`, in the order of the features themselves."""
+    groups = weight.groups if isinstance(weight.groups, Tensor) else torch.arange(weight.in_features) // weight.groups
+    order = torch.argsort(groups, stable=True)  # the place of each code; the groups follow each other
+    sizes = torch.bincount(groups, minlength=weight.scales.shape[1]).tolist()
+    plain = all(size % STEP == 0 for size in sizes) and torch.equal(order, torch.arange(len(order)))
+    codes = weight.codes()
+    coding = _coding(library, weight.coding)
+    places = None
+    if not plain or weight.order is not None:
+        # Codes are brought into the order of the features, so that both codes and activations are found by feature.
+        if weight.order is not None:
+            codes = torch.empty_like(codes).index_copy_(1, weight.order, codes)
+            order = weight.order[order]
+        places = _places(order, sizes)
+    scales = weight.scales
+    if coding == E4M3:
+        scales = scales.float() * 256  # numbers come out of float16 that much too small
+    return _linear(
+        library, coding, codes, places, sizes, dtype, scales, weight.zeros, _middle(weight.coding), weight.coding
+    )
+
+
+def _coding(library: Library, coding: Coding) -> int:
+    """`Coding` of linear.h."""
+    match coding:
+        case Integer(bits):
+            return {2: 2, 3: 3, 4: 4, 8: 5}[bits]
+        case Table():
+            return library.table_coding
+        case Float8(kind):
+            return {"e4m3fn": E4M3, "e5m2": 8}[kind]
+
+
+def _middle(coding: Coding) -> int:
+    return 2 ** (coding.bits - 1) if isinstance(coding, Integer) else 0
+
+
+def _places(order: Tensor, sizes: list[int] | int) -> Tensor:
+    """int32: the feature of each place, groups (of `sizes` features, in `order`) filled up to whole steps with -1."""
+    parts = torch.split(order, sizes) if isinstance(sizes, list) else [order]
+    return torch.cat([F.pad(part, (0, -len(part) % STEP), value=-1) for part in parts]).to(torch.int32)
+
+
+def _linear(
+    library: Library,
+    coding: int,
+    codes: Tensor,
+    places: Tensor | None,
+    sizes: list[int],
+    dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    middle: int = 0,
+    kind: Coding | None = None,
+) -> NativeLinear:
+    out, in_ = codes.shape
+    ends = (torch.tensor([-(-size // STEP) for size in sizes])).cumsum(0).to(torch.int32)
+    steps = int(ends[-1])
+    panels = -(-out // COLUMNS)
+    # A load may reach a little beyond the last step.
+    packed = torch.empty(panels * steps * library.step_bytes(coding) + 64, dtype=torch.uint8)
+    kept = [packed, ends]
+    weight = _Weight(coding, 0, out, in_, steps, len(sizes), packed.data_ptr(), ends.data_ptr())
+    if places is not None:
+        kept.append(places)
+        weight.places = places.data_ptr()
+    if scales is not None:
+        scales = _panels(scales)
+        weight.scale_type, weight.scales = FLOATS[scales.dtype], scales.data_ptr()
+        weight.middle = middle
+        kept.append(scales)
+    if zeros is not None:
+        zeros = _panels(zeros)
+        weight.zeros = zeros.data_ptr()
+        kept.append(zeros)
+    if isinstance(kind, Table):
+        table = torch.tensor(kind.values, dtype=torch.float32)
+        weight.table = table.data_ptr()
+        kept.append(table)
+    codes = codes.contiguous()
+    pack_codes = library.function("pack", "pplpi")
+    pack_codes(
+        ctypes.addressof(weight), codes.data_ptr(), codes.element_size(), packed.data_ptr(), torch.get_num_threads()
+    )
+    return NativeLinear(library, weight, tuple(kept), dtype)
+
+
+def _panels(values: Tensor) -> Tensor:
+    """[out, groups] -> [panels, groups, COLUMNS], filled up with zeros."""
+    values = F.pad(values, (0, 0, 0, -len(values) % COLUMNS))
+    return values.view(-1, COLUMNS, values.shape[1]).transpose(1, 2).contiguous()
