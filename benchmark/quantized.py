@@ -2,11 +2,11 @@
 
 The model has TinyLlama's dimensions (1.1 billion parameters) and random weights, made here from a fixed seed; speed does
 not depend on what the numbers are. Each side is a process of its own that keeps its model; sides take turns, so that a
-machine that slows down in between favours none. Activations are bfloat16, but those of
-`float32`, which is what a processor without products of bfloat16 computes fastest.
+machine that slows down in between favours none. Activations are bfloat16, but those of `float32`.
 
 Decode steps run against a cache of the stated length whose content is zeros, which costs what any content costs. Beside
-the figures stands what the memory allows: a step reads every weight that the side holds once.
+the figures stands what the memory allows: a step reads every weight that the side holds once. Peak memory is measured; of
+the cache, only what these tokens take counts.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     kernels = select_kernels("cpu")
-    before = memory_of_process("VmRSS")
+    before_loading = memory_of_process("VmRSS")
     start = time.perf_counter()
     plan = plan_model(folder, world_size=1, dtype=dtype, quantize=quantize)
     model = load_model(plan, TensorParallel(0, 1, Alone()), kernels)
@@ -160,8 +160,8 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
         "load_s": time.perf_counter() - start,
         "file_bytes": plan.weight_bytes,
         "plan_bytes": plan.weight_bytes_per_rank,
-        "peak_bytes": memory_of_process("VmHWM") - before,
-        "held_bytes": memory_of_process("VmRSS") - before,
+        "peak_bytes": memory_of_process("VmHWM") - before_loading,
+        "held_bytes": memory_of_process("VmRSS") - before_loading,
         "row_stable": kernels.row_stable,
     })  # fmt: skip
     block, longest = 16, 2048 + 16
@@ -190,17 +190,22 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
 
     for k, v in cache.layers:
         k.zero_(), v.zero_()
+    whole_cache = sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in layer)
     for line in sys.stdin:
         command, *numbers = line.split()
         batch, length = map(int, numbers)
         rows = [(length, 1)] * batch if command == "decode" else [(0, length)] * batch
-        step(rows)
+        step(rows if command == "decode" else [(0, 32)])  # to be warm
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         steps, start = 0, time.perf_counter()
-        # At least a second, but one step of whatever length.
-        while steps == 0 or time.perf_counter() - start < 1:
+        # At least half a second, but one step of whatever length.
+        while steps == 0 or time.perf_counter() - start < 0.5:
             step(rows)
             steps += 1
-        say({"s": (time.perf_counter() - start) / steps, "steps": steps})
+        seconds = (time.perf_counter() - start) / steps
+        used_cache = sum(before + count for before, count in rows) * model.cache_spec.bytes_per_token
+        peak = memory_of_process("VmHWM") - before_loading - whole_cache + used_cache
+        say({"s": seconds, "steps": steps, "peak_bytes": peak})
 
 
 def say(value: dict[str, Any]) -> None:
@@ -234,6 +239,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
     work_items += [("prefill", 1, n) for n in arguments.prompts]
     loaded: dict[str, dict[str, Any]] = {}
     found: dict[tuple[str, str, int, int], list[float]] = {}
+    peaks: dict[tuple[str, str, int, int], int] = {}
     servers: dict[str, common.Server] = {}
     try:
         for name, side in sides.items():
@@ -242,17 +248,20 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
             servers[name] = common.Server(command, log=folder / "log")
             loaded[name] = json.loads(servers[name].read_line(LOAD_TIMEOUT_S))
             print(f"{name}: {loaded[name]}", file=sys.stderr, flush=True)
-        for _ in range(arguments.rounds):
+        for turn in range(arguments.rounds):
             for item in work_items:
+                if turn and item[0] == "prefill":
+                    continue  # long enough that once is telling
                 for name, server in servers.items():
                     server.write_line(" ".join(map(str, item)))
-                    seconds = json.loads(server.read_line(ROUND_TIMEOUT_S))["s"]
-                    found.setdefault((name, *item), []).append(seconds)
+                    answer = json.loads(server.read_line(ROUND_TIMEOUT_S))
+                    found.setdefault((name, *item), []).append(answer["s"])
+                    peaks[(name, *item)] = max(peaks.get((name, *item), 0), answer["peak_bytes"])
                 print(item, {n: round(found[(n, *item)][-1] * 1e3, 1) for n in servers}, file=sys.stderr, flush=True)
     finally:
         for server in servers.values():
             server.__exit__(None, None, None)
-    return report(arguments, sides, loaded, found, bandwidth)
+    return report(arguments, sides, loaded, found, peaks, bandwidth)
 
 
 def report(
@@ -260,6 +269,7 @@ def report(
     sides: dict[str, Side],
     loaded: dict[str, dict[str, Any]],
     found: dict[tuple[str, str, int, int], list[float]],
+    peaks: dict[tuple[str, str, int, int], int],
     bandwidth: float,
 ) -> tuple[str, bool]:
     """The tables in markdown."""
@@ -291,11 +301,11 @@ def report(
             bound = tokens * bandwidth / loaded[name]["plan_bytes"]
             rows.append([
                 name, f"{1e3 * statistics.median(seconds):,.1f}", f"{rate:,.1f}", common.spread(ratios, 2),
-                f"{bound:,.1f}" if command == "decode" else "",
+                f"{bound:,.1f}" if command == "decode" else "", f"{peaks[(name, command, batch, length)] / mib:,.0f}",
             ])  # fmt: skip
             if name == "gptq 4 bits g128" and command == "decode" and batch in (1, 4):
                 held = held and statistics.median(ratios) >= 1
-        head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)", "what the memory allows, tokens/s"]
+        head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)", "what the memory allows, tokens/s", "peak MiB"]
         parts += [f"\n## {title[0].upper()}{title[1:]}\n", common.table(head, rows)]
     parts.append(f"\nRead bandwidth with {arguments.threads} threads: {bandwidth / 1e9:.1f} GB/s.")
     parts.append(
@@ -312,7 +322,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences that decode together")
     parser.add_argument("--contexts", type=int, nargs="+", default=[32, 512, 2048], help="tokens before, at most 2048")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="lengths of prefill, at most 2048")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[32, 512, 2048], help="lengths of prefill, at most 2048"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made and kept; by default they are removed")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
