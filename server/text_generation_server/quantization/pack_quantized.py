@@ -23,8 +23,8 @@ class PackQuantized:
     group_size: -1: one scale for each row (strategy `channel`).
     symmetric: there are no zero points.
 
-    reordered: actorder `group`: `weight_g_idx` names the group of every feature. Without it, or if it is -1 throughout as
-    where no order was looked for, groups follow each other.
+    reordered: actorder `group`: `weight_g_idx` names the group of every feature. Without it, or if it is -1 throughout
+    as where no order was looked for, groups follow each other.
     """
 
     bits: int
