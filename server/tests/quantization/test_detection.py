@@ -321,6 +321,12 @@ DETECTED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "awq: 4 bits, groups of 64, zero points, gemm (config.json; unknown keys without effect: colour)",
         {Q: A4},
     ),
+    "a key that nobody knows in a rule for layers": (
+        {"linear": gptq, "config": GPTQMODEL | {"dynamic": {r".*\.up_proj": {"colour": "red"}}}},
+        "gptq: 4 bits, groups of 64, symmetric, act-order, gptq_v2, 1 rules for layers (config.json; unknown keys "
+        "without effect: dynamic: colour)",
+        {Q: Gptq(4, 64, sym=True, desc_act=True, checkpoint_format="gptq_v2", zeros_borrow=True)},
+    ),
 }
 
 

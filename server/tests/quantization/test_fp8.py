@@ -84,10 +84,12 @@ def test_parts_equal_those_of_the_whole_layer(
     check_cuts(tensors, format_, expected, close)
 
 
-@pytest.mark.parametrize("format_", [Fp8("tensor"), Fp8("channel")], ids=str)
-def test_scales_may_have_one_dimension(format_: Fp8) -> None:
+@pytest.mark.parametrize(
+    ("format_", "shape"), [(Fp8("tensor"), (1,)), (Fp8("tensor"), (1, 1)), (Fp8("channel"), (-1,))], ids=str
+)
+def test_scales_may_have_another_number_of_dimensions(format_: Fp8, shape: tuple[int, ...]) -> None:
     tensors, expected = layer(format_)
-    tensors["weight_scale"] = tensors["weight_scale"].reshape(-1)
+    tensors["weight_scale"] = tensors["weight_scale"].reshape(shape)
     check_declared(tensors, format_, Shape(OUT, IN))
     close(served(tensors, format_, Shape(OUT, IN)), expected)
 
@@ -225,7 +227,7 @@ def test_weights_that_are_not_finite_are_not_rounded(value: float) -> None:
 @pytest.mark.parametrize(
     ("format_", "shape"),
     [
-        (Fp8("tensor"), (2,)), (Fp8("tensor"), (1, 1)), (Fp8("channel"), (OUT,) * 2), (Fp8("channel"), (1, OUT)),
+        (Fp8("tensor"), (2,)), (Fp8("tensor"), (1, 2)), (Fp8("channel"), (OUT,) * 2), (Fp8("channel"), (1, OUT)),
         (Fp8("block", (16, 48)), (3, 4)), (Fp8("block", (16, 48)), (4, 3)), (Fp8("block", (16, 48)), (16,)),
     ],
     ids=str,

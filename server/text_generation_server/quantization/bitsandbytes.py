@@ -162,7 +162,7 @@ class Bitsandbytes8bit:
         return (
             TensorSpec("weight", (Axis(Along.OUT), Axis(Along.IN)), ("I8",)),
             TensorSpec("SCB", (Axis(Along.OUT),), ("F32",)),
-            TensorSpec("weight_format", (), ("U8",), optional=True, other_axes=(Axis(Along.NEITHER),)),
+            TensorSpec("weight_format", (), ("U8",), optional=True, other_axes=((Axis(Along.NEITHER),),)),
         )
 
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:

@@ -21,7 +21,7 @@ OF_CACHE = ("k_scale", "v_scale", "output_scale")
 class Fp8:
     """w = code * scale, also where the scale is called `weight_scale_inv`.
 
-    scale: `tensor` [] or [1]; `channel` [OUT, 1] or [OUT]; `block` [ceil(OUT / block[0]), ceil(IN / block[1])].
+    scale: `tensor` [], [1] or [1, 1]; `channel` [OUT, 1] or [OUT]; `block` [ceil(OUT / block[0]), ceil(IN / block[1])].
     input_scale: the file may have scales of activations. They are not used, nor those of the cache (`k_scale`,
     `v_scale`): activations and cache keep the dtype that is computed in, which is more accurate.
     """
@@ -42,16 +42,17 @@ class Fp8:
         return (
             TensorSpec("weight", (Axis(Along.OUT), Axis(Along.IN)), (KINDS[self.kind][0],)),
             self._scale_spec(),
-            *(TensorSpec(suffix, (), FLOATS, True, (Axis(Along.NEITHER),), is_read=False) for suffix in unread),
+            *(TensorSpec(suffix, (), FLOATS, True, ((Axis(Along.NEITHER),),), is_read=False) for suffix in unread),
         )
 
     def _scale_spec(self) -> TensorSpec:
         match self.scale:
             case "tensor":
-                return TensorSpec(self.scale_suffix, (), FLOATS, other_axes=(Axis(Along.NEITHER),))
+                one = Axis(Along.NEITHER)
+                return TensorSpec(self.scale_suffix, (), FLOATS, other_axes=((one,), (one, one)))
             case "channel":
                 per_row = (Axis(Along.OUT), Axis(Along.NEITHER))
-                return TensorSpec(self.scale_suffix, per_row, FLOATS, other_axes=per_row[:1])
+                return TensorSpec(self.scale_suffix, per_row, FLOATS, other_axes=(per_row[:1],))
             case _:
                 blocks = (Axis(Along.OUT, self.block[0]), Axis(Along.IN, self.block[1]))
                 return TensorSpec(self.scale_suffix, blocks, (*FLOATS, "F8_E8M0"))

@@ -7,7 +7,7 @@ refused unless it has the one value that changes nothing (`must_be`). Keys that 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ..checkpoint.index import TensorInfo
@@ -70,6 +70,12 @@ def unknown_keys(settings: Settings, known: frozenset[str]) -> list[str]:
     return sorted(set(settings) - known - KEYS_OF_MAKING)
 
 
+def unknown_in(overrides: Sequence[Override], known: frozenset[str]) -> list[str]:
+    """Keys inside rules for layers."""
+    rules = [override.settings for override in overrides if override.settings is not None]
+    return sorted({f"dynamic: {key}" for rule in rules for key in unknown_keys(rule, known)})
+
+
 def _groups(size: int) -> str:
     return "one group" if size == -1 else f"groups of {size}"
 
@@ -102,13 +108,13 @@ class GptqMethod:
         # AutoGPTQ and TGI wrote no format as long as there was but one.
         self.format = format_ or "gptq"
         self._base = self._format(settings, None)
-        self._overrides: list[tuple[Override, WeightFormat | None]] = [
-            (override, self._format(override.settings, settings) if override.settings else None)
-            for override in read_dynamic(settings)
+        self._overrides = read_dynamic(settings)
+        self._formats = [
+            self._format(override.settings, settings) if override.settings else None for override in self._overrides
         ]
         self._only = [f".{name}" for name in read_names(settings, "modules_in_block_to_quantize")]
         self._head = settings.flag("lm_head") or False
-        self.unknown = unknown_keys(settings, self._KEYS)
+        self.unknown = unknown_keys(settings, self._KEYS) + unknown_in(self._overrides, self._KEYS)
 
     @property
     def summary(self) -> str:
@@ -161,7 +167,7 @@ class GptqMethod:
         return f"{layer}.qweight" in self.index
 
     def expected(self, layer: str) -> WeightFormat | None:
-        for override, format_ in self._overrides:
+        for override, format_ in zip(self._overrides, self._formats, strict=True):
             if override.pattern.matches(layer):
                 return format_
         if layer == HEAD:
@@ -209,7 +215,7 @@ class AwqMethod:
                 for key in ("bits", "group_size", "zero_point"):
                     override.settings.must_be(key, settings.get(key))
         self._head = settings.flag("lm_head") or False
-        self.unknown = unknown_keys(settings, self._KEYS)
+        self.unknown = unknown_keys(settings, self._KEYS) + unknown_in(self._overrides, self._KEYS)
         points = "zero points" if zero_point else "symmetric"
         self.summary = f"4 bits, {_groups(group_size)}, {points}, {version}"
 

@@ -68,7 +68,7 @@ class TensorSpec:
     axes: tuple[Axis, ...]
     dtypes: tuple[str, ...]
     optional: bool = False
-    other_axes: tuple[Axis, ...] | None = None  # another number of dimensions that files may give it
+    other_axes: tuple[tuple[Axis, ...], ...] = ()  # other numbers of dimensions that files may give it
     is_read: bool = True  # False: files may have it, and nothing is made of it
 
     def shape(self, shape: Shape, found: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -82,9 +82,7 @@ class TensorSpec:
 
     def axes_of(self, num_dimensions: int) -> tuple[Axis, ...]:
         """The axes of a stored tensor with so many dimensions; the usual ones if it may not have so many."""
-        if self.other_axes is not None and len(self.other_axes) == num_dimensions:
-            return self.other_axes
-        return self.axes
+        return next((axes for axes in self.other_axes if len(axes) == num_dimensions), self.axes)
 
 
 FLOATS = ("F32", "F16", "BF16")

@@ -23,21 +23,31 @@ INLINE void repeat(Function &&function) {
 // may come out multiplied by a power of two, since taking it where it stands saves a shift; `gain` is its inverse and
 // goes into the activations, which is exact.
 
-// Calls `function(place, vector, numbers)` for all numbers of a step, the places of a vector in ascending order.
-// `minus`: what is taken away from the codes of each vector, where the coding does that.
-template <class C, class Function>
+// Calls `function(place, vector, numbers)` for the numbers of a step in `Vectors` vectors of columns from `First` on, the
+// places of a vector in ascending order. `minus`: what is taken away from the codes of each vector, where the coding does
+// that.
+template <class C, int First, int Vectors, class Function>
 INLINE void each_number(const uint8_t *step, const float *table, const I *minus, Function &&function) {
     if constexpr (C::kByPlace) {
         const auto numbers = C::prepare(table);
-        repeat<kStepPlaces>([&](auto j) { C::template expand<j>(step, numbers, [&](auto v, F number) { function(j, v, number); }); });
-    } else {
-        repeat<kVectors>([&](auto v) {
-            auto words = C::load(step, v, table);
-            if constexpr (C::kSubtracts)
-                repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words, minus[v])); });
-            else
-                repeat<kStepPlaces>([&](auto j) { function(j, v, C::template get<j>(words)); });
+        repeat<kStepPlaces>([&](auto j) {
+            C::template expand<j>(step, numbers, [&](auto v, F number) {
+                if constexpr (v >= First && v < First + Vectors) function(j, v, number);
+            });
         });
+    } else {
+        auto all_of = [&](auto j, auto v) {
+            auto words = C::load(step, v, table);
+            if constexpr (C::kSubtracts) function(j, v, C::template get<j>(words, minus[v]));
+            else function(j, v, C::template get<j>(words));
+        };
+        // Place by place where many rows need each activation, vector by vector where there is one row.
+        if constexpr (Vectors < kVectors)
+            repeat<kStepPlaces>([&](auto j) {
+                repeat<Vectors>([&](auto v) { all_of(j, std::integral_constant<int, First + v>{}); });
+            });
+        else
+            repeat<Vectors>([&](auto v) { repeat<kStepPlaces>([&](auto j) { all_of(j, v); }); });
     }
 }
 
@@ -166,17 +176,21 @@ INLINE void put(const Rows &rows, const Weight &weight, int64_t row, int64_t col
     }
 }
 
-// `Count` rows (few) with `Panels` panels: numbers are made in registers.
-template <class C, int Count, int Panels>
+// `Count` rows with `Panels` panels, and of these `Vectors` vectors from `First` on: numbers are made in
+// registers.
+template <class C, int Count, int Panels, int First, int Vectors>
 void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
     const int64_t panel_bytes = weight.steps * kStepBytes[weight.coding], step_bytes = kStepBytes[weight.coding];
     const uint8_t *codes = weight.codes + panel * panel_bytes;
-    F sums[Panels][Count][kVectors];
-    repeat<Panels>([&](auto p) { repeat<Count>([&](auto m) { repeat<kVectors>([&](auto v) { sums[p][m][v] = zeros(); }); }); });
+    auto each = [](auto &&function) {
+        repeat<Panels>([&](auto p) { repeat<Count>([&](auto m) { repeat<Vectors>([&](auto v) { function(p, m, v); }); }); });
+    };
+    F sums[Panels][Count][Vectors];
+    each([&](auto p, auto m, auto v) { sums[p][m][v] = zeros(); });
     int64_t step = 0;
     for (int64_t group = 0; group < weight.groups; group++) {
-        F partial[Panels][Count][kVectors];
-        repeat<Panels>([&](auto p) { repeat<Count>([&](auto m) { repeat<kVectors>([&](auto v) { partial[p][m][v] = zeros(); }); }); });
+        F partial[Panels][Count][Vectors];
+        each([&](auto p, auto m, auto v) { partial[p][m][v] = zeros(); });
         I minus[Panels][kVectors];
         if constexpr (C::kSubtracts)
             repeat<Panels>([&](auto p) { Group{weight, ((panel + p) * weight.groups + group) * kColumns}.zeros_of(minus[p]); });
@@ -185,28 +199,23 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
             repeat<Panels>([&](auto p) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
                 prefetch(at);
-                each_number<C>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
+                each_number<C, First, Vectors>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
                     repeat<Count>([&](auto m) {
-                        partial[p][m][v] = add_product(number, broadcast(x + m * rows.stride + j), partial[p][m][v]);
+                        F &sum = partial[p][m][v - First];
+                        sum = add_product(number, broadcast(x + m * rows.stride + j), sum);
                     });
                 });
             });
         }
-        repeat<Panels>([&](auto p) {
+        each([&](auto p, auto m, auto v) {
             Group here{weight, ((panel + p) * weight.groups + group) * kColumns};
-            repeat<Count>([&](auto m) {
-                repeat<kVectors>([&](auto v) {
-                    if (weight.scale_type == kNone) sums[p][m][v] = partial[p][m][v];
-                    else sums[p][m][v] = here.add(sums[p][m][v], partial[p][m][v], v * kWidth,
-                                                  rows.sums ? rows.sums + m * weight.groups + group : nullptr);
-                });
-            });
+            const float *x_sum = rows.sums ? rows.sums + m * weight.groups + group : nullptr;
+            if (weight.scale_type == kNone) sums[p][m][v] = partial[p][m][v];
+            else sums[p][m][v] = here.add(sums[p][m][v], partial[p][m][v], (First + v) * kWidth, x_sum);
         });
     }
-    repeat<Panels>([&](auto p) {
-        repeat<Count>([&](auto m) {
-            repeat<kVectors>([&](auto v) { put(rows, weight, m, (panel + p) * kColumns + v * kWidth, sums[p][m][v]); });
-        });
+    each([&](auto p, auto m, auto v) {
+        put(rows, weight, m, (panel + p) * kColumns + (First + v) * kWidth, sums[p][m][v]);
     });
 }
 
@@ -251,7 +260,7 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                 const uint8_t *at = codes + step * step_bytes;
                 float *to = numbers + (step - first) * kStepPlaces * kColumns;
                 prefetch(at);
-                each_number<C>(at, weight.table, minus,
+                each_number<C, 0, kVectors>(at, weight.table, minus,
                                [&](auto j, auto v, F number) { store_floats(to + j * kColumns + v * kWidth, number); });
             }
             for (int64_t row = 0; row < rows.count; row += kRows) {
@@ -286,15 +295,27 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
         });
 }
 
+// Rows up to which numbers are made in registers: with more, making them once in memory is cheaper.
+constexpr int kFewRows = 6;
+// Bytes of a panel that is gone through once for each half of it: it must stay in a core's second cache meanwhile.
+constexpr int64_t kPanelBytes = 160 << 10;
+
 template <class C>
 void multiply_coded(const Weight &weight, const Rows &rows, int64_t first, int64_t last, float *scratch) {
     int64_t panel = first;
     if (rows.count == 1)
-        for (; panel + kBlocks <= last; panel += kBlocks) multiply_few<C, 1, kBlocks>(weight, rows, panel);
+        for (; panel + kBlocks <= last; panel += kBlocks) multiply_few<C, 1, kBlocks, 0, kVectors>(weight, rows, panel);
+    const bool stays = weight.steps * kStepBytes[weight.coding] <= kPanelBytes;
     for (; panel < last; panel++) {
-        if (rows.count == 1) multiply_few<C, 1, 1>(weight, rows, panel);
-        else if (rows.count == 2) multiply_few<C, 2, 1>(weight, rows, panel);
-        else multiply_many<C>(weight, rows, panel, scratch);
+        if (rows.count > (stays ? kFewRows : 2)) {
+            multiply_many<C>(weight, rows, panel, scratch);
+            continue;
+        }
+        repeat<kFewRows>([&](auto m) {
+            if (rows.count != m + 1) return;
+            if constexpr (m < 2) multiply_few<C, m + 1, 1, 0, kVectors>(weight, rows, panel);
+            else repeat<kVectors / 2>([&](auto half) { multiply_few<C, m + 1, 1, 2 * half, 2>(weight, rows, panel); });
+        });
     }
 }
 
