@@ -130,6 +130,9 @@ class Loader:
             else:
                 label = self.prefix + "+".join(part.name for part in parts)
                 matmuls.append(self.kernels.quantized_linear(weight.to(self.kernels.device), self.dtype, label))
+        weights.clear()
+        # What reading left: with pieces of all sizes the heap would grow to several times what is in use.
+        give_back_memory()
         return matmuls[0] if len(matmuls) == 1 else SideBySide(matmuls)
 
 

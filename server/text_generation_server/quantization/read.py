@@ -14,7 +14,7 @@ from .format import Decoded, Part, Piece, Source, StoredLinear
 from .spec import Along, Cut, TensorSpec
 
 # Values that are decoded at once: a few times as many bytes exist beside the weight for a moment.
-CHUNK_VALUES = 1 << 23
+CHUNK_VALUES = 1 << 20
 # Chunks begin at multiples of this row, so that few of them cut a granule.
 CHUNK_ROWS = 128
 

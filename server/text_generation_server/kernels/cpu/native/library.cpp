@@ -120,23 +120,24 @@ EXPORT int32_t kernels_table_coding(int32_t variant) { return kVariants[variant]
 
 EXPORT int64_t kernels_step_bytes(int32_t coding) { return kStepBytes[coding]; }
 
-// `source`: codes [out_features][in_features] of `element_bytes` each; `to`: where `weight.codes` will point.
-EXPORT void kernels_pack(const Weight *weight, const void *source, int64_t element_bytes, uint8_t *to, int32_t threads) {
-    Pool::shared().run(threads, panels_of(*weight), 1, [&](int64_t first, int64_t last) {
-        const int64_t step_bytes = kStepBytes[weight->coding];
+// Panels of `rows` rows of a weight. `codes`: [rows][in_features] of `element_bytes` each; `sources`: [steps * 8], which of
+// them is at each place, or -1; null: as they lie. `to`: the first panel.
+EXPORT void kernels_pack(const Weight *weight, const void *codes, int64_t element_bytes, const int32_t *sources, int64_t rows,
+                         uint8_t *to, int32_t threads) {
+    const int64_t step_bytes = kStepBytes[weight->coding];
+    Pool::shared().run(threads, (rows + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
         for (int64_t panel = first; panel < last; panel++) {
             for (int column = 0; column < kColumns; column++) {
                 const int64_t row = panel * kColumns + column;
                 uint8_t *at = to + panel * weight->steps * step_bytes;
                 for (int64_t step = 0; step < weight->steps; step++, at += step_bytes) {
-                    uint32_t codes[kStepPlaces];
+                    uint32_t taken[kStepPlaces];
                     for (int j = 0; j < kStepPlaces; j++) {
-                        const int64_t place = step * kStepPlaces + j;
-                        const int64_t feature = weight->places ? weight->places[place] : place;
-                        const bool real = row < weight->out_features && feature >= 0;
-                        codes[j] = real ? element(source, element_bytes, row * weight->in_features + feature) : 0;
+                        const int64_t place = step * kStepPlaces + j, from = sources ? sources[place] : place;
+                        const bool real = row < rows && from >= 0;
+                        taken[j] = real ? element(codes, element_bytes, row * weight->in_features + from) : 0;
                     }
-                    put_codes(weight->coding, codes, column, at);
+                    put_codes(weight->coding, taken, column, at);
                 }
             }
         }

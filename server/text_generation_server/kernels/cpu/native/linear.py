@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,8 @@ from .library import FLOATS, Library
 logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
+# Codes that are packed at a time: as many bytes exist beside the weight for a moment.
+PACKED_VALUES = 1 << 20
 E4M3 = 7
 _DENSE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -115,8 +120,10 @@ def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
 def dense_linear(library: Library, weight: Tensor) -> NativeLinear:
     """weight: [out, in] float32 or bfloat16, as the activations will be."""
     codes = weight.detach().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    places = _places(torch.arange(weight.shape[1]), 1) if weight.shape[1] % STEP else None
-    return _linear(library, _DENSE[weight.dtype], codes, places, [weight.shape[1]], weight.dtype)
+    in_ = weight.shape[1]
+    places = _places(torch.arange(in_), [in_]) if in_ % STEP else None
+    form = _Form(_DENSE[weight.dtype], weight.shape[0], in_, [in_], places, places)
+    return _linear(library, form, lambda rows: codes[rows], weight.dtype)
 
 
 def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dtype) -> NativeLinear:
@@ -124,22 +131,80 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
     groups = weight.groups if isinstance(weight.groups, Tensor) else torch.arange(weight.in_features) // weight.groups
     order = torch.argsort(groups, stable=True)  # the place of each code; the groups follow each other
     sizes = torch.bincount(groups, minlength=weight.scales.shape[1]).tolist()
-    plain = all(size % STEP == 0 for size in sizes) and torch.equal(order, torch.arange(len(order)))
-    codes = weight.codes()
-    coding = _coding(library, weight.coding)
-    places = None
-    if not plain or weight.order is not None:
-        # Codes are brought into the order of the features, so that both codes and activations are found by feature.
-        if weight.order is not None:
-            codes = torch.empty_like(codes).index_copy_(1, weight.order, codes)
-            order = weight.order[order]
-        places = _places(order, sizes)
-    scales = weight.scales
+    coding, scales = _coding(library, weight.coding), weight.scales
+    places = sources = None
+    if (
+        weight.order is not None
+        or any(size % STEP for size in sizes)
+        or not torch.equal(order, torch.arange(len(order)))
+    ):
+        sources = _places(order, sizes)
+        places = sources if weight.order is None else _places(weight.order[order], sizes)
     if coding == E4M3:
         scales = scales.float() * 256  # numbers come out of float16 that much too small
-    return _linear(
-        library, coding, codes, places, sizes, dtype, scales, weight.zeros, _middle(weight.coding), weight.coding
+    form = _Form(
+        coding, weight.out_features, weight.in_features, sizes, places, sources, scales, weight.zeros,
+        2 ** (weight.coding.bits - 1) if isinstance(weight.coding, Integer) else 0,
+        weight.coding.values if isinstance(weight.coding, Table) else None,
+    )  # fmt: skip
+    return _linear(library, form, weight.codes, dtype)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a weight is made of, besides its codes.
+
+    sizes: features of each group. places: int32, the feature of the activations at each place; sources: where its code
+    lies in a row. None: as they are.
+    """
+
+    coding: int
+    out_features: int
+    in_features: int
+    sizes: list[int]
+    places: Tensor | None
+    sources: Tensor | None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    middle: int = 0
+    table: tuple[float, ...] | None = None
+
+
+def _linear(library: Library, form: _Form, codes_of: Callable[[slice], Tensor], dtype: torch.dtype) -> NativeLinear:
+    """codes_of: some rows of the codes, [rows, in] of the coding's element."""
+    ends = torch.tensor([-(-size // STEP) for size in form.sizes]).cumsum(0).to(torch.int32)
+    steps = int(ends[-1])
+    panel_bytes = steps * library.step_bytes(form.coding)
+    # A load may reach a little beyond the last step.
+    packed = _own_memory(-(-form.out_features // COLUMNS) * panel_bytes + 64)
+    weight = _Weight(
+        form.coding, 0, form.out_features, form.in_features, steps, len(ends), packed.data_ptr(), ends.data_ptr()
     )
+    kept = [packed, ends]
+
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor)
+        return tensor.data_ptr()
+
+    if form.scales is not None:
+        weight.scale_type, weight.middle = FLOATS[form.scales.dtype], form.middle
+        weight.scales = keep(_panels(form.scales))
+    if form.zeros is not None:
+        weight.zeros = keep(_panels(form.zeros))
+    if form.places is not None:
+        weight.places = keep(form.places)
+    if form.table is not None:
+        weight.table = keep(torch.tensor(form.table, dtype=torch.float32))
+    pack_codes = library.function("pack", "pplplpi")
+    sources = None if form.sources is None else form.sources.data_ptr()
+    rows = max(COLUMNS, PACKED_VALUES // max(1, form.in_features) // COLUMNS * COLUMNS)
+    for first in range(0, form.out_features, rows):
+        codes = codes_of(slice(first, first + rows)).contiguous()
+        pack_codes(
+            ctypes.addressof(weight), codes.data_ptr(), codes.element_size(), sources, len(codes),
+            packed.data_ptr() + first // COLUMNS * panel_bytes, torch.get_num_threads(),
+        )  # fmt: skip
+    return NativeLinear(library, weight, tuple(kept), dtype)
 
 
 def _coding(library: Library, coding: Coding) -> int:
@@ -153,58 +218,17 @@ def _coding(library: Library, coding: Coding) -> int:
             return {"e4m3fn": E4M3, "e5m2": 8}[kind]
 
 
-def _middle(coding: Coding) -> int:
-    return 2 ** (coding.bits - 1) if isinstance(coding, Integer) else 0
-
-
-def _places(order: Tensor, sizes: list[int] | int) -> Tensor:
-    """int32: the feature of each place, groups (of `sizes` features, in `order`) filled up to whole steps with -1."""
-    parts = torch.split(order, sizes) if isinstance(sizes, list) else [order]
+def _places(order: Tensor, sizes: list[int]) -> Tensor:
+    """int32: `order`, of which groups have `sizes`, each filled up to whole steps with -1."""
+    parts = torch.split(order, sizes)
     return torch.cat([F.pad(part, (0, -len(part) % STEP), value=-1) for part in parts]).to(torch.int32)
 
 
-def _linear(
-    library: Library,
-    coding: int,
-    codes: Tensor,
-    places: Tensor | None,
-    sizes: list[int],
-    dtype: torch.dtype,
-    scales: Tensor | None = None,
-    zeros: Tensor | None = None,
-    middle: int = 0,
-    kind: Coding | None = None,
-) -> NativeLinear:
-    out, in_ = codes.shape
-    ends = (torch.tensor([-(-size // STEP) for size in sizes])).cumsum(0).to(torch.int32)
-    steps = int(ends[-1])
-    panels = -(-out // COLUMNS)
-    # A load may reach a little beyond the last step.
-    packed = torch.empty(panels * steps * library.step_bytes(coding) + 64, dtype=torch.uint8)
-    kept = [packed, ends]
-    weight = _Weight(coding, 0, out, in_, steps, len(sizes), packed.data_ptr(), ends.data_ptr())
-    if places is not None:
-        kept.append(places)
-        weight.places = places.data_ptr()
-    if scales is not None:
-        scales = _panels(scales)
-        weight.scale_type, weight.scales = FLOATS[scales.dtype], scales.data_ptr()
-        weight.middle = middle
-        kept.append(scales)
-    if zeros is not None:
-        zeros = _panels(zeros)
-        weight.zeros = zeros.data_ptr()
-        kept.append(zeros)
-    if isinstance(kind, Table):
-        table = torch.tensor(kind.values, dtype=torch.float32)
-        weight.table = table.data_ptr()
-        kept.append(table)
-    codes = codes.contiguous()
-    pack_codes = library.function("pack", "pplpi")
-    pack_codes(
-        ctypes.addressof(weight), codes.data_ptr(), codes.element_size(), packed.data_ptr(), torch.get_num_threads()
-    )
-    return NativeLinear(library, weight, tuple(kept), dtype)
+def _own_memory(num_bytes: int) -> Tensor:
+    """uint8 in pages of its own. Among what loading makes and drops, what stays would keep the heap from shrinking."""
+    pages = mmap.mmap(-1, num_bytes)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _panels(values: Tensor) -> Tensor:
