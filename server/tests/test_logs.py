@@ -1,6 +1,7 @@
 """Log lines, as people and as the launcher read them."""
 
 import json
+import logging
 
 import pytest
 from loguru import logger
@@ -12,8 +13,11 @@ NASTY = "two\nlines with {braces} and <red>colours</red>"
 
 @pytest.fixture(autouse=True)
 def no_sinks_left():
+    root = logging.getLogger()
+    kept, level = root.handlers[:], root.level
     yield
     logger.remove()
+    root.handlers[:], root.level = kept, level
 
 
 def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
@@ -52,3 +56,15 @@ def test_lines_below_the_level_are_left_out(capfd, level, count):
 def test_an_unknown_level_is_refused():
     with pytest.raises(ConfigError, match="--logger-level is 'LOUD', expected one of TRACE"):
         set_up("LOUD", False, None)
+
+
+def test_what_kernels_say_through_pythons_own_logging_comes_the_same_way(capfd):
+    set_up("INFO", True, 1)
+    logging.getLogger("text_generation_server.kernels.cpu.quantized").info("%s: chosen", NASTY)
+    logging.getLogger("text_generation_server.kernels").debug("below the level")
+    logging.getLogger("some.library").info("of no interest")
+    logging.getLogger("some.library").warning("of interest")
+    first, second = map(json.loads, lines(capfd))
+    assert (first["level"], first["rank"], first["message"]) == ("INFO", 1, f"{NASTY}: chosen")
+    assert first["target"].startswith("text_generation_server.kernels.cpu.quantized:")
+    assert (second["level"], second["message"]) == ("WARNING", "of interest")

@@ -1,6 +1,7 @@
 """Log lines of a shard: for people, or as JSON for the launcher."""
 
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -39,4 +40,18 @@ def set_up(level: str, json_output: bool, rank: int | None) -> None:
         return "{time:YYYY-MM-DDTHH:mm:ss.SSS} {level: <7} {extra[line]}\n"
 
     logger.remove()
+    # What the kernels and libraries say through Python's own logging comes the same way; of the latter only warnings.
+    logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
+    logging.getLogger(__package__).setLevel(logging.DEBUG)
     logger.add(sys.stderr, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)
+
+
+class _Bridge(logging.Handler):
+    """Hands the lines of Python's own logging on to loguru, which keeps those of the level that was asked for."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        def place(made: "Record") -> None:
+            made["name"], made["line"] = record.name, record.lineno
+
+        level = record.levelname if record.levelname in LEVELS else record.levelno
+        logger.patch(place).opt(exception=record.exc_info).log(level, "{}", record.getMessage())

@@ -4,8 +4,8 @@ Everything here runs on the step thread. Imports torch.
 """
 
 import os
-import resource
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +108,10 @@ class Shard:
     def measure_blocks(self, limits: Limits) -> int:
         """How many blocks fit beside the weights and what a step needs, but no more than the limits can use."""
         self.health.enter(Phase.WARMING_UP, "measuring how much fits")
-        before = peak_rss_bytes()
         num_tokens = min(limits.max_step_tokens, MAX_PROBE_TOKENS, limits.max_total_tokens)
-        self.probe(num_tokens, limits.block_size)
-        activations = max(0, peak_rss_bytes() - before) * max(1, -(-limits.max_step_tokens // num_tokens))
+        before = forget_peak()
+        probed = self.probe(num_tokens, limits.block_size)
+        activations = max(0, peak_rss_bytes() - before - probed) * max(1, -(-limits.max_step_tokens // num_tokens))
         free = self.config.memory_bytes - rss_bytes() - activations
         block_bytes = self.model.cache_spec.bytes_per_token * limits.block_size
         useful = limits.max_running * -(-limits.max_total_tokens // limits.block_size)
@@ -123,14 +123,15 @@ class Shard:
         )  # fmt: skip
         return blocks
 
-    def probe(self, num_tokens: int, block_size: int) -> None:
-        """Computes one prompt of that length, and forgets it."""
+    def probe(self, num_tokens: int, block_size: int) -> int:
+        """Computes one prompt of that length, and forgets it. Returns the bytes that its cache took."""
         num_blocks = -(-num_tokens // block_size)
         cache = self.kernels.new_kv_cache(self.model.cache_spec, num_blocks, block_size)
         table = SequenceTable(1, num_tokens + 1, block_size, self.plan.settings.vocab_size)
         table.admit(0, 0, 1, [0] * num_tokens, num_tokens, 0)
         table.add_blocks(0, range(num_blocks))
         self.forward(make_batch(table, [Work(0, 1, num_tokens, 1, ())], cache))
+        return num_tokens * self.model.cache_spec.bytes_per_token
 
     def allocate(self, num_blocks: int, limits: Limits) -> None:
         """The cache and the table of this epoch. Raises ConfigError if they do not fit."""
@@ -182,5 +183,14 @@ def rss_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The most that was resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most that was resident since `forget_peak`, or since the process began."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+
+
+def forget_peak() -> int:
+    """Begins the peak anew, which loading has raised; returns where it begins."""
+    # Not every container lets a process do this: then only what goes beyond the old peak is seen.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_bytes()

@@ -111,13 +111,6 @@ def test_a_shape_that_contradicts_the_configuration_is_refused() -> None:
         read({"o": whole}, [range(16)])
 
 
-def test_an_index_of_groups_that_was_never_filled_is_none() -> None:
-    """As the library leaves it where no order was looked for; it does not read it itself."""
-    whole = library_layer(PackQuantized(4, 32, True), Shape(16, 64))
-    whole.tensors["weight_g_idx"] = torch.full((64,), -1)
-    check_cuts({"o": whole}, ReferenceKernels(), (1, 2))
-
-
 @pytest.mark.parametrize(("value", "reordered"), [(-1, True), (2, False)])
 def test_a_group_that_does_not_exist_is_refused(value: int, reordered: bool) -> None:
     whole = library_layer(PackQuantized(4, 32, True), Shape(16, 64))

@@ -23,8 +23,7 @@ class PackQuantized:
     group_size: -1: one scale for each row (strategy `channel`).
     symmetric: there are no zero points.
 
-    reordered: actorder `group`: `weight_g_idx` names the group of every feature. Without it, or if it is -1 throughout
-    as where no order was looked for, groups follow each other.
+    reordered: actorder `group`: `weight_g_idx` names the group of every feature. Without it groups follow each other.
     """
 
     bits: int
@@ -85,8 +84,6 @@ class PackQuantized:
         if "weight_g_idx" not in pieces:
             return groups_in_order(cut.columns, size)
         index = pieces["weight_g_idx"]
-        if not self.reordered and bool((index.tensor == -1).all()):
-            return groups_in_order(cut.columns, size)
         return read_group_index(index.tensor, cut.shape.in_ // size, index.where)
 
     def _size(self, shape: Shape) -> int:

@@ -56,7 +56,8 @@ def build(command: str = "c++") -> str | None:
 
         def compile_one(source: str) -> str:
             target = f"{folder}/{source}.o"
-            _run([*compiler, *FLAGS, *SOURCES[source], "-c", str(HERE / source), "-o", target])
+            macro = f'-DKERNELS_SOURCES="{digest_of_sources()}"'
+            _run([*compiler, *FLAGS, macro, *SOURCES[source], "-c", str(HERE / source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -69,12 +70,18 @@ def build(command: str = "c++") -> str | None:
     return None
 
 
+def digest_of_sources() -> str:
+    """Tells whether a library was built from the sources beside it."""
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _stamp(compiler: list[str]) -> str:
     """Tells one set of sources, flags and compiler from another."""
     digest = hashlib.sha256(_run([*compiler, "--version"]).encode())
-    digest.update(repr((compiler, FLAGS, SOURCES)).encode())
-    for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
-        digest.update(path.name.encode() + path.read_bytes())
+    digest.update(repr((compiler, FLAGS, SOURCES, digest_of_sources())).encode())
     return digest.hexdigest()
 
 

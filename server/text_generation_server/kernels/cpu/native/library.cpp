@@ -108,6 +108,9 @@ using namespace kernels;
 
 extern "C" {
 
+// The digest of the sources that this was built from.
+EXPORT const char *kernels_sources() { return KERNELS_SOURCES; }
+
 // The name of variant `index`, or null beyond the last; `runs`: whether this processor executes it.
 EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
     if (index < 0 || index >= int32_t(std::size(kVariants))) return nullptr;

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ....errors import ConfigError
+from .build import digest_of_sources
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,15 @@ class Library:
 
     Raises:
         ConfigError: the processor does not execute the wanted instruction set, or the library has none of that name.
-        OSError: it was not built, or not for this system.
+        OSError: it was not built, not from these sources, or not for this system.
     """
 
     def __init__(self, wanted: str | None = None):
         self._library = ctypes.CDLL(str(LIBRARY))
+        # Calls of another version would end the process.
+        self._library.kernels_sources.restype = ctypes.c_char_p
+        if self._library.kernels_sources().decode() != digest_of_sources():
+            raise OSError(f"{LIBRARY.name} was built from other sources than those beside it")
         self._library.kernels_variant.restype = ctypes.c_char_p
         self._library.kernels_step_bytes.restype = ctypes.c_int64
         self.variants = self._list()
