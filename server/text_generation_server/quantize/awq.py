@@ -72,7 +72,7 @@ def _mean_of_tied(values: Tensor, tie: Tensor) -> Tensor:
 
 
 def _scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, grid: Grid, group_size: int) -> float:
-    rounded = round_to_nearest(weight * scale, grid, group_size).dequantize()
+    rounded = round_to_nearest(weight * scale, grid, group_size).dequantize().to(weight.dtype)
     return output_error(rounded.div_(scale).sub_(weight), hessian)
 
 

@@ -99,16 +99,16 @@ def write_card(staging: Staging, options: Options, run: Mapping[str, Any], rows:
         for row in rows
     )
     # Front matter as the hub reads it; the licence is that of the model that it was made from.
+    base = f"base_model: {options.hub_id}\n" if options.hub_id else ""
     text = f"""---
-base_model: {options.model_name}
-tags:
+{base}tags:
 - quantized
 - {scheme.method.split("-")[0]}
 ---
 
-# {options.model_name.rstrip("/").rsplit("/", 1)[-1]}, quantized ({scheme.method}, {scheme.bits} bits)
+# {options.title.rsplit("/", 1)[-1]}, quantized ({scheme.method}, {scheme.bits} bits)
 
-Made from {options.model_name}; its licence holds.
+Made from {options.title}; its licence holds.
 
 | | |
 |---|---|

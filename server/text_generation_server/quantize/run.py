@@ -185,7 +185,7 @@ class _Run:
         self.model = open_model(plan, device, windows.length)
         self.num_blocks = len(self.model.decoder.blocks)
         self.shards = [shard_name(i + 1, self.num_blocks + 2) for i in range(self.num_blocks + 2)]
-        self.begun = time.monotonic()
+        self.begun, self.walked_s = time.monotonic(), 0.0
 
     def go(self) -> Outcome:
         say = self.progress.say
@@ -194,6 +194,7 @@ class _Run:
         try:
             if not staging.is_complete:
                 self._walk(staging, spill)
+                self.walked_s = time.monotonic() - self.begun
                 self._write_rest(staging)
                 proof = self._prove(staging)
                 self._write_reports(staging, proof)
@@ -219,7 +220,7 @@ class _Run:
             self.model, self.options, len(windows.measured), len(windows.held_back), windows.length, stored
         )
         self.progress.say(
-            f"{self.options.model_name}: {self.num_blocks} blocks of {self.plan.settings.architecture}, "
+            f"{self.options.title}: {self.num_blocks} blocks of {self.plan.settings.architecture}, "
             f"{len(self.formats)} linears to {self.options.scheme.method}; text: {windows.source}, "
             f"{len(windows.measured)} sequences of {windows.length} tokens, {len(windows.held_back)} held back"
         )
@@ -343,7 +344,8 @@ class _Run:
             "host_estimate": self.need.host, "host_peak": self.progress.watch.peak,
             "device_estimate": self.need.device, "device_peak": self.device.peak_bytes(),
         }  # fmt: skip
-        line = {"kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks}
+        seconds = {"walk": self.walked_s, "all": time.monotonic() - self.begun}
+        line = {"kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks, "seconds": seconds}
         output.write_report(staging, self.run, rows, line)
 
     def _peaks(self) -> str:

@@ -104,6 +104,16 @@ class Options:
         if self.max_ppl_increase is not None and not 0 <= self.max_ppl_increase < 1e9:
             raise ConfigError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a number of at least 0")
 
+    @property
+    def title(self) -> str:
+        """What the model is called, without the way to where it lies on this machine."""
+        return self.hub_id or self.model_dir.resolve().name
+
+    @property
+    def hub_id(self) -> str | None:
+        """Of a model that came from the hub."""
+        return None if Path(self.model_name).is_dir() else self.model_name
+
     def making(self) -> dict[str, Any]:
         """Every option that the result depends on, as JSON values."""
         return {
