@@ -72,7 +72,17 @@ def ours(model: Path, output: Path, flags: list[str], length: int, samples: int,
         "app(sys.argv[1:], standalone_mode=False)\n"
         "print(time.perf_counter() - begun)\n"
     )
-    command = [sys.executable, "-c", program, "quantize", str(model), str(output), *flags, "--num-threads", str(threads)]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "quantize",
+        str(model),
+        str(output),
+        *flags,
+        "--num-threads",
+        str(threads),
+    ]
     command += ["--num-samples", str(samples), "--sequence-length", str(length)]
     return float(run(command, threads).splitlines()[-1])
 
@@ -119,7 +129,9 @@ def logits_as_peer(folder: str, ids: str, output: str) -> None:
     backend = BACKEND.TORCH_AWQ if method == "awq" and hasattr(BACKEND, "TORCH_AWQ") else BACKEND.TORCH
     model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float32)
     with torch.no_grad():
-        logits = [model(input_ids=torch.tensor([window])).logits[0].float() for window in json.loads(Path(ids).read_text())]
+        logits = [
+            model(input_ids=torch.tensor([window])).logits[0].float() for window in json.loads(Path(ids).read_text())
+        ]
     save_file({"logits": torch.stack(logits)}, output)
 
 
@@ -167,7 +179,9 @@ def perplexity(model: Any, windows: list[list[int]]) -> float:
     return math.exp(total / (len(windows) * (WINDOW - 1)))
 
 
-def same_logits(arguments: argparse.Namespace, folder: Path, model: Any, windows: list[list[int]], scratch: Path) -> float:
+def same_logits(
+    arguments: argparse.Namespace, folder: Path, model: Any, windows: list[list[int]], scratch: Path
+) -> float:
     """The largest difference between the peer's logits of our result and those of transformers on the same weights."""
     import torch
     from safetensors.torch import load_file

@@ -163,7 +163,9 @@ def main() -> None:
     head = common.environment()
     with tempfile.TemporaryDirectory() as scratch:
         body, held = measure(arguments, Path(scratch))
-    common.write_result(f"quantize_speed_{arguments.device.partition(':')[0]}", "Time and memory of the quantizer", head, body)
+    common.write_result(
+        f"quantize_speed_{arguments.device.partition(':')[0]}", "Time and memory of the quantizer", head, body
+    )
     if not held:
         sys.exit(1)
 

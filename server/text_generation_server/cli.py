@@ -218,6 +218,10 @@ def quantize(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw of sequences. The same command makes the same bytes.")] = 0,
     device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What is computed in: float32 or bfloat16; by default what the device computes natively."),
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all usable cores if absent.")] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Host memory that may be used, '24GiB'; what is free if absent.")
@@ -245,6 +249,7 @@ def quantize(
     """
     from .config import prepare_environment
     from .logs import set_up
+    from .quantize.checks import quantize as carry_out
     from .quantize.settings import (
         Options,
         Resources,
@@ -260,7 +265,7 @@ def quantize(
         set_up(logger_level, json_output, None)
         chosen = read_module_bits(module_bits or [])
         options = Options(
-            model_dir=local_folder(model_id, revision),
+            model_dir=local_folder(model_id, revision, download=True),
             output_dir=output_dir,
             model_name=model_id,
             scheme=choose_scheme(method, bits, groupsize, sym, exclude or [], chosen),
@@ -268,6 +273,7 @@ def quantize(
             sampling=Sampling(dataset, num_samples, sequence_length, seed),
             resources=Resources(
                 device,
+                dtype,
                 num_threads,
                 read_size("--max-memory", max_memory),
                 read_size("--max-device-memory", max_device_memory),
@@ -276,9 +282,7 @@ def quantize(
             overwrite=overwrite,
             upload_to=upload_to_model_id,
         )
-        from .quantize.run import quantize as quantize_model
-
-        outcome = quantize_model(options)
+        outcome = carry_out(options)
     except ShardError as error:
         refuse(error, error.exit_code)
     typer.echo(json.dumps({"model_dir": str(outcome.folder), "proof": outcome.proof}))

@@ -171,9 +171,9 @@ OPTIONS = [
 def test_options_that_nothing_makes_are_refused(make: object, said: str) -> None:
     with pytest.raises(ShardError) as caught:
         made = make()  # type: ignore[operator]
-        scheme = made if isinstance(made, Scheme) else Scheme()
-        solver = scheme if isinstance(made, Scheme) else made
-        Options(Path("a"), Path("b"), "a", scheme, solver)
+        if isinstance(made, Scheme):
+            Options(Path("a"), Path("b"), "a", made)
+        Options(Path("a"), Path("b"), "a", solver=made)  # type: ignore[arg-type]
     assert said in str(caught.value)
 
 

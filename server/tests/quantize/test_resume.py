@@ -142,7 +142,7 @@ def test_another_option_is_refused_by_name(
     change: Callable[[Any], Any], named: str, unfinished: tuple[Path, Path]
 ) -> None:
     with pytest.raises(ShardError) as caught:
-        run_module.quantize(change(tiny.options(*unfinished)))
+        tiny.quantize(change(tiny.options(*unfinished)))
     assert named in str(caught.value) and "--overwrite" in str(caught.value)
 
 

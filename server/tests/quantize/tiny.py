@@ -12,8 +12,9 @@ import torch
 import transformers
 from text_generation_server.checkpoint.tensors import Checkpoint
 from text_generation_server.planning import plan_model
+from text_generation_server.quantize.checks import quantize
 from text_generation_server.quantize.recording import read_dense
-from text_generation_server.quantize.run import Outcome, quantize
+from text_generation_server.quantize.run import Outcome
 from text_generation_server.quantize.settings import (
     Options,
     Resources,
@@ -59,7 +60,7 @@ def options(model: Path, output: Path, method: str = "gptq", **changes: Any) -> 
     """Few samples, one thread."""
     bits = 8 if method == "bitsandbytes" else 4
     scheme = changes.pop("scheme", Scheme(method, bits, 32, sym=method != "awq"))
-    base = Options(model, output, model.name, scheme, Solver(), FEW, Resources(num_threads=1))
+    base = Options(model, output, model.name, scheme, Solver(), FEW, Resources(dtype="float32", num_threads=1))
     return replace(base, **changes)
 
 

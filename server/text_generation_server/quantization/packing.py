@@ -16,8 +16,10 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     The last word is filled up with zeros; 3-bit values are filled up to 32, which are three words.
     """
     values = F.pad(codes, (0, -codes.shape[1] % (32 if bits == 3 else 32 // bits)))
+    # A copy: dimensions of size 1 count as contiguous with any stride, but no view as words is possible then.
+    values = values.clone(memory_format=torch.contiguous_format)
     if bits == 8:
-        return values.contiguous().view(torch.int32)
+        return values.view(torch.int32)
     if bits in (2, 4):
         num = 8 // bits
         slots = values.view(len(values), -1, num)

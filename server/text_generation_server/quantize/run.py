@@ -1,4 +1,4 @@
-"""`text-generation-server quantize`: from a command to a folder that a server serves, and back again after a crash."""
+"""The run itself: from a checked command to a folder that a server serves, and back again after a crash."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError, ConfigError, ShardError
 from ..kernels.offline import Machine, machine
 from ..planning import ModelPlan, check_tensors, plan_model
-from ..quantization.format import StoredLinear, WeightFormat
+from ..quantization.format import StoredLinear
 from . import output, preflight
-from .documents import open_documents
-from .layouts import HEAD, check_shapes, quantization_config
+from .checks import Checked
+from .formats import HEAD, quantization_config
 from .output import CHART, Proof, shard_name
 from .progress import MemoryWatch, Progress, duration, gib
 from .proof import prove
 from .recording import open_model
 from .settings import Options
 from .solve import BlockSolver, LayerReport
-from .staging import COMPLETE, FOLDER, REPORT, Staging, check_output, differences, finished_run, free_bytes, write_text
+from .staging import FOLDER, REPORT, Staging, differences, free_bytes
 from .staging import write_durably as durably
-from .upload import check_name, upload
+from .upload import upload
 from .walk import Pass, block_prefix, drop_block, embed, load_block, load_finished
-from .windows import Windows, make_windows
+from .windows import Windows
 
 HASH_THREADS = 4
 Rows = list[dict[str, Any]]
@@ -58,40 +58,22 @@ class Outcome:
     too_bad: bool = False
 
 
-def quantize(options: Options) -> Outcome:
-    """The whole command.
+def carry_out(options: Options, checked: Checked) -> Outcome:
+    """What is left when everything is checked that needs no weights.
 
     Raises:
         ShardError: in one line, what is wrong and what to do.
     """
-    if options.upload_to is not None:
-        check_name(options.upload_to)
-    plan = plan_model(options.model_dir, world_size=1)
-    if plan.quantization.method is not None:
-        raise ConfigError(
-            f"{options.model_dir}: is quantized already ({plan.quantization.describe()}); expected plain weights, in "
-            "float32, float16 or bfloat16"
-        )
-    plan.check_tokenizer()
-    formats = check_shapes(options.scheme, {name: linear.shape for name, linear in plan.linears.items()})
-    # A run that ended while its files moved into place is not finished.
-    moving = (options.output_dir / FOLDER / COMPLETE).exists()
-    done = None if options.overwrite or moving else finished_run(options.output_dir)
-    if done is None:
-        check_output(options.model_dir, options.output_dir, options.overwrite)
-    windows = make_windows(
-        open_documents(options.sampling.dataset, options.model_dir), options.model_dir, options.sampling,
-        plan.settings.max_positions, plan.settings.vocab_size,
-    )  # fmt: skip
+    plan, windows = checked.plan, checked.windows
     threads = options.resources.num_threads or preflight.usable_cores()
     torch.set_num_threads(threads)
-    device = machine(options.resources.device, None)
+    device = machine(options.resources.device, options.resources.dtype)
     with MemoryWatch() as watch, Progress(plan.settings.num_layers, watch) as progress:
         run = _describe(options, plan, windows, device, threads)
-        if done is not None:
-            return _again(options, run, done, progress)
+        if checked.done is not None:
+            return _again(options, run, checked.done, progress)
         try:
-            return _Run(options, plan, formats, windows, device, progress, run).go()
+            return _Run(options, checked, device, progress, run).go()
         except KeyboardInterrupt:
             raise StoppedError(_stopped(options, plan)) from None
         except (OSError, SafetensorError) as error:
@@ -177,12 +159,11 @@ class _Run:
     """One run, from the first unfinished block to the end."""
 
     def __init__(
-        self, options: Options, plan: ModelPlan, formats: Mapping[str, WeightFormat], windows: Windows, device: Machine,
-        progress: Progress, run: dict[str, Any],
+        self, options: Options, checked: Checked, device: Machine, progress: Progress, run: dict[str, Any]
     ):  # fmt: skip
-        self.options, self.plan, self.formats, self.windows = options, plan, formats, windows
+        self.options, self.plan, self.formats, self.windows = options, checked.plan, checked.formats, checked.windows
         self.device, self.progress, self.run = device, progress, run
-        self.model = open_model(plan, device, windows.length)
+        self.model = open_model(self.plan, device, self.windows.length)
         self.num_blocks = len(self.model.decoder.blocks)
         self.shards = [shard_name(i + 1, self.num_blocks + 2) for i in range(self.num_blocks + 2)]
         self.begun, self.walked_s = time.monotonic(), 0.0

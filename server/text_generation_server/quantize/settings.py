@@ -70,6 +70,7 @@ class Resources:
     """What a run may use. None: what is there. Sizes in bytes."""
 
     device: str = "cpu"
+    dtype: str | None = None
     num_threads: int | None = None
     max_memory: int | None = None
     max_device_memory: int | None = None
@@ -99,6 +100,8 @@ class Options:
             raise ConfigError(f"--sequence-length is {sampling.length}; expected at least 8 tokens")
         if not 0 <= sampling.seed < 1 << 63:
             raise ConfigError(f"--seed is {sampling.seed}; expected a number from 0 to 2**63 - 1")
+        if resources.dtype not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"--dtype is {resources.dtype!r}; expected float32 or bfloat16")
         if resources.num_threads is not None and not 1 <= resources.num_threads <= 1024:
             raise ConfigError(f"--num-threads is {resources.num_threads}; expected 1 to 1024")
         if self.max_ppl_increase is not None and not 0 <= self.max_ppl_increase < 1e9:

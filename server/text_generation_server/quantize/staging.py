@@ -139,16 +139,24 @@ class Staging:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise ConfigError(f"OUTPUT_DIR {output_dir}: another process quantizes into it; wait for its end") from None
         if overwrite:
             self._clear()
+        try:
+            self._begin(fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
         state = self.folder / STATE
         self.resumed = state.is_file()
         if self.resumed:
             changed = differences(read_json(state), fingerprint)
             if changed:
                 raise ConfigError(
-                    f"OUTPUT_DIR {output_dir}: holds an unfinished run that differs in {'; '.join(changed)}; give the "
+                    f"OUTPUT_DIR {self.output_dir}: holds an unfinished run that differs in {'; '.join(changed)}; give the "
                     "same command to go on with it, or --overwrite to begin anew"
                 )
         else:

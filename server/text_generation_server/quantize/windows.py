@@ -95,8 +95,8 @@ def _cut(documents: Documents, model_dir: Path, length: int, most: int) -> Itera
     for text in documents.texts():
         if not text.strip():
             continue
-        # As a file ends: without the lines that separate it from the next.
-        ids += encode(text.strip("\n"))
+        # Texts without the line ends that separate them; a template's own line ends belong to the chat.
+        ids += encode(text if documents.is_chat else text.strip("\n"))
         whole = len(ids) // length
         for first in range(0, whole * length, length):
             yield ids[first : first + length]
