@@ -62,7 +62,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
         def body(self) -> bytes:
@@ -88,11 +88,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.answer({"warnings": [], "errors": []})
             elif "/preupload/" in path:
                 files = json.loads(data)["files"]
-                modes = [
-                    {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular",
-                     "shouldIgnore": False}
-                    for f in files
-                ]  # fmt: skip
+                modes = []
+                for file in files:
+                    large = file["path"].endswith((".safetensors", ".png"))
+                    mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                    modes.append({"path": file["path"], **mode})
                 self.answer({"files": modes})
             elif path.endswith("/info/lfs/objects/batch"):
                 objects = []

@@ -33,8 +33,7 @@ from .proof import prove
 from .recording import open_model
 from .settings import Options
 from .solve import BlockSolver, LayerReport
-from .staging import FOLDER, REPORT, Staging, differences, free_bytes
-from .staging import write_durably as durably
+from .staging import FOLDER, REPORT, Staging, differences, free_bytes, write_durably, write_text
 from .upload import upload
 from .walk import Pass, block_prefix, drop_block, embed, load_block, load_finished
 from .windows import Windows
@@ -277,7 +276,7 @@ class _Run:
 
     def _store(self, staging: Staging, name: str, tensors: Mapping[str, Tensor]) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
-        durably(staging.path(name), lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}))
+        write_durably(staging.path(name), lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}))
 
     def _write_rest(self, staging: Staging) -> None:
         """What is in no block: the embedding before, norm and head behind; then everything that is not a weight."""

@@ -156,8 +156,8 @@ class Staging:
             changed = differences(read_json(state), fingerprint)
             if changed:
                 raise ConfigError(
-                    f"OUTPUT_DIR {self.output_dir}: holds an unfinished run that differs in {'; '.join(changed)}; give the "
-                    "same command to go on with it, or --overwrite to begin anew"
+                    f"OUTPUT_DIR {self.output_dir}: holds an unfinished run that differs in {'; '.join(changed)}; give "
+                    "the same command to go on with it, or --overwrite to begin anew"
                 )
         else:
             for partial in self.folder.glob("*.partial"):
