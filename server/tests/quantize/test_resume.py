@@ -51,10 +51,20 @@ def wait_for_blocks(output: Path, count: int, process: subprocess.Popen[bytes]) 
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("golden") / "out"
     finish(start(output))
-    return tiny.files(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def golden(golden_folder: Path) -> dict[str, bytes]:
+    return tiny.files(golden_folder)
+
+
+def test_the_memory_that_a_run_takes_is_what_it_said_before(golden_folder: Path) -> None:
+    memory = tiny.report(golden_folder, "proof")[0]["memory"]
+    assert memory["host_peak"] == pytest.approx(memory["host_estimate"], rel=0.15)
 
 
 def test_a_killed_run_goes_on_at_the_first_unfinished_block_to_the_same_bytes(
@@ -173,12 +183,15 @@ def test_every_method_goes_on_to_the_same_bytes(
     assert tiny.files(tmp_path / "parts") == tiny.files(tmp_path / "whole")
 
 
-def test_activations_on_the_disk_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_memory_is_left_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.make(tmp_path / "model", "mistral")
     tiny.run(model, tmp_path / "memory")
-    monkeypatch.setattr(run_module.preflight, "check_fits", lambda *_: True)
-    tiny.run(model, tmp_path / "disk")
-    assert tiny.files(tmp_path / "disk") == tiny.files(tmp_path / "memory")
+    real = run_module.preflight.check_fits
+    for spill, resting in ((True, 0), (True, 1), (False, 0)):
+        fit = {"spill": spill, "resting": resting}
+        monkeypatch.setattr(run_module.preflight, "check_fits", lambda *a, fit=fit: replace(real(*a), **fit))
+        tiny.run(model, tmp_path / f"{spill}{resting}")
+        assert tiny.files(tmp_path / f"{spill}{resting}") == tiny.files(tmp_path / "memory"), fit
 
 
 def test_two_processes_cannot_work_in_one_folder(unfinished: tuple[Path, Path], tmp_path: Path) -> None:

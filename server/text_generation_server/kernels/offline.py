@@ -171,7 +171,8 @@ class OfflineKernels:
         num_sequences, repeat = len(batch.context_lengths), q.shape[1] // k.shape[1]
 
         def heads_first(x: Tensor) -> Tensor:
-            return x.unflatten(0, (num_sequences, -1)).transpose(1, 2)  # [sequences, heads, length, head_dim]
+            # [sequences, heads, length, head_dim]
+            return x.reshape(num_sequences, -1, *x.shape[1:]).transpose(1, 2)
 
         queries = heads_first(q)
         keys, values = (heads_first(x).repeat_interleave(repeat, 1) for x in (k, v))
@@ -185,9 +186,9 @@ class OfflineKernels:
         out = y.transpose(1, 2).reshape(len(q), -1)
         if self.lineage is not None and (maker := self.lineage.source(v)) is not None:
             # v is a view of what a linear made: its place there says which features it is.
-            first, dim = v.storage_offset() % v.stride(0), v.shape[2]
+            first, dim = int(v.storage_offset()) % v.stride(0), v.shape[2]
             of_head = torch.arange(q.shape[1]) // repeat * dim
-            features = first + of_head[:, None] + torch.arange(dim)
+            features = of_head[:, None] + torch.arange(dim) + first
             self.lineage.note(out, Linearly(maker, features.flatten()))
         return out
 

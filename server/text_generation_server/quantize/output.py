@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,13 @@ def copy_companions(model_dir: Path, staging: Staging) -> list[str]:
     """Tokenizer, generation config, chat template, licence. The names of the files."""
     names = []
     for path in sorted({path for pattern in COPIED for path in model_dir.glob(pattern) if path.is_file()}):
-        write_durably(staging.path(path.name), lambda partial, path=path: shutil.copyfile(path, partial) and None)
+        write_durably(staging.path(path.name), partial(_copy, path))
         names.append(path.name)
     return names
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def write_index(staging: Staging, shards: Sequence[str]) -> None:
@@ -164,7 +169,7 @@ def write_chart(staging: Staging, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("relative squared error of the outputs")
     axes.set_title("as stored (solid), rounded to nearest (dotted)")
     axes.legend(fontsize="small", ncols=2)
-    write_durably(staging.path(CHART), lambda partial: figure.savefig(partial, format="png", dpi=100, metadata={
+    write_durably(staging.path(CHART), lambda path: figure.savefig(path, format="png", dpi=100, metadata={
         "Software": None,
     }))  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..kernels.offline import Machine
 from .progress import anonymous_bytes, duration, gib
 from .recording import Model, Recorded
 from .settings import Options
-from .walk import STEP_TOKENS
+from .walk import STEP_TOKENS, resting_bytes
 
 CGROUP = Path("/sys/fs/cgroup")
 # Left to the rest of the machine, as a share of what is free.
@@ -34,14 +34,26 @@ class Need:
     disk: int
     activations: int
     seconds: float
+    # Of the steps of a pass that rest in a block: how many there are, and what one takes. Not part of the others.
+    steps: int = 0
+    step: int = 0
 
-    def lines(self, machine: Machine) -> list[str]:
+    def line(self, machine: Machine) -> str:
         """For people."""
         device = "" if machine.is_host else f"{gib(self.device)} of {machine.name}, "
-        return [
+        return (
             f"estimate: {device}{gib(self.host)} of host memory, {gib(self.disk)} of disk, "
             f"about {duration(self.seconds)}"
-        ]
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run fits: what it needs then, whether activations are kept on the disk, and how many steps rest."""
+
+    need: Need
+    spill: bool
+    resting: int
 
 
 def estimate(model: Model, options: Options, num_sequences: int, num_held: int, length: int, stored: int) -> Need:
@@ -63,10 +75,13 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     base = anonymous_bytes()
     seconds = _seconds(model, options, num_sequences * length)
     disk = stored + SMALL_FILES
+    steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, size)
+    if options.scheme.method == "gptq":
+        steps = -(-num_sequences // max(1, STEP_TOKENS // length))
     if machine.is_host:
-        return Need(base + max(walk, proof, writing), 0, disk, activations, seconds)
-    on_device = max(walk - activations, proof)
-    return Need(base + max(activations, proof) + writing, machine.used_bytes() + on_device, disk, activations, seconds)
+        return Need(base + max(walk, proof, writing), 0, disk, activations, seconds, steps, step)
+    on_device = machine.used_bytes() + max(walk - activations, proof)
+    return Need(base + max(activations, proof) + writing, on_device, disk, activations, seconds, steps, step)
 
 
 def _weights(block: Sequence[Recorded], size: int) -> int:
@@ -108,7 +123,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
     blocks = len(model.decoder.blocks)
     block = model.recorded_in(model.decoder.blocks[0])
     per_token = sum(linear.shape.out * linear.shape.in_ for one in block for linear in one.stored)
-    passes = 1 + len(block) / 2 if options.scheme.method == "gptq" else 2
+    passes = 1 if options.scheme.method == "gptq" else 2
     squares = sum(one.num_inputs**2 for one in block)
     work = 2 * tokens * (per_token * passes + squares)
     outer = sum(one.num_inputs**2 * linear.shape.out for one in block for linear in one.stored)
@@ -129,14 +144,19 @@ def _speed(machine: Machine) -> float:
     return 2 * 1024**3 / best
 
 
-def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -> bool:
-    """Whether activations must be kept on the disk, so that the run fits.
+def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -> Fit:
+    """How to run so that it fits.
 
     Raises:
         ConfigError: it does not fit in any way; names what is there and what is needed.
     """
     limits = options.resources
     host, host_from = (limits.max_memory, "--max-memory") if limits.max_memory else (available_bytes(), "free")
+    if need.disk > free_disk:
+        raise ConfigError(
+            f"OUTPUT_DIR {options.output_dir}: the result needs {gib(need.disk)}, {gib(free_disk)} is free on that "
+            "disk; make room, or take another"
+        )
     if not machine.is_host:
         device, device_from = machine.free_bytes() + machine.used_bytes(), "free"
         if limits.max_device_memory:
@@ -146,16 +166,28 @@ def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -
                 f"this needs {gib(need.device)} of memory of {machine.name}, {gib(device)} is {device_from}; use "
                 "--device cpu, or exclude the widest layers (--exclude down_proj)"
             )
-    if need.disk > free_disk:
-        raise ConfigError(
-            f"OUTPUT_DIR {options.output_dir}: the result needs {gib(need.disk)}, {gib(free_disk)} is free on that "
-            "disk; make room, or take another"
-        )
-    if need.host <= host:
-        return False
+        need, resting = _rest(need, int(device * (1 - RESERVE)) - need.device)
+        need = replace(need, device=need.device + resting * need.step)
+    spill = need.host > host
+    if spill:
+        need = _spilled(need, host, host_from, free_disk)
+    if machine.is_host:
+        need, resting = _rest(need, int(host * (1 - RESERVE)) - need.host)
+        need = replace(need, host=need.host + resting * need.step)
+    return Fit(need, spill, resting)
+
+
+def _rest(need: Need, free: int) -> tuple[Need, int]:
+    """How many steps may rest; those that may not are computed several times."""
+    resting = max(0, min(need.steps, free // max(1, need.step)))
+    begun_anew = 1 - resting / need.steps if need.steps else 0.0
+    return replace(need, seconds=need.seconds * (1 + 0.6 * begun_anew)), resting
+
+
+def _spilled(need: Need, host: int, host_from: str, free_disk: int) -> Need:
     on_disk = need.host - need.activations
     if on_disk <= host and need.disk + need.activations <= free_disk:
-        return True
+        return replace(need, host=on_disk, disk=need.disk + need.activations)
     raise ConfigError(
         f"this needs {gib(need.host)} of host memory ({gib(on_disk)} with activations on the disk, which then needs "
         f"{gib(need.disk + need.activations)} free of {gib(free_disk)}); {gib(host)} is {host_from}; take fewer "

@@ -22,7 +22,7 @@ from ..loading import Alone, Loader, TensorParallel
 from ..models.decoder import Decoder
 from ..models.registry import build
 from ..planning import ModelPlan
-from ..quantization.format import Part, StoredLinear
+from ..quantization.format import Part, Source, StoredLinear
 from ..quantization.read import read_weight
 
 TWO_DIMENSIONS = 2
@@ -81,7 +81,7 @@ class Recorded:
         self.weights = []
 
 
-def read_dense(checkpoint: Checkpoint, name: str, linear: StoredLinear) -> Tensor:
+def read_dense(checkpoint: Source, name: str, linear: StoredLinear) -> Tensor:
     """A stored linear as float [out, in] on the host, dequantized as a server reads it."""
     parts = [(Part(name, (range(linear.shape.out),)), linear)]
     dtype = torch.float32
@@ -173,7 +173,7 @@ def found(root: object, kind: type) -> list[Any]:
 
 def owner(block: object, matmul: Recorded) -> Linear | RowParallel:
     """The layer of the block that multiplies with it, and holds its bias."""
-    layers = found(block, Linear) + found(block, RowParallel)
+    layers: list[Linear | RowParallel] = found(block, Linear) + found(block, RowParallel)
     return next(layer for layer in layers if layer.matmul is matmul)
 
 

@@ -31,7 +31,7 @@ class Grid:
 
     @property
     def most(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each row of `weight` [..., n]: both [...], in its dtype; float16 and whole numbers.
@@ -117,7 +117,7 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
     """[out, in] -> [out, groups, size], the last group filled up with zeros, which change no grid."""
     size = weight.shape[1] if group_size == -1 else group_size
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size))
-    return padded.unflatten(1, (-1, size))
+    return padded.reshape(len(weight), -1, size)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, group_size: int, importance: Tensor | None = None) -> Codes:

@@ -204,15 +204,14 @@ class _Run:
             f"{len(self.formats)} linears to {self.options.scheme.method}; text: {windows.source}, "
             f"{len(windows.measured)} sequences of {windows.length} tokens, {len(windows.held_back)} held back"
         )
-        for line in need.lines(self.device):
-            self.progress.say(line)
-        self.need = need
         staged = self.options.output_dir / FOLDER
         there = sum(path.stat().st_size for path in staged.glob("*.safetensors")) if staged.is_dir() else 0
-        spill = preflight.check_fits(need, self.options, self.device, free_bytes(self.options.output_dir) + there)
-        if spill:
+        fit = preflight.check_fits(need, self.options, self.device, free_bytes(self.options.output_dir) + there)
+        self.need, self.resting = fit.need, fit.resting
+        self.progress.say(fit.need.line(self.device))
+        if fit.spill:
             self.progress.say(f"activations ({gib(need.activations)}) are kept on the disk: memory would not suffice")
-        return spill
+        return fit.spill
 
     def _walk(self, staging: Staging, spill: bool) -> None:
         windows = torch.tensor(self.windows.measured, dtype=torch.int64)
@@ -233,9 +232,11 @@ class _Run:
                 continue
             self.progress.starts_block(i, first)
             load_block(self.model, block)
-            result = solver.run(block, activations)
+            sweep = Pass(self.model, block, activations, self.resting)
+            result = solver.run(block, sweep)
             if i + 1 < self.num_blocks:
-                Pass(self.model, block, activations).forward()
+                sweep.forward()
+            del sweep
             drop_block(self.model, block)
             rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
             write_text(staging.path(f"rows-{i:05d}.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

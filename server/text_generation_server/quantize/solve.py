@@ -19,7 +19,7 @@ from .layouts import awq_tensors, gptq_tensors, int8_tensors, nf4_tensors
 from .recording import Model, Recorded, owner, read_dense
 from .rounding import Codes, Grid, output_error, round_to_nearest
 from .settings import Scheme, Solver
-from .walk import Activations, Moments, Pass
+from .walk import Moments, Pass
 
 # Of how many outputs of a layer the error is computed.
 JUDGED_ROWS = 256
@@ -72,18 +72,17 @@ class BlockSolver:
         self.model, self.scheme, self.solver, self.formats = model, scheme, solver, formats
         self.on_layer, self.say = on_layer, say
 
-    def run(self, block: Any, activations: Activations, on_step: Callable[[], None] = lambda: None) -> BlockResult:
-        """Leaves the block's linears as a reader of the result will have them; activations are not changed."""
-        sweep = Pass(self.model, block, activations, on_step)
+    def run(self, block: Any, sweep: Pass) -> BlockResult:
+        """Leaves the block's linears as a reader of the result will have them; activations are not changed yet."""
         stages = sweep.trace()
         result = BlockResult({}, [])
         wanted = [stage for stage in stages if any(name in self.formats for name in stage.names)]
         if self.scheme.method == "gptq":
             # One after another, each measured behind those that are quantized already.
             for stage in wanted:
-                self._solve_gptq(stage, sweep.measure([stage])[stage], result)
+                self._solve_gptq(stage, sweep.measure_next(stage), result)
         elif wanted:
-            moments = sweep.measure(wanted, with_means=self.scheme.method == "awq")
+            moments = sweep.measure_all(wanted, with_means=self.scheme.method == "awq")
             if self.scheme.method == "awq":
                 self._solve_awq(block, wanted, moments, result)
             else:
@@ -222,7 +221,7 @@ class BlockSolver:
         nearest = round_to_nearest(weight, Grid(bits, self.scheme.sym), size).dequantize()
         report = LayerReport(
             stage.names[i],
-            tuple(stage.stored[i].shape),
+            (stage.stored[i].shape.out, stage.stored[i].shape.in_),
             bits,
             size if grouped else None,
             output_error(nearest - weight, hessian) / norm,

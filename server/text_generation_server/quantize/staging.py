@@ -54,7 +54,11 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """As `write_durably`."""
-    write_durably(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_durably(path, write)
 
 
 def sync_folder(folder: Path) -> None:

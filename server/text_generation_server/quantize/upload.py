@@ -28,7 +28,7 @@ def upload(folder: Path, name: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     # The library's own error is one of its HTTP client's, whichever that is; so are those of connections.
-    errors = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError)
+    errors: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError)
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError
 from ..kernels.offline import Lineage, Machine, add_gram, host_buffer, sequences_batch
-from .recording import EnoughError, Model, Recorded, found, owner, read_dense
+from .recording import EnoughError, Model, Recorded, owner, read_dense
 
 # Tokens that are computed at once.
 STEP_TOKENS = 2048
@@ -59,27 +61,63 @@ def embed(model: Model, windows: Tensor, file: str | None = None) -> Activations
 
 
 class Pass:
-    """Passes of all sequences through one block."""
+    """All sequences on their way through one block.
 
-    def __init__(self, model: Model, block: Any, activations: Activations, on_step: Callable[[], None] = lambda: None):
-        self.model, self.block, self.activations, self.on_step = model, block, activations, on_step
+    Their passes are coroutines that rest where a product is measured and go on when it is quantized, so that nothing is
+    computed twice. What rests takes memory: only the first `resting` steps do, the others begin anew each time. The
+    bits are the same.
+    """
 
+    def __init__(self, model: Model, block: Any, activations: Activations, resting: int = 0):
+        self.model, self.block, self.activations = model, block, activations
+        self._resting: list[greenlet | None] = [None] * min(resting, len(activations.steps()))
+
+    @torch.no_grad()
     def forward(self) -> None:
         """Replaces the activations by what the block makes of them."""
-        for sequences in self.activations.steps():
-            self.activations.put(sequences, self._compute(sequences))
-            self.on_step()
+        for number, sequences in enumerate(self.activations.steps()):
+            resting = self._resting[number] if number < len(self._resting) else None
+            y = self._compute(sequences) if resting is None else resting.switch()
+            self.activations.put(sequences, y)
+            if resting is not None:
+                self._resting[number] = None
 
-    def measure(self, targets: Sequence[Recorded], with_means: bool = False) -> dict[Recorded, Moments]:
-        """The second moments of the inputs of these products. The pass ends at the last of them."""
+    @torch.no_grad()
+    def measure_next(self, target: Recorded) -> Moments:
+        """The second moments of the inputs of the product. Those before it are what they will stay."""
+        moments = Moments(target, self.model.machine, with_means=False)
+        main = getcurrent()
+
+        def listen(x: Tensor) -> None:
+            moments.add(x)
+            if getcurrent() is main:
+                raise EnoughError
+            main.switch()
+
+        target.on_input = listen
+        try:
+            for number, sequences in enumerate(self.activations.steps()):
+                if number >= len(self._resting):
+                    with contextlib.suppress(EnoughError):
+                        self._compute(sequences)
+                    continue
+                if self._resting[number] is None:
+                    self._resting[number] = greenlet(partial(self._compute, sequences))
+                self._resting[number].switch()  # type: ignore[union-attr]
+        finally:
+            target.on_input = None
+        moments.finish(self.activations.num_tokens)
+        return moments
+
+    @torch.no_grad()
+    def measure_all(self, targets: Sequence[Recorded], with_means: bool) -> dict[Recorded, Moments]:
+        """The moments of several products, none of which is quantized yet."""
         moments = {target: Moments(target, self.model.machine, with_means) for target in targets}
-        waiting: set[Recorded] = set()
 
         def listener(target: Recorded) -> Callable[[Tensor], None]:
             def listen(x: Tensor) -> None:
                 moments[target].add(x)
-                waiting.discard(target)
-                if not waiting:
+                if target is targets[-1]:
                     raise EnoughError
 
             return listen
@@ -88,15 +126,13 @@ class Pass:
             target.on_input = listener(target)
         try:
             for sequences in self.activations.steps():
-                waiting.update(targets)
                 with contextlib.suppress(EnoughError):
                     self._compute(sequences)
-                self.on_step()
         finally:
             for target in targets:
                 target.on_input = None
-        for found_moments in moments.values():
-            found_moments.check(self.activations.num_tokens)
+        for one in moments.values():
+            one.finish(self.activations.num_tokens)
         return moments
 
     def trace(self) -> list[Recorded]:
@@ -106,14 +142,14 @@ class Pass:
             recorded.on_call = called.append
         self.model.kernels.lineage = Lineage()
         try:
-            self._compute(range(1))
+            with torch.no_grad():
+                self._compute(range(1))
         finally:
             self.model.kernels.lineage = None
             for recorded in self.model.recorded_in(self.block):
                 recorded.on_call = None
         return called
 
-    @torch.no_grad()
     def _compute(self, sequences: range) -> Tensor:
         batch = sequences_batch(len(sequences), self.activations.length, self.model.kernels)
         y: Tensor = self.block(self.activations.part(sequences), batch)
@@ -136,7 +172,7 @@ class Moments:
             self.mean_abs += x.float().abs().sum(0)
         self.num_tokens += len(x)
 
-    def check(self, num_tokens: int) -> None:
+    def finish(self, num_tokens: int) -> None:
         """Sums become means, per token.
 
         Raises:
@@ -151,6 +187,15 @@ class Moments:
         self.hessian /= num_tokens
         if self.mean_abs is not None:
             self.mean_abs /= num_tokens
+
+
+def resting_bytes(recorded: Sequence[Recorded], hidden: int, size: int) -> int:
+    """Memory of one token that rests inside a block: what the frames of the pass hold, of `size` bytes an element."""
+    widest_in = max(one.num_inputs for one in recorded)
+    made = sum(linear.shape.out for linear in recorded[0].stored)
+    # Before the output of attention: the residual and its norm, q, k and v, turned or not, and what was attended to.
+    # Before the second product of an MLP: the residual and its norm, and what the first one made.
+    return size * (2 * hidden + max(2 * made + recorded[1].num_inputs, widest_in))
 
 
 def block_prefix(recorded: Sequence[Recorded]) -> str:
@@ -195,6 +240,3 @@ def load_finished(model: Model, block: Any, done: Checkpoint, formats: Callable[
     for name, tensor in model.tensors.items():
         if name in done and name.startswith(block_prefix(model.recorded_in(block))) and tensor.dim() == 1:
             tensor.copy_(done[name].read())
-
-
-__all__ = ["Activations", "Moments", "Pass", "block_prefix", "embed", "found", "load_block", "load_finished"]

@@ -12,12 +12,12 @@ from torch import Tensor
 ROWS = 32
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit
 def _kernel(
     weight: Any, upper: Any, scale: Any, zero: Any, codes: Any, errors: Any,
-    num_rows, stride, scale_stride, zero_stride, most,
+    num_rows: Any, stride: Any, scale_stride: Any, zero_stride: Any, most: Any,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+) -> None:  # fmt: skip
     # weight, codes, errors [COLUMNS, num_rows]; upper [COLUMNS, COLUMNS]; a stride of 0 shares scales over columns.
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
