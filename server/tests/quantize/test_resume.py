@@ -1,6 +1,7 @@
 """A run that is killed, stopped, or finds the disk full goes on where it was, to the same bytes."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -15,45 +16,58 @@ from typing import Any
 
 import pytest
 import tiny
+from loguru import logger
 from text_generation_server.errors import ShardError
 from text_generation_server.quantize import run as run_module
 from text_generation_server.quantize.settings import Scheme, Solver
 
 STAGED = ".quantizing"
-COMMAND = ["--num-samples", "6", "--sequence-length", "64", "--num-threads", "1"]
 
 
-def start(output: Path, *more: str, limit: int | None = None) -> subprocess.Popen[bytes]:
-    """The command, on the trained model of six blocks. limit: bytes that a file may have."""
+class Child:
+    """A process that quantizes the trained model of six blocks; forked, so that torch need not be imported again."""
 
-    def before() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def __init__(self, output: Path, limit: int | None = None):
+        """limit: bytes that a file may have."""
+        self.said = output.parent / f"{output.name}.log"
+        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(output, limit))
+        self._process.start()
 
-    command = [sys.executable, "-m", "text_generation_server.cli", "quantize", str(tiny.LLAMA), str(output)]
-    return subprocess.Popen(
-        [*command, *COMMAND, *more], stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=before,
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+    def _run(self, output: Path, limit: int | None) -> None:
+        with self.said.open("w") as file:
+            os.dup2(file.fileno(), 2)
+            logger.remove()
+            logger.add(sys.stderr, format="{message}")
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                tiny.run(tiny.LLAMA, output, scheme=Scheme("gptq", 4, 128, True))
+            except ShardError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(error.exit_code)
+            os._exit(0)
 
+    def send(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
-def finish(process: subprocess.Popen[bytes], code: int = 0) -> str:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code, errors.decode()
-    return errors.decode()
+    def finish(self, code: int = 0) -> str:
+        self._process.join(120)
+        said = self.said.read_text()
+        assert self._process.exitcode == code, said
+        return said
 
-
-def wait_for_blocks(output: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while len(list((output / STAGED).glob("model-*.safetensors"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    def wait_for_blocks(self, output: Path, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list((output / STAGED).glob("model-*.safetensors"))) < count:
+            assert self._process.is_alive() and time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("golden") / "out"
-    finish(start(output))
+    Child(output).finish()
     return output
 
 
@@ -72,27 +86,37 @@ def test_a_killed_run_goes_on_at_the_first_unfinished_block_to_the_same_bytes(
 ) -> None:
     output, blocks = tmp_path / "out", sorted(random.Random(time.time()).sample(range(1, 6), 2))
     for count in blocks:
-        process = start(output)
-        wait_for_blocks(output, count, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+        child = Child(output)
+        child.wait_for_blocks(output, count)
+        child.send(signal.SIGKILL)
+        child.finish(-signal.SIGKILL)
         assert not (output / "config.json").exists()
     stored = len(list((output / STAGED).glob("model-*.safetensors")))
-    said = finish(start(output))
+    said = Child(output).finish()
     assert f"going on: {stored} of 6 blocks are stored" in said, blocks
     assert tiny.files(output) == golden, blocks
     assert not (output / STAGED).exists()
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(golden: dict[str, bytes], tmp_path: Path) -> None:
-    process = start(tmp_path / "out")
-    wait_for_blocks(tmp_path / "out", 2, process)
+    """Through the command itself."""
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "text_generation_server.cli", "quantize", str(tiny.LLAMA), str(output), "--num-samples",
+         "6", "--sequence-length", "48", "--num-threads", "1", "--dtype", "float32"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((output / STAGED).glob("model-*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    said = finish(process, 130)
-    assert "stopped; " in said and "the same command goes on" in said and "Traceback" not in said
-    assert not list((tmp_path / "out" / STAGED).glob("*.partial"))
-    finish(start(tmp_path / "out"))
-    assert tiny.files(tmp_path / "out") == golden
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "stopped; " in said and "the same command goes on" in said
+    assert not list((output / STAGED).glob("*.partial")) and not (output / "config.json").exists()
+    Child(output).finish()
+    assert tiny.files(output) == golden
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_half_named(golden: dict[str, bytes], tmp_path: Path) -> None:
@@ -100,11 +124,11 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_named(golden: dict[st
     output = tmp_path / "out"
     sizes = {name: len(data) for name, data in golden.items() if name.endswith(".safetensors")}
     limit = sorted(sizes.values())[-3] + 1
-    said = finish(start(output, limit=limit), 1)
+    said = Child(output, limit=limit).finish(1)
     assert f"{output}: cannot be written" in said and "Traceback" not in said
     assert sorted(path.name for path in (output / STAGED).glob("model-*")) == sorted(sizes)[1:-1]
     assert not list(output.rglob("*.partial"))
-    finish(start(output))
+    Child(output).finish()
     assert tiny.files(output) == golden
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -131,8 +132,9 @@ class OfflineKernels:
         return KVCache([], 0, block_size)
 
     def linear(self, weight: Tensor) -> Matmul:
-        # A weight that is kept on the host (the embedding, as the head) is brought when it is needed.
-        return lambda x: F.linear(x, weight.to(x.device, x.dtype))
+        # A weight that is kept on the host (the embedding, as the head) is brought when it is needed first.
+        brought = cache(weight.to)
+        return lambda x: F.linear(x, brought(x.device, x.dtype))
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
         dense = in_order(weight).to(dtype)

@@ -1,4 +1,4 @@
-"""`text-generation-server quantize`, up to what needs weights: what a user can get wrong is refused here, at once.
+"""The command up to what needs weights: what a user can get wrong is refused here, at once.
 
 Importing this does not import torch.
 """

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +235,13 @@ class _Run:
             load_block(self.model, block)
             sweep = Pass(self.model, block, activations, self.resting)
             result = solver.run(block, sweep)
+            rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
+            write_text(staging.path(f"rows-{i:05d}.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+            self._store(staging, self.shards[i + 1], self._tensors_of(block, result.tensors))
             if i + 1 < self.num_blocks:
                 sweep.forward()
             del sweep
             drop_block(self.model, block)
-            rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
-            write_text(staging.path(f"rows-{i:05d}.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-            self._store(staging, self.shards[i + 1], self._tensors_of(block, result.tensors))
             self.progress.ends_block()
         del activations
         staging.drop_scratch()
@@ -265,13 +266,15 @@ class _Run:
     def _tensors_of(self, block: Any, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All of a block's tensors, those that are not changed as the checkpoint has them."""
         prefix = block_prefix(self.model.recorded_in(block))
-        kept = [name for name in self._read_tensors() if name.startswith(prefix) and not self._is_replaced(name)]
+        kept = [name for name in self._tensors if name.startswith(prefix) and not self._is_replaced(name)]
         return {name: self.model.checkpoint[name].read() for name in kept if name not in changed} | dict(changed)
 
     def _is_replaced(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.formats
 
-    def _read_tensors(self) -> list[str]:
+    @cached_property
+    def _tensors(self) -> list[str]:
+        """Every tensor that the model reads."""
         plan = self.plan
         return check_tensors(plan.index, plan.linears, plan.settings, plan.model_dir)
 
@@ -282,7 +285,7 @@ class _Run:
     def _write_rest(self, staging: Staging) -> None:
         """What is in no block: the embedding before, norm and head behind; then everything that is not a weight."""
         prefixes = tuple(block_prefix(self.model.recorded_in(block)) for block in self.model.decoder.blocks)
-        outside = [name for name in self._read_tensors() if not name.startswith(prefixes)]
+        outside = [name for name in self._tensors if not name.startswith(prefixes)]
         first = [name for name in outside if "embed" in name] or outside[:1]
         for shard, names in ((self.shards[0], first), (self.shards[-1], [n for n in outside if n not in first])):
             if not staging.has(shard):

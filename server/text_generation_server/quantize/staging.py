@@ -6,6 +6,7 @@ files move into the output folder, config.json last, so that no half result can 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -47,9 +48,8 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         partial.rename(path)
         sync_folder(path.parent)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -147,14 +147,14 @@ class Staging:
             raise ConfigError(f"OUTPUT_DIR {output_dir}: another process quantizes into it; wait for its end") from None
         if overwrite:
             self._clear()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
             self._begin(fingerprint)
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def _begin(self, fingerprint: Mapping[str, Any]) -> None:
         state = self.folder / STATE
+        self.drop_scratch()
         self.resumed = state.is_file()
         if self.resumed:
             changed = differences(read_json(state), fingerprint)
@@ -164,8 +164,6 @@ class Staging:
                     "the same command to go on with it, or --overwrite to begin anew"
                 )
         else:
-            for partial in self.folder.glob("*.partial"):
-                partial.unlink()
             write_text(state, json.dumps(fingerprint, indent=1))
 
     def _clear(self) -> None:
@@ -187,7 +185,7 @@ class Staging:
         return (self.folder / name).is_file()
 
     def scratch(self, name: str, num_bytes: int) -> str:
-        """A file of so many bytes, all of them reserved, that ends with the process: it has no name any more."""
+        """A file of so many bytes, all of them reserved; `drop_scratch` removes it."""
         path = self.folder / f"{name}.partial"
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
