@@ -120,19 +120,25 @@ def as_peer(settings: Settings, model: str, output: str, ids: str) -> None:
 
 
 def logits_as_peer(folder: str, ids: str, output: str) -> None:
-    """In the peer's interpreter: load a result, and write the logits of some sequences."""
+    """In the peer's interpreter: load a result, alone and through transformers, and write some sequences' logits."""
     import torch
+    import transformers
     from gptqmodel import BACKEND, GPTQModel
     from safetensors.torch import save_file
 
     method = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["quant_method"]
-    backend = BACKEND.TORCH_AWQ if method == "awq" and hasattr(BACKEND, "TORCH_AWQ") else BACKEND.TORCH
-    model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float32)
-    with torch.no_grad():
-        logits = [
-            model(input_ids=torch.tensor([window])).logits[0].float() for window in json.loads(Path(ids).read_text())
-        ]
-    save_file({"logits": torch.stack(logits)}, output)
+    backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
+    windows = json.loads(Path(ids).read_text())
+    found = {}
+    for reader in ("gptqmodel", "transformers"):
+        if reader == "gptqmodel":
+            model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float32)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            logits = [model(input_ids=torch.tensor([window])).logits[0].float() for window in windows]
+        found[reader] = torch.stack(logits)
+    save_file(found, output)
 
 
 def dequantized(folder: Path) -> Any:
@@ -191,7 +197,7 @@ def same_logits(
     run([arguments.peer_python, __file__, "--peer-logits", str(folder), str(ids), str(out)], arguments.threads)
     with torch.no_grad():
         expected = torch.stack([model(torch.tensor([window])).logits[0] for window in windows[:2]])
-    return float((load_file(out)["logits"] - expected).abs().max())
+    return max(float((logits - expected).abs().max()) for logits in load_file(out).values())
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
@@ -229,7 +235,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     head = ["", "perplexity", "grown by", "the peer's", "÷ the peer's", "seconds", "the peer's", "times as fast",
-            "logits in GPTQModel differ by", ""]  # fmt: skip
+            "logits in GPTQModel and in transformers differ by", ""]  # fmt: skip
     nearest = [
         f"{grown[a] / grown[b]:.2f}" for a, b in (
             ("gptq 4 bits g128, by activation, groups in order", "to nearest 4 bits g128"),

@@ -35,16 +35,16 @@ class Child:
 
     def _run(self, output: Path, limit: int | None) -> None:
         with self.said.open("w") as file:
-            os.dup2(file.fileno(), 2)
             logger.remove()
-            logger.add(sys.stderr, format="{message}")
+            logger.add(file, format="{message}")
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 tiny.run(tiny.LLAMA, output, scheme=Scheme("gptq", 4, 128, True))
             except ShardError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {error}", file=file, flush=True)
                 os._exit(error.exit_code)
+            file.flush()
             os._exit(0)
 
     def send(self, number: signal.Signals) -> None:

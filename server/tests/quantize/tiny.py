@@ -60,7 +60,7 @@ def options(model: Path, output: Path, method: str = "gptq", **changes: Any) -> 
     """Few samples, one thread."""
     bits = 8 if method == "bitsandbytes" else 4
     scheme = changes.pop("scheme", Scheme(method, bits, 32, sym=method != "awq"))
-    base = Options(model, output, model.name, scheme, Solver(), FEW, Resources(dtype="float32", num_threads=1))
+    base = Options(model, output, str(model), scheme, Solver(), FEW, Resources(dtype="float32", num_threads=1))
     return replace(base, **changes)
 
 
