@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
 import tiny
 import torch
 import transformers
 from harness import Log, Shard, load
+from safetensors.torch import load_file
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.loading import Alone, TensorParallel
 from text_generation_server.planning import plan_model
@@ -85,6 +87,17 @@ def test_transformers_loads_what_bitsandbytes_would_have_made(method: str, model
     ids = torch.arange(5, 45)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, made(ids).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_eight_bits_are_those_of_bitsandbytes(models: Path, tmp_path: Path) -> None:
+    tiny.run(models / "qwen3", tmp_path / "out", "bitsandbytes")
+    source = load_file(models / "qwen3" / "model.safetensors")
+    made = load_file(tmp_path / "out" / "model-00002-of-00004.safetensors")
+    layers = [name.removesuffix(".SCB") for name in made if name.endswith(".SCB")]
+    assert len(layers) == 7
+    for layer in layers:
+        codes, absmax, _ = bnb.int8_vectorwise_quant(source[f"{layer}.weight"].half())
+        assert torch.equal(made[f"{layer}.weight"], codes) and torch.equal(made[f"{layer}.SCB"], absmax)
 
 
 def test_calibrated_methods_are_better_than_rounding_and_say_so(models: Path, tmp_path: Path) -> None:

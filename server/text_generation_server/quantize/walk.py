@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError
-from ..kernels.offline import Lineage, Machine, add_gram, host_buffer, sequences_batch
+from ..kernels.offline import Lineage, Machine, add_gram, host_buffer, mirror_gram, sequences_batch
 from .recording import EnoughError, Model, Recorded, owner, read_dense
 
 # Tokens that are computed at once.
@@ -179,6 +179,7 @@ class Moments:
             CheckpointError: an input was not finite.
         """
         assert self.num_tokens == num_tokens, "every sequence passes every product once"
+        mirror_gram(self.hessian)
         if not bool(torch.isfinite(self.hessian.diagonal()).all()):
             raise CheckpointError(
                 f"{self.name}: its inputs are not finite on the calibration text; expected numbers; the weights of the "
