@@ -1,6 +1,7 @@
 """Command line: serve, plan, quantize, download-weights. Nothing heavy is imported before it is needed."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -261,6 +262,8 @@ def quantize(
     )
 
     prepare_environment()
+    # A polite end is Ctrl-C: what is finished is safe, and it says how to go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         set_up(logger_level, json_output, None)
         chosen = read_module_bits(module_bits or [])

@@ -42,34 +42,39 @@ class Factor:
 
 
 def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
-    """hessian: [in, in], of x.T @ x, symmetric and finite; overwritten. act_order: largest diagonal first.
+    """hessian: [in, in], of x.T @ x, symmetric and finite. act_order: largest diagonal first.
 
     Raises:
         NotPositiveDefiniteError: not even much damping makes it so.
     """
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
-    hessian.diagonal()[dead] = 1
-    order = None
-    if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    # H = R Rᵀ with R upper is the Cholesky factorization from the end; then U is the inverse of R.
-    mirrored = hessian.flip(0, 1)
-    mean = float(hessian.diagonal().mean())
-    added = 0.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    # H = R Rᵀ with R upper is the Cholesky factorization from the end; then U is the inverse of R. These matrices are the
+    # largest things in memory: each is forgotten as soon as the next is there.
+    mirrored = (hessian if order is None else hessian[order][:, order]).flip(0, 1)
+    ordered = dead if order is None else dead[order]
+    mirrored.diagonal()[ordered.flip(0)] = 1
+    factor, added = _cholesky(mirrored, damping)
+    del mirrored
+    inverse = torch.linalg.solve_triangular(
+        factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
+    )
+    del factor
+    return Factor(inverse.flip(0, 1).contiguous(), order, dead, diagonal, added)
+
+
+def _cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower factor, and the damping that it took. The diagonal of `matrix` is changed."""
+    mean, added = float(matrix.diagonal().mean()), 0.0
     while damping <= MOST_DAMPING:
-        mirrored.diagonal().add_((damping - added) * mean)
+        matrix.diagonal().add_((damping - added) * mean)
         added = damping
-        factor, info = torch.linalg.cholesky_ex(mirrored)
+        factor, info = torch.linalg.cholesky_ex(matrix)
         if not int(info):
-            break
+            return factor, added
         damping *= RAISE
-    else:
-        raise NotPositiveDefiniteError(f"not positive definite even with {added:g} of its mean diagonal added")
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    upper = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).contiguous()
-    return Factor(upper, order, dead, diagonal, added)
+    raise NotPositiveDefiniteError(f"not positive definite even with {added:g} of its mean diagonal added")
 
 
 def solve(weight: Tensor, factor: Factor, grid: Grid, group_size: int, static_groups: bool) -> Codes:

@@ -15,6 +15,8 @@ from torch import Tensor
 SHRINK = tuple(1 - i / 40 for i in range(17))
 # As GPTQ: large errors count less than squared, the few largest weights of a group must not decide everything.
 NORM = 2.4
+# Weights whose grids are searched at once.
+CHUNK_VALUES = 1 << 22
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
 
 
@@ -34,10 +36,19 @@ class Grid:
         return (1 << self.bits) - 1
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each row of `weight` [..., n]: both [...], in its dtype; float16 and whole numbers.
+        """Scale and zero point of each row of `weight` [out, ..., n]: both [out, ...], in its dtype; float16 and whole
+        numbers.
 
-        importance: [n] or [..., n], how much an error counts (`search` only).
+        importance: [n] or [..., n] without `out`, how much an error counts (`search` only).
         """
+        step = max(1, CHUNK_VALUES * len(weight) // max(1, weight.numel()))
+        if len(weight) <= step:
+            return self._fit(weight, importance)
+        # A search makes copies: of some rows at a time.
+        parts = [self._fit(part, importance) for part in weight.split(step)]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+    def _fit(self, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         scale, zero = self._spread(low, high)
         if not self.search:
