@@ -50,8 +50,8 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
-    # H = R Rᵀ with R upper is the Cholesky factorization from the end; then U is the inverse of R. These matrices are the
-    # largest things in memory: each is forgotten as soon as the next is there.
+    # H = R Rᵀ with R upper is the Cholesky factorization from the end; then U is the inverse of R.
+    # Nothing in memory is larger than these matrices: each is forgotten as soon as the next is there.
     mirrored = (hessian if order is None else hessian[order][:, order]).flip(0, 1)
     ordered = dead if order is None else dead[order]
     mirrored.diagonal()[ordered.flip(0)] = 1
