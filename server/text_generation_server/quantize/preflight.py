@@ -125,7 +125,8 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
     per_token = sum(linear.shape.out * linear.shape.in_ for one in block for linear in one.stored)
     passes = 1 if options.scheme.method == "gptq" else 2
     squares = sum(one.num_inputs**2 for one in block)
-    work = 2 * tokens * (per_token * passes + squares)
+    # Of the second moments, which are symmetric, little more than a half is computed.
+    work = 2.0 * tokens * (per_token * passes + 0.6 * squares)
     outer = sum(one.num_inputs**2 * linear.shape.out for one in block for linear in one.stored)
     work += {"gptq": 3.0, "awq": 80.0}.get(options.scheme.method, 0.5) * outer
     columns = sum(one.num_inputs for one in block) * 2e-4 if options.scheme.method == "gptq" else 0.0

@@ -45,7 +45,8 @@ class Grid:
         if len(weight) <= step:
             return self._fit(weight, importance)
         # A search makes copies: of some rows at a time.
-        parts = [self._fit(part, importance) for part in weight.split(step)]
+        starts = range(0, len(weight), step)
+        parts = [self._fit(weight[first : first + step], importance) for first in starts]
         return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
     def _fit(self, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 ROWS = 32
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _kernel(
     weight: Any, upper: Any, scale: Any, zero: Any, codes: Any, errors: Any,
     num_rows: Any, stride: Any, scale_stride: Any, zero_stride: Any, most: Any,
