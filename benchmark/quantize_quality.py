@@ -49,8 +49,9 @@ CASES: dict[str, tuple[list[str], Settings | None]] = {
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of both sides. The peer looks for things on the network unless it is told not to."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Of both sides. The peer looks for things on the network unless told not to, and needs two workers to begin."""
+    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own, "GPTQMODEL_CPU_WORKERS": str(max(2, threads))}
 
 
 def cut(length: int, samples: int) -> list[list[int]]:
