@@ -167,19 +167,23 @@ def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -
                 f"this needs {gib(need.device)} of memory of {machine.name}, {gib(device)} is {device_from}; use "
                 "--device cpu, or exclude the widest layers (--exclude down_proj)"
             )
-        need, resting = _rest(need, int(device * (1 - RESERVE)) - need.device)
+        need, resting = _rest(need, device - need.device, is_told=limits.max_device_memory is not None)
         need = replace(need, device=need.device + resting * need.step)
     spill = need.host > host
     if spill:
         need = _spilled(need, host, host_from, free_disk)
     if machine.is_host:
-        need, resting = _rest(need, int(host * (1 - RESERVE)) - need.host)
+        need, resting = _rest(need, host - need.host, is_told=limits.max_memory is not None)
         need = replace(need, host=need.host + resting * need.step)
     return Fit(need, spill, resting)
 
 
-def _rest(need: Need, free: int) -> tuple[Need, int]:
-    """How many steps may rest; those that may not are computed several times."""
+def _rest(need: Need, free: int, is_told: bool) -> tuple[Need, int]:
+    """How many steps may rest; those that may not are computed several times.
+
+    is_told: the limit is the user's; else a half of what is free is left to others.
+    """
+    free = int(free * (1 - RESERVE)) if is_told else free // 2
     resting = max(0, min(need.steps, free // max(1, need.step)))
     begun_anew = 1 - resting / need.steps if need.steps else 0.0
     return replace(need, seconds=need.seconds * (1 + 0.6 * begun_anew)), resting
