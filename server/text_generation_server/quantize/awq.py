@@ -17,6 +17,8 @@ from .rounding import Codes, Grid, grouped, output_error, round_to_nearest
 RATIOS = tuple(i / 20 for i in range(20))
 # Of the range of a group, which shares are tried: as AutoAWQ, down to a half.
 CLIPS = tuple(1 - i / 20 for i in range(11))
+# Outputs on which a scale is judged.
+JUDGED_ROWS = 1024
 # Groups that are clipped at once, for memory.
 CHUNK_VALUES = 1 << 24
 
@@ -40,6 +42,9 @@ def search_scale(
     spread = weight_spread(weight, group_size)
     if tie is not None:
         mean_abs, spread = (_mean_of_tied(values, tie) for values in (mean_abs, spread))
+    # Some outputs tell which scale is best for all; the error is that of these.
+    rows = torch.linspace(0, len(weight) - 1, min(JUDGED_ROWS, len(weight)), device=weight.device).long()
+    weight = weight[rows]
     ones = torch.ones_like(mean_abs)
     best = Scaling(ones, _scaled_error(weight, hessian, ones, grid, group_size))
     for by_weight in (True, False):

@@ -23,6 +23,8 @@ RESERVE = 0.05
 # Beside the weights, for files that are small.
 SMALL_FILES = 64 << 20
 FLOAT = 4
+# Of the libraries that multiply.
+BUFFERS = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     )
     proof = max(proof, proof - head + _weights(block, size) + _step_bytes(block, size, tokens, settings.hidden_size))
     writing = 2 * max(_weights(block, FLOAT) // 8, vocabulary)
-    base = anonymous_bytes()
+    base = anonymous_bytes() + BUFFERS
     seconds = _seconds(model, options, num_sequences * length)
     disk = stored + SMALL_FILES
     steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, size)
@@ -100,7 +102,9 @@ def _block_bytes(block: Sequence[Recorded], method: str, size: int, tokens: int,
     moments = [FLOAT * one.num_inputs**2 for one in block]
     if method == "gptq":
         return weights + max(
-            m + max(step, 3 * m, m + _solve_bytes(one, method)) for one, m in zip(block, moments, strict=True)
+            # Beside the moments: four matrices of their size while they are factorized, one afterwards.
+            m + max(step, 4 * m, m + _solve_bytes(one, method))
+            for one, m in zip(block, moments, strict=True)
         )
     kept = 2 * _weights(block, FLOAT) if method == "awq" else 0
     worst = max(
@@ -128,7 +132,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
     # Of the second moments, which are symmetric, little more than a half is computed.
     work = 2.0 * tokens * (per_token * passes + 0.6 * squares)
     outer = sum(one.num_inputs**2 * linear.shape.out for one in block for linear in one.stored)
-    work += {"gptq": 3.0, "awq": 80.0}.get(options.scheme.method, 0.5) * outer
+    work += {"gptq": 3.0, "awq": 10.0}.get(options.scheme.method, 0.5) * outer
     columns = sum(one.num_inputs for one in block) * 2e-4 if options.scheme.method == "gptq" else 0.0
     return blocks * (work / _speed(model.machine) + columns) * 1.3
 
