@@ -122,7 +122,7 @@ def test_what_does_not_fit_into_memory_or_on_the_disk_is_refused_before_it_begin
         patch.setattr("text_generation_server.quantize.run.free_bytes", lambda _: 1 << 20)
         with pytest.raises(ShardError, match=r"the result needs .*, 1 MiB is free on that disk"):
             tiny.run(model, tmp_path / "out")
-    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:

@@ -70,16 +70,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_output(model_dir: Path, output_dir: Path, overwrite: bool) -> None:
-    """Refuses an output folder that is the model's, is not empty, or cannot be written to. Makes it if it is missing.
+    """Refuses an output folder that is the model's, is not empty, or cannot be written to. Leaves nothing there.
 
     Raises:
         ConfigError: says which, and what to do.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"OUTPUT_DIR {output_dir}: is a file; expected a folder, or nothing")
+    missing = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        staging = output_dir / FOLDER
         probe = output_dir / f"{FOLDER}.probe"
         probe.touch()
         probe.unlink()
@@ -87,6 +87,10 @@ def check_output(model_dir: Path, output_dir: Path, overwrite: bool) -> None:
         raise ConfigError(f"OUTPUT_DIR {output_dir}: cannot be written to: {error.strerror}") from error
     if output_dir.resolve() == model_dir.resolve():
         raise ConfigError(f"OUTPUT_DIR {output_dir}: is the folder of the model; expected another one")
+    if missing:
+        output_dir.rmdir()
+        return
+    staging = output_dir / FOLDER
     others = sorted(p.name for p in output_dir.iterdir() if p.name not in (FOLDER, "lost+found"))
     if not others or (staging / COMPLETE).exists():
         return
@@ -138,7 +142,7 @@ class Staging:
             ConfigError: another process works there, or another command did; names what differs.
         """
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] = (self.folder / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
