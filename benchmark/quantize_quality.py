@@ -204,8 +204,8 @@ def same_logits(
     return max(float((logits - expected).norm() / expected.norm()) for logits in load_file(out).values())
 
 
-def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
-    """The tables in markdown, and whether the limits held."""
+def measure(arguments: argparse.Namespace, scratch: Path, environment_table: str) -> bool:
+    """Write the result after every case; whether the limits held."""
     import torch
 
     torch.set_num_threads(arguments.threads)
@@ -229,7 +229,11 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         if peer_times:
             other = perplexity(dequantized(theirs), windows) - base
             ratio, speed = own / other, statistics.median(a / b for a, b in zip(peer_times, own_times, strict=True))
-            difference = same_logits(arguments, mine, result, windows, scratch)
+            try:
+                difference = same_logits(arguments, mine, result, windows, scratch)
+            except common.MeasureError as error:
+                print(error, file=sys.stderr, flush=True)
+                difference = math.inf
             ok = ratio <= QUALITY_LIMIT and speed >= TIME_LIMIT and difference <= LOGITS_LIMIT
             held &= ok
             row += [f"{other:+.4f}", f"{ratio:.3f}", common.spread(own_times, 2), common.spread(peer_times, 2),
@@ -237,7 +241,15 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         else:
             row += ["", "", common.spread(own_times, 2), "", "", "", ""]
         rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+        body = report(arguments, base, rows, grown, held)
+        common.write_result("quantize_quality", "The quantizer beside GPTQModel", environment_table, body)
+    return held
+
+
+def report(
+    arguments: argparse.Namespace, base: float, rows: list[list[str]], grown: dict[str, float], held: bool
+) -> str:
+    """The table in markdown, of the cases that are done."""
     head = ["", "perplexity", "grown by", "the peer's", "÷ the peer's", "seconds", "the peer's", "times as fast",
             "logits in GPTQModel and in transformers differ by", ""]  # fmt: skip
     nearest = [
@@ -253,7 +265,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         f"\nLimits: grown by at most {QUALITY_LIMIT} × the peer's; not slower; logits of our files, which the peer reads and computes in "
         f"float16, within {LOGITS_LIMIT} of those in float32: **{'held' if held else 'NOT HELD'}**.",
     ]
-    return "\n".join(body), held
+    return "\n".join(body)
 
 
 def main() -> None:
@@ -274,8 +286,7 @@ def main() -> None:
     arguments = parser.parse_args()
     head = common.environment()
     with tempfile.TemporaryDirectory() as scratch:
-        body, held = measure(arguments, Path(scratch))
-    common.write_result("quantize_quality", "The quantizer beside GPTQModel", head, body)
+        held = measure(arguments, Path(scratch), head)
     if not held:
         sys.exit(1)
 
