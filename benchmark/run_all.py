@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ["load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "quantized", "side_by_side"]
+SCRIPTS = [
+    "load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "quantized", "quantize_quality",
+    "quantize_speed", "side_by_side",
+]  # fmt: skip
 TIMEOUT_S = 3600
 
 

@@ -1,6 +1,7 @@
-"""Command line: serve, plan, download-weights. Nothing heavy is imported before it is needed."""
+"""Command line: serve, plan, quantize, download-weights. Nothing heavy is imported before it is needed."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -45,10 +46,10 @@ TrustRemoteCode = Annotated[
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
 
 
-def refuse(error: Exception) -> NoReturn:
-    """One line for whoever started this, and exit code 1."""
+def refuse(error: Exception, code: int = 1) -> NoReturn:
+    """One line for whoever started this, and an exit code."""
     typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -154,6 +155,151 @@ def plan(
     else:
         for key, value in facts.items():
             typer.echo(f"{key:<28} {value}")
+
+
+@app.command()
+def quantize(
+    model_id: Model,
+    output_dir: Annotated[Path, typer.Argument(help="Folder for the result: an empty one, or one that is not there.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq (best at few bits), awq (4 bits, scales of channels), rtn (round to nearest, at once), or what "
+            "bitsandbytes makes: bitsandbytes (8 bits), bitsandbytes-nf4, bitsandbytes-fp4."
+        ),
+    ] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8, of gptq and rtn; 4 if absent.")] = None,
+    groupsize: Annotated[
+        int | None,
+        typer.Option(
+            help="gptq, awq, rtn: inputs that share a scale: 16, 32, ... 1024, -1 for one group; 128 if absent."
+        ),
+    ] = None,
+    sym: Annotated[
+        bool | None,
+        typer.Option(
+            "--sym/--no-sym", help="gptq, awq, rtn: zero in the middle, or stored zero points (awq's if absent)."
+        ),
+    ] = None,
+    percdamp: Annotated[
+        float | None,
+        typer.Option(help="gptq: what is added to the Hessian's diagonal, as a share of its mean; 0.01 if absent."),
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option(
+            "--act-order/--no-act-order", help="gptq: round the columns that matter most first; yes if absent."
+        ),
+    ] = None,
+    static_groups: Annotated[
+        bool | None,
+        typer.Option(
+            "--static-groups/--no-static-groups",
+            help="gptq: groups of neighbours, so that act-order costs nothing when serving (yes if absent); else "
+            "groups of columns that are rounded one after another, which act-order shuffles (desc_act).",
+        ),
+    ] = None,
+    mse: Annotated[
+        bool | None,
+        typer.Option(
+            "--mse/--no-mse",
+            help="gptq, rtn: search the best range of each group instead of taking its largest weight; yes if absent.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers left as they are: a name or its end, with * and ?. May be given several times."),
+    ] = None,
+    module_bits: Annotated[
+        list[str] | None, typer.Option(help="gptq, rtn: other bits for some layers, 'down_proj=8'. Several times.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a .txt, .jsonl or .parquet file with texts or chats, or wikitext2, c4, ptb from "
+            "the hub. If absent: text that is bundled, no network needed."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Sequences to measure with; up to 128 of what the text has if absent.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of each; 2048, or what the model takes, if absent.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of sequences. The same command makes the same bytes.")] = 0,
+    device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What is computed in: float32 or bfloat16; by default what the device computes natively."),
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all usable cores if absent.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Host memory that may be used, '24GiB'; what is free if absent.")
+    ] = None,
+    max_device_memory: Annotated[
+        str | None, typer.Option(help="Memory of the GPU that may be used; what is free if absent.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Exit with 1 if the perplexity on held-back text grows by more than this.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew, and replace a result in OUTPUT_DIR.")
+    ] = False,
+    upload_to_model_id: Annotated[
+        str | None, typer.Option(help="Push the finished result to this repository of the hub.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    logger_level: Level = "INFO",
+    json_output: JsonOutput = False,
+) -> None:
+    """Quantize a model: in blocks, so that it fits; kill it and give the same command to go on.
+
+    The result is read back at the end and compared with the model on text that was held back.
+    """
+    from .config import prepare_environment
+    from .logs import set_up
+    from .quantize.checks import quantize as carry_out
+    from .quantize.settings import (
+        Options,
+        Resources,
+        Sampling,
+        choose_scheme,
+        choose_solver,
+        read_module_bits,
+        read_size,
+    )
+
+    prepare_environment()
+    # A polite end is Ctrl-C: what is finished is safe, and it says how to go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        set_up(logger_level, json_output, None)
+        chosen = read_module_bits(module_bits or [])
+        options = Options(
+            model_dir=local_folder(model_id, revision, download=True),
+            output_dir=output_dir,
+            model_name=model_id,
+            scheme=choose_scheme(method, bits, groupsize, sym, exclude or [], chosen),
+            solver=choose_solver(method, percdamp, act_order, static_groups, mse),
+            sampling=Sampling(dataset, num_samples, sequence_length, seed),
+            resources=Resources(
+                device,
+                dtype,
+                num_threads,
+                read_size("--max-memory", max_memory),
+                read_size("--max-device-memory", max_device_memory),
+            ),
+            max_ppl_increase=max_ppl_increase,
+            overwrite=overwrite,
+            upload_to=upload_to_model_id,
+        )
+        outcome = carry_out(options)
+    except ShardError as error:
+        refuse(error, error.exit_code)
+    typer.echo(json.dumps({"model_dir": str(outcome.folder), "proof": outcome.proof}))
+    if outcome.too_bad:
+        raise typer.Exit(1)
 
 
 @app.command()

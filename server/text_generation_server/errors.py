@@ -4,6 +4,8 @@
 class ShardError(ValueError):
     """Base of the errors that are shown to an operator as one line."""
 
+    exit_code = 1
+
 
 class ConfigError(ShardError):
     """A setting, or a value of the model's configuration, that cannot be served."""

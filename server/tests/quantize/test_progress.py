@@ -1,0 +1,69 @@
+"""What is told while a run goes on, on a terminal and elsewhere, and what memory it is said to take."""
+
+import io
+import sys
+
+import pytest
+from loguru import logger
+from text_generation_server.quantize.progress import MemoryWatch, Progress, duration, gib
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def tell(progress: Progress) -> None:
+    with progress:
+        progress.starts_block(2, 1)
+        progress.layer("model.layers.2.mlp.down_proj", 0.02, 0.004, 1.5)
+        progress.say("damping raised")
+        progress.ends_block()
+
+
+def test_a_terminal_shows_block_layer_errors_time_left_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    with MemoryWatch() as watch:
+        tell(Progress(6, watch))
+    shown = terminal.getvalue()
+    for part in (
+        "block 3 of 6",
+        "2.mlp.down_proj",
+        "2.00e-02",
+        "4.00e-03",
+        "1.5 s",
+        " left",
+        "of memory",
+        "damping raised",
+    ):
+        assert part in shown
+
+
+def test_elsewhere_there_is_a_line_for_each_layer_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    with MemoryWatch() as watch:
+        tell(Progress(6, watch))
+    logger.remove(sink)
+    assert lines[0] == "  model.layers.2.mlp.down_proj: error 4.00e-03 (to nearest 2.00e-02), 1.5 s"
+    assert lines[1] == "damping raised"
+    assert lines[2].startswith("block 3 of 6 is stored; ") and " left, " in lines[2]
+
+
+def test_the_watch_sees_memory_that_is_given_back_again() -> None:
+    with MemoryWatch() as watch:
+        before = watch.peak
+        held = bytearray(b"x" * (200 << 20))
+        while watch.peak < before + len(held):
+            pass
+        del held
+    assert watch.peak < before + (300 << 20)
+
+
+def test_times_and_sizes_are_told_in_words() -> None:
+    assert [duration(s) for s in (3.2, 119, 600, 36000)] == ["3 s", "119 s", "10 min", "10.0 h"]
+    assert [gib(b) for b in (1 << 20, 1 << 28, 12 << 30)] == ["1 MiB", "0.25 GiB", "12.00 GiB"]

@@ -1,0 +1,232 @@
+"""What a run will take of memory, disk and time, told before it begins; a run that would not fit is refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError
+from ..kernels.offline import Machine
+from .progress import anonymous_bytes, duration, gib
+from .recording import Model, Recorded
+from .settings import Options
+from .walk import STEP_TOKENS, resting_bytes
+
+CGROUP = Path("/sys/fs/cgroup")
+# Left to the rest of the machine, as a share of what is free.
+RESERVE = 0.05
+# Beside the weights, for files that are small.
+SMALL_FILES = 64 << 20
+FLOAT = 4
+# Of the libraries that multiply.
+BUFFERS = 32 << 20
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes and seconds. activations: of the calibration text between two blocks, part of `host`."""
+
+    host: int
+    device: int  # 0 where the host computes
+    disk: int
+    activations: int
+    seconds: float
+    # Of the steps of a pass that rest in a block: how many there are, and what one takes. Not part of the others.
+    steps: int = 0
+    step: int = 0
+
+    def line(self, machine: Machine) -> str:
+        """For people."""
+        device = "" if machine.is_host else f"{gib(self.device)} of {machine.name}, "
+        return (
+            f"estimate: {device}{gib(self.host)} of host memory, {gib(self.disk)} of disk, "
+            f"about {duration(self.seconds)}"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run fits: what it needs then, whether activations are kept on the disk, and how many steps rest."""
+
+    need: Need
+    spill: bool
+    resting: int
+
+
+def estimate(model: Model, options: Options, num_sequences: int, num_held: int, length: int, stored: int) -> Need:
+    """stored: bytes of the result's weights. num_held: sequences that judge the result."""
+    machine, settings = model.machine, model.plan.settings
+    size = machine.dtype.itemsize
+    block = model.recorded_in(model.decoder.blocks[0])
+    tokens = max(1, STEP_TOKENS // length) * length
+    activations = num_sequences * length * settings.hidden_size * size
+    walk = activations + _block_bytes(block, options.scheme.method, size, tokens, settings.hidden_size)
+    vocabulary = settings.vocab_size * settings.hidden_size * size
+    head = 0 if settings.tie_word_embeddings else 2 * vocabulary
+    # Two models at once: their embeddings (one is there already), heads and activations, and a few rows of logits.
+    proof = (
+        2 * num_held * length * settings.hidden_size * size + vocabulary + head + 6 * 128 * settings.vocab_size * FLOAT
+    )
+    proof = max(proof, proof - head + _weights(block, size) + _step_bytes(block, size, tokens, settings.hidden_size))
+    writing = 2 * max(_weights(block, FLOAT) // 8, vocabulary)
+    base = anonymous_bytes() + BUFFERS
+    seconds = _seconds(model, options, num_sequences * length)
+    disk = stored + SMALL_FILES
+    steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, size)
+    if options.scheme.method == "gptq":
+        steps = -(-num_sequences // max(1, STEP_TOKENS // length))
+    if machine.is_host:
+        return Need(base + max(walk, proof, writing), 0, disk, activations, seconds, steps, step)
+    on_device = machine.used_bytes() + max(walk - activations, proof)
+    return Need(base + max(activations, proof) + writing, on_device, disk, activations, seconds, steps, step)
+
+
+def _weights(block: Sequence[Recorded], size: int) -> int:
+    return size * sum(linear.shape.out * linear.shape.in_ for one in block for linear in one.stored)
+
+
+def _step_bytes(block: Sequence[Recorded], size: int, tokens: int, hidden: int) -> int:
+    """Activations inside a block while one step is computed."""
+    widest = max(sum(linear.shape.out for linear in one.stored) for one in block)
+    # The residual, its norm in float32 and in the type of the model; what the widest product makes, twice.
+    return tokens * (hidden * (2 * size + 2 * FLOAT) + 2 * widest * size)
+
+
+def _block_bytes(block: Sequence[Recorded], method: str, size: int, tokens: int, hidden: int) -> int:
+    weights, step = _weights(block, size), _step_bytes(block, size, tokens, hidden)
+    moments = [FLOAT * one.num_inputs**2 for one in block]
+    if method == "gptq":
+        return weights + max(
+            # Beside the moments: four matrices of their size while they are factorized, one afterwards.
+            m + max(step, 4 * m, m + _solve_bytes(one, method))
+            for one, m in zip(block, moments, strict=True)
+        )
+    kept = 2 * _weights(block, FLOAT) if method == "awq" else 0
+    worst = max(
+        _solve_bytes(one, method) + (m if method == "awq" else 0) for one, m in zip(block, moments, strict=True)
+    )
+    return weights + sum(moments) + max(step, kept + worst)
+
+
+def _solve_bytes(one: Recorded, method: str) -> int:
+    """While the linears of one input are rounded: copies of the weight in float32, codes, pieces of the search."""
+    sizes = [linear.shape.out * linear.shape.in_ for linear in one.stored]
+    copies = {"gptq": 4, "awq": 5}.get(method)
+    if copies is not None:
+        return copies * FLOAT * sum(sizes)
+    return 4 * FLOAT * max(sizes)
+
+
+def _seconds(model: Model, options: Options, tokens: int) -> float:
+    """From the number of operations, and the speed of a product that is tried now."""
+    blocks = len(model.decoder.blocks)
+    block = model.recorded_in(model.decoder.blocks[0])
+    per_token = sum(linear.shape.out * linear.shape.in_ for one in block for linear in one.stored)
+    passes = 1 if options.scheme.method == "gptq" else 2
+    squares = sum(one.num_inputs**2 for one in block)
+    # Of the second moments, which are symmetric, little more than a half is computed.
+    work = 2.0 * tokens * (per_token * passes + 0.6 * squares)
+    outer = sum(one.num_inputs**2 * linear.shape.out for one in block for linear in one.stored)
+    work += {"gptq": 3.0, "awq": 10.0}.get(options.scheme.method, 0.5) * outer
+    columns = sum(one.num_inputs for one in block) * 2e-4 if options.scheme.method == "gptq" else 0.0
+    return blocks * (work / _speed(model.machine) + columns) * 1.3
+
+
+def _speed(machine: Machine) -> float:
+    """Operations per second."""
+    x = torch.ones(1024, 1024, dtype=machine.dtype, device=machine.device)
+    best = float("inf")
+    for _ in range(3):
+        begun = time.monotonic()
+        x @ x
+        machine.wait()
+        best = min(best, time.monotonic() - begun)
+    return 2 * 1024**3 / best
+
+
+def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -> Fit:
+    """How to run so that it fits.
+
+    Raises:
+        ConfigError: it does not fit in any way; names what is there and what is needed.
+    """
+    limits = options.resources
+    host, host_from = (limits.max_memory, "--max-memory") if limits.max_memory else (available_bytes(), "free")
+    if need.disk > free_disk:
+        raise ConfigError(
+            f"OUTPUT_DIR {options.output_dir}: the result needs {gib(need.disk)}, {gib(free_disk)} is free on that "
+            "disk; make room, or take another"
+        )
+    if not machine.is_host:
+        device, device_from = machine.free_bytes() + machine.used_bytes(), "free"
+        if limits.max_device_memory:
+            device, device_from = limits.max_device_memory, "--max-device-memory"
+        if need.device > device:
+            raise ConfigError(
+                f"this needs {gib(need.device)} of memory of {machine.name}, {gib(device)} is {device_from}; use "
+                "--device cpu, or exclude the widest layers (--exclude down_proj)"
+            )
+        need, resting = _rest(need, device - need.device, is_told=limits.max_device_memory is not None)
+        need = replace(need, device=need.device + resting * need.step)
+    spill = need.host > host
+    if spill:
+        need = _spilled(need, host, host_from, free_disk)
+    if machine.is_host:
+        need, resting = _rest(need, host - need.host, is_told=limits.max_memory is not None)
+        need = replace(need, host=need.host + resting * need.step)
+    return Fit(need, spill, resting)
+
+
+def _rest(need: Need, free: int, is_told: bool) -> tuple[Need, int]:
+    """How many steps may rest; those that may not are computed several times.
+
+    is_told: the limit is the user's; else a half of what is free is left to others.
+    """
+    free = int(free * (1 - RESERVE)) if is_told else free // 2
+    resting = max(0, min(need.steps, free // max(1, need.step)))
+    begun_anew = 1 - resting / need.steps if need.steps else 0.0
+    return replace(need, seconds=need.seconds * (1 + 0.6 * begun_anew)), resting
+
+
+def _spilled(need: Need, host: int, host_from: str, free_disk: int) -> Need:
+    on_disk = need.host - need.activations
+    if on_disk <= host and need.disk + need.activations <= free_disk:
+        return replace(need, host=on_disk, disk=need.disk + need.activations)
+    raise ConfigError(
+        f"this needs {gib(need.host)} of host memory ({gib(on_disk)} with activations on the disk, which then needs "
+        f"{gib(need.disk + need.activations)} free of {gib(free_disk)}); {gib(host)} is {host_from}; take fewer "
+        "--num-samples, a shorter --sequence-length, or a machine with more memory"
+    )
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take, beside what it has: of the machine, or of its cgroup."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    return anonymous_bytes() + int(free * (1 - RESERVE))
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = (CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, and that its cgroup gives it time for."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return max(1, min(cores, int(quota) // int(period))) if quota.isdecimal() else cores
