@@ -13,7 +13,6 @@ from torch import Tensor
 from .constraint import Constraint
 from .params import SamplingParams
 
-
 WATERMARK_KEY = 15485863
 WATERMARK_GAMMA = 0.5
 WATERMARK_DELTA = 2.0
