@@ -70,6 +70,9 @@ ACCEPTED_PARAMETERS: list[dict[str, Any]] = [
     {"stop": ["a", "b", "c", "d"]},
     {"best_of": 1},
     {"watermark": False, "decoder_input_details": False},
+    {"watermark": True, "do_sample": True},
+    {"decoder_input_details": True, "top_n_tokens": 5},
+    {"best_of": 2, "do_sample": True},
     {"nobody_knows_this": 1},
 ]
 

@@ -39,6 +39,7 @@ def rust_code(path: Path) -> str:
 # Which module may use which: `crate::x` in a file under router/src/<module>.
 ROUTER_USES = {
     "args": set(),
+    "chat": set(),
     "control": set(),
     "request": set(),
     "text": set(),
@@ -46,8 +47,8 @@ ROUTER_USES = {
     "shards": {"control", "request"},
     "engine": {"args", "control", "request", "shards", "text", "telemetry"},
     "admin": {"control", "engine", "shards"},
-    "entry": {"admin", "args", "control", "engine", "http", "shards", "telemetry", "text"},
-    "http": {"engine", "request", "text", "telemetry"},
+    "entry": {"admin", "args", "chat", "control", "engine", "http", "shards", "telemetry", "text"},
+    "http": {"chat", "engine", "request", "text", "telemetry"},
 }
 
 

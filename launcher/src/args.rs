@@ -77,6 +77,17 @@ pub struct Args {
     /// The most stop sequences of a request.
     #[arg(long, env, default_value = "4", allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_stop_sequences: u32,
+    /// Candidates that one request may have generated to be answered the best of them.
+    #[arg(long, env, default_value = "2", value_parser = at_least_one(), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub max_best_of: u32,
+    /// Most probable tokens that one request may have reported beside each chosen one.
+    #[arg(long, env, default_value = "5", allow_negative_numbers = true, help_heading = LIMITS)]
+    pub max_top_n_tokens: u32,
+    /// Prompts of one request to /v1/completions.
+    #[arg(long, env, default_value = "4", value_parser = at_least_one(), allow_negative_numbers = true,
+          help_heading = LIMITS)]
+    pub max_client_batch_size: u32,
     /// The longest prompt, in tokens. By default one less than --max-total-tokens.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_input_tokens: Option<u32>,
@@ -130,6 +141,19 @@ pub struct Args {
     /// What the answers' header `x-compute-type` says. By default the device, and `+optimized`.
     #[arg(long, env, value_parser = header_value, help_heading = HTTP)]
     pub compute_type: Option<String>,
+    /// A key that clients must send as `Authorization: Bearer KEY`; may be given several times. Whoever may list processes
+    /// sees it on a command line: prefer the environment, one key a line, or --api-key-file. Without any, anybody may call.
+    #[arg(long, env, value_delimiter = '\n', hide_env_values = true, help_heading = HTTP)]
+    pub api_key: Vec<String>,
+    /// A file of keys, one a line.
+    #[arg(long, env, value_name = "FILE", help_heading = HTTP)]
+    pub api_key_file: Option<String>,
+    /// A chat template to use instead of the model's own: a file of Jinja, or JSON with `chat_template`.
+    #[arg(long, env, value_name = "FILE", help_heading = HTTP)]
+    pub chat_template: Option<String>,
+    /// A file to read in place of the model's tokenizer_config.json: its chat template and special tokens.
+    #[arg(long, env, value_name = "FILE", help_heading = HTTP)]
+    pub tokenizer_config_path: Option<String>,
     /// An origin that browsers may call from; may be given several times. By default any.
     #[arg(long, env, value_delimiter = ',', help_heading = HTTP)]
     pub cors_allow_origin: Vec<String>,
@@ -137,6 +161,12 @@ pub struct Args {
     /// Writes the log as lines of JSON.
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = OPERATION)]
     pub json_output: bool,
+    /// Where traces are sent to, by OTLP over gRPC, such as http://localhost:4317. By default nowhere.
+    #[arg(long, env, value_name = "URL", help_heading = OPERATION)]
+    pub otlp_endpoint: Option<String>,
+    /// What traces call this server.
+    #[arg(long, env, default_value = "text-generation-inference.router", help_heading = OPERATION)]
+    pub otlp_service_name: String,
     /// error, warn, info, debug, trace, or a filter in the syntax of the tracing-subscriber crate.
     #[arg(long, env, default_value = "info", help_heading = OPERATION)]
     pub log_level: String,
@@ -293,35 +323,14 @@ const FOREIGN: &[Foreign] = &[
     refused("rope-factor", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
     refused("weights-cache-override", ANY, "give a directory as --model-id, or use --huggingface-hub-cache"),
     refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
-    refused("otlp-endpoint", ANY, "traces are not exported; leave it out"),
-    refused("otlp-service-name", ANY, "traces are not exported; leave it out"),
-    refused_unless(&["1"], "max-best-of", ANY, "best_of is served from a later version; leave it out"),
-    refused_unless(&["0"], "max-top-n-tokens", ANY, "top_n_tokens is served from a later version; leave it out"),
-    refused_unless(
-        &["1"],
-        "max-client-batch-size",
-        ANY,
-        "/v1/completions is served from a later version; leave it out",
-    ),
-    refused(
-        "api-key",
-        ANY,
-        "without it the server would answer anyone; put a proxy that checks keys in front, or leave it out",
-    ),
     refused("watermark-gamma", ANY, "leave it out"),
     refused("watermark-delta", ANY, "leave it out"),
     refused_unless(&["false"], "ngrok", SWITCH, "leave it out"),
     refused("ngrok-authtoken", ANY, "leave it out"),
     refused("ngrok-edge", ANY, "leave it out"),
-    refused("tokenizer-config-path", ANY, "chat templates are served from a later version; leave it out"),
     refused("lora-adapters", ANY, "leave it out"),
-    refused_unless(
-        &["false"],
-        "enable-prefill-logprobs",
-        SWITCH,
-        "prompt log-probabilities are served from a later version; leave it out",
-    ),
-    refused_unless(&["0", "false"], "request-logprobs", ANY, "leave it out"),
+    noticed("enable-prefill-logprobs", SWITCH, "log-probabilities of prompts are always to be had"),
+    noticed("request-logprobs", ANY, "log-probabilities of prompts are always to be had"),
     refused("attention", ANY, "there is one kind of attention; leave it out"),
     refused_unless(&["1", "true"], "prefix-caching", ANY, "prefixes are always cached; leave it out"),
     refused_unless(&["1", "true"], "prefill-chunking", ANY, "long prompts are always computed in parts; leave it out"),
@@ -494,14 +503,10 @@ mod tests {
     fn a_flag_known_to_tgi_but_not_served_is_refused_by_name() {
         for (flags, name) in [
             (vec!["--speculate", "2"], "--speculate"),
-            (vec!["--api-key", "secret"], "--api-key"),
             (vec!["--ngrok"], "--ngrok"),
-            (vec!["--otlp-endpoint", "http://x"], "--otlp-endpoint"),
             (vec!["--lora-adapters", "a,b"], "--lora-adapters"),
             (vec!["--cuda-graphs", "1,2"], "--cuda-graphs"),
             (vec!["--prometheus-port", "9000"], "--prometheus-port"),
-            (vec!["--max-best-of", "2"], "--max-best-of"),
-            (vec!["--enable-prefill-logprobs"], "--enable-prefill-logprobs"),
         ] {
             let message = refusal(&flags);
             assert!(message.contains(&format!("{name} is not served yet")), "{message}");
@@ -533,8 +538,7 @@ mod tests {
 
     #[test]
     fn values_that_ask_for_what_happens_anyway_are_accepted() {
-        let args =
-            parsed(&["--speculate", "0", "--cuda-graphs", "0", "--usage-stats", "off", "--max-best-of", "1"]).unwrap();
+        let args = parsed(&["--speculate", "0", "--cuda-graphs", "0", "--usage-stats", "off"]).unwrap();
         assert_eq!(args.notices, Vec::<String>::new());
     }
 

@@ -9,7 +9,7 @@ use crate::args::Args;
 use crate::machine::Machine;
 
 /// A program with its arguments.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Eq, PartialEq)]
 pub struct CommandLine {
     /// What is executed.
     pub program: PathBuf,
@@ -21,10 +21,23 @@ pub struct CommandLine {
     pub env_remove: Vec<&'static str>,
 }
 
+/// What goes into an environment may be secret.
+impl std::fmt::Debug for CommandLine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.env.iter().map(|(name, _)| *name).collect();
+        f.debug_struct("CommandLine")
+            .field("program", &self.program)
+            .field("args", &self.args)
+            .field("env", &names)
+            .finish()
+    }
+}
+
 impl CommandLine {
     fn new(program: &Path) -> Self {
-        // The log level is given as an argument, to each program in its own words.
-        Self { program: program.into(), args: Vec::new(), env: Vec::new(), env_remove: vec!["LOG_LEVEL"] }
+        // The log level is given as an argument, to each program in its own words. Keys are the router's business alone.
+        let env_remove = vec!["LOG_LEVEL", "API_KEY", "API_KEY_FILE"];
+        Self { program: program.into(), args: Vec::new(), env: Vec::new(), env_remove }
     }
 
     fn word(&mut self, word: impl ToString) -> &mut Self {
@@ -306,7 +319,9 @@ fn router_command(
         .word("--exit-with-stdin");
     router.flag("--hostname", &args.hostname).flag("--port", args.port);
     router.flag("--max-concurrent-requests", args.max_concurrent_requests);
-    router.flag("--max-stop-sequences", args.max_stop_sequences);
+    router.flag("--max-stop-sequences", args.max_stop_sequences).flag("--max-best-of", args.max_best_of);
+    router.flag("--max-top-n-tokens", args.max_top_n_tokens);
+    router.flag("--max-client-batch-size", args.max_client_batch_size);
     router.optional("--max-input-tokens", max_input_tokens(args));
     router.optional("--max-total-tokens", args.max_total_tokens);
     router.optional("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);
@@ -317,6 +332,17 @@ fn router_command(
     router.flag("--validation-workers", args.validation_workers).flag("--payload-limit", args.payload_limit);
     router.flag("--graceful-termination-timeout", args.graceful_termination_timeout);
     router.optional("--compute-type", args.compute_type.as_deref());
+    router.optional("--chat-template", args.chat_template.as_deref());
+    router.optional("--tokenizer-config-path", args.tokenizer_config_path.as_deref());
+    router.optional("--api-key-file", args.api_key_file.as_deref());
+    if !args.api_key.is_empty() {
+        // Everybody may read the arguments of a process.
+        router.env.push(("API_KEY", args.api_key.join("\n")));
+        router.env_remove.retain(|name| *name != "API_KEY");
+    }
+    if let Some(endpoint) = &args.otlp_endpoint {
+        router.flag("--otlp-endpoint", endpoint).flag("--otlp-service-name", &args.otlp_service_name);
+    }
     for origin in &args.cors_allow_origin {
         router.flag("--cors-allow-origin", origin);
     }
@@ -434,7 +460,7 @@ mod tests {
             words(
                 "--tokenizer-name /m --model-id models/m --control-socket /r/control --admin-socket /r/admin \
                  --exit-with-stdin --hostname 0.0.0.0 --port 3000 --max-concurrent-requests 128 \
-                 --max-stop-sequences 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90 \
+                 --max-stop-sequences 4 --max-best-of 2 --max-top-n-tokens 5 --max-client-batch-size 4 --validation-workers 2 --payload-limit 2000000 --graceful-termination-timeout 90 \
                  --log-level info"
             )
         );
@@ -443,7 +469,9 @@ mod tests {
     #[test]
     fn every_flag_of_the_router_reaches_it() {
         let plan = planned(
-            "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 \
+            "--revision r --hostname ::1 -p 8080 --max-concurrent-requests 9 --max-stop-sequences 2 --max-best-of 3 \
+             --max-top-n-tokens 7 --max-client-batch-size 5 --chat-template t --tokenizer-config-path c --api-key k \
+             --api-key l --api-key-file f --otlp-endpoint http://o --otlp-service-name s \
              --max-input-length 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 --max-batch-total-tokens 40 \
              --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 -g 8 \
              --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --log-level debug --json-output",
@@ -455,11 +483,15 @@ mod tests {
             words(
                 "--tokenizer-name /m --model-id models/m --revision r --control-socket /r/control --admin-socket \
                  /r/admin --exit-with-stdin --hostname ::1 --port 8080 --max-concurrent-requests 9 \
-                 --max-stop-sequences 2 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
+                 --max-stop-sequences 2 --max-best-of 3 --max-top-n-tokens 7 --max-client-batch-size 5 --max-input-tokens 10 --max-total-tokens 20 --max-batch-prefill-tokens 30 \
                  --max-batch-total-tokens 40 --max-batch-size 6 --block-size 8 --pipeline-depth 2 --queue-timeout 0.5 --step-timeout 60 --validation-workers 3 --payload-limit 70 \
-                 --graceful-termination-timeout 8 --compute-type 2-a100 --cors-allow-origin a --cors-allow-origin b --log-level debug --json-output"
+                 --graceful-termination-timeout 8 --compute-type 2-a100 --chat-template t --tokenizer-config-path c --api-key-file f --otlp-endpoint http://o \
+                 --otlp-service-name s --cors-allow-origin a --cors-allow-origin b --log-level debug --json-output"
             )
         );
+        assert_eq!(plan.router.env, [("API_KEY", "k\nl".to_owned())]);
+        assert!(!plan.router.env_remove.contains(&"API_KEY") && !format!("{:?}", plan.router).contains("k\\nl"));
+        assert!(plan.shard.env_remove.contains(&"API_KEY"), "no key reaches a shard");
     }
 
     #[test]

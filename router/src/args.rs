@@ -59,6 +59,23 @@ pub struct Args {
     #[arg(long, env, default_value_t = 2, value_parser = at_least_one)]
     pub validation_workers: usize,
 
+    /// A chat template to use instead of the model's own: a file of Jinja, or JSON with `chat_template`.
+    #[arg(long, env, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+
+    /// A file to read in place of the model's `tokenizer_config.json`: its chat template and special tokens.
+    #[arg(long, env, value_name = "FILE")]
+    pub tokenizer_config_path: Option<PathBuf>,
+
+    /// A key that clients must send as `Authorization: Bearer KEY`; may be repeated. Whoever may list processes sees it
+    /// here: prefer the environment or the file. Without any key, anybody may call.
+    #[arg(long, env, value_delimiter = '\n', hide_env_values = true, value_parser = api_key)]
+    pub api_key: Vec<String>,
+
+    /// A file of further keys, one a line.
+    #[arg(long, env, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
     /// Origins that browsers may call from; any, if none is given.
     #[arg(long, env)]
     pub cors_allow_origin: Vec<String>,
@@ -78,6 +95,14 @@ pub struct Args {
     /// Seconds that running requests get to finish after SIGTERM.
     #[arg(short, long, env, value_name = "SECONDS", default_value = "90", value_parser = any_seconds)]
     pub graceful_termination_timeout: Duration,
+
+    /// Where traces are sent to, by OTLP over gRPC, such as `http://localhost:4317`; nowhere, if not given.
+    #[arg(long, env, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+
+    /// What traces call this server.
+    #[arg(long, env, default_value = "text-generation-inference.router")]
+    pub otlp_service_name: String,
 
     /// error, warn, info, debug, trace, or a filter in the syntax of the tracing-subscriber crate.
     #[arg(long, env, default_value = "info")]
@@ -102,6 +127,14 @@ pub struct RequestLimits {
     /// Requests that wait or run at once; further ones are refused with 429.
     #[arg(long, env, default_value_t = 128, value_parser = at_least_one)]
     pub max_concurrent_requests: usize,
+
+    /// Candidates that one request may have generated to be answered the best of them.
+    #[arg(long, env, default_value_t = 2, value_parser = at_least_one)]
+    pub max_best_of: usize,
+
+    /// Prompts of one request.
+    #[arg(long, env, default_value_t = 4, value_parser = at_least_one)]
+    pub max_client_batch_size: usize,
 
     /// Stop strings of one request.
     #[arg(long, env, default_value_t = 4)]
@@ -159,6 +192,14 @@ pub struct Contradiction {
     larger_value: usize,
 }
 
+/// The file of keys cannot be used.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("--api-key-file {path}: {reason}")]
+pub struct KeyFileError {
+    path: PathBuf,
+    reason: String,
+}
+
 impl Args {
     /// Where to listen.
     pub fn address(&self) -> SocketAddr {
@@ -167,6 +208,19 @@ impl Args {
             IpAddr::V4(Ipv4Addr::UNSPECIFIED)
         });
         SocketAddr::new(ip, self.port)
+    }
+
+    /// All keys that clients may send.
+    pub fn api_keys(&self) -> Result<Vec<String>, KeyFileError> {
+        let mut keys = self.api_key.clone();
+        let Some(path) = &self.api_key_file else { return Ok(keys) };
+        let error = |reason: String| KeyFileError { path: path.clone(), reason };
+        let text = std::fs::read_to_string(path).map_err(|cause| error(format!("cannot be read: {cause}")))?;
+        let lines = text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty());
+        for (n, line) in lines {
+            keys.push(api_key(line).map_err(|expected| error(format!("line {}: {expected}", n + 1)))?);
+        }
+        if keys.is_empty() { Err(error("has no key; expected one a line".into())) } else { Ok(keys) }
     }
 
     /// Refuses flags that contradict each other.
@@ -217,6 +271,12 @@ fn block_size(text: &str) -> Result<usize, String> {
     count(text, 1, 1024)
 }
 
+/// A key as it can stand in a header: some bytes, none of which is a control character, no space at its ends.
+fn api_key(text: &str) -> Result<String, String> {
+    let is_fit = !text.is_empty() && text.trim() == text && HeaderValue::from_bytes(text.as_bytes()).is_ok();
+    if is_fit { Ok(text.into()) } else { Err("expected a text without control characters or space at its ends".into()) }
+}
+
 fn header_value(text: &str) -> Result<HeaderValue, String> {
     HeaderValue::from_str(text).map_err(|_| "expected characters that may stand in an HTTP header".into())
 }
@@ -259,6 +319,22 @@ mod tests {
     }
 
     #[test]
+    fn keys_come_from_flags_and_a_file() {
+        let path = std::env::temp_dir().join(format!("api-keys-{}", std::process::id()));
+        std::fs::write(&path, "c\n\n d \n").unwrap();
+        let args = parse(&format!("--api-key a --api-key b --api-key-file {}", path.display())).unwrap();
+        assert_eq!(args.api_keys().unwrap(), ["a", "b", "c", "d"]);
+        std::fs::write(&path, "\n").unwrap();
+        let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
+        assert!(error.contains("has no key"), "{error}");
+        std::fs::write(&path, "a\nb\u{7}c\n").unwrap();
+        let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        assert!(parse("--api-key-file no/such").unwrap().api_keys().is_err());
+    }
+
+    #[test]
     fn a_value_out_of_range_is_refused_with_the_name_of_its_flag() {
         let check = |flags: &str, expected: &str| {
             let error = parse(flags).unwrap_err();
@@ -280,6 +356,6 @@ mod tests {
         );
         check("--max-total-tokens 9 --max-batch-total-tokens 8", "--max-total-tokens 9 must be at most");
         check("--max-batch-size 9 --max-batch-prefill-tokens 8", "--max-batch-size 9 must be at most");
-        check("--api-key secret", "--api-key");
+        check("--api-key=", "--api-key");
     }
 }

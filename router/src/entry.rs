@@ -15,11 +15,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use crate::args::Args;
+use crate::args::{Args, KeyFileError};
+use crate::chat::ChatTemplate;
+use crate::chat::files::{self, FilesError, Overrides};
 use crate::control::{CANNOT_SERVE, Link};
 use crate::engine::{Config, Driver, Ended};
+use crate::http::auth::ApiKeys;
 use crate::shards::grpc::GrpcShards;
 use crate::telemetry::metrics::Exporter;
+use crate::telemetry::traces::Traces;
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
 use crate::{admin, http, telemetry};
 
@@ -54,7 +58,7 @@ pub fn main() -> ExitCode {
             } else {
                 eprintln!("error: {error:#}");
             }
-            let is_hopeless = error.downcast_ref::<TokenizerError>().is_some();
+            let is_hopeless = error.is::<TokenizerError>() || error.is::<FilesError>() || error.is::<KeyFileError>();
             if is_hopeless { ExitCode::from(CANNOT_SERVE) } else { ExitCode::FAILURE }
         }
     }
@@ -88,6 +92,15 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     let stopped = stop_signal()?;
     let file = args.tokenizer_name.join("tokenizer.json");
     let tokenizer = Arc::new(Tokenizer::from_file(&file)?);
+    let overrides =
+        Overrides { chat_template: args.chat_template.clone(), tokenizer_config: args.tokenizer_config_path.clone() };
+    let template = files::read(&args.tokenizer_name, &overrides)?;
+    if template.is_empty() {
+        warn!("the model has no chat template: requests to /v1/chat/completions will be refused");
+    } else {
+        info!(?template, "chat templates");
+    }
+    let api_keys = ApiKeys::new(args.api_keys()?.into_iter().map(String::into_bytes));
     let address = args.address();
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     let link = Link::connect(&args.control_socket)
@@ -104,7 +117,13 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     }
     let driver = tokio::spawn(driver.run(until(stopped.clone())));
     let (engine_ended, ended) = watch::channel(false);
-    let http = tokio::spawn(http::serve(listener, http_config(args, metrics), engine, tokenizer, until(ended)));
+    let traces = match &args.otlp_endpoint {
+        Some(endpoint) => Traces::to(endpoint, &args.otlp_service_name).map_err(anyhow::Error::msg)?,
+        None => Traces::default(),
+    };
+    let parts = HttpParts { metrics, template, api_keys, traces: traces.clone() };
+    let config = http_config(args, parts);
+    let http = tokio::spawn(http::serve(listener, config, engine, tokenizer, until(ended)));
     let ended = driver.await.context("the engine broke")?;
     info!(?ended, "the engine has ended");
     engine_ended.send_replace(true);
@@ -112,6 +131,8 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
         Ok(served) => served.context("the HTTP server broke")?.context("the HTTP server failed")?,
         Err(_) => info!("some clients did not read their last answer in time"),
     }
+    // It waits for a thread of its own, and for the network.
+    tokio::task::spawn_blocking(move || traces.flush()).await.context("sending traces broke")?;
     Ok(match ended {
         Ended::Drained | Ended::CutOff { .. } => ExitCode::SUCCESS,
         Ended::LauncherGone { .. } => ExitCode::FAILURE,
@@ -119,12 +140,23 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn http_config(args: Args, metrics: Exporter) -> http::Config {
+/// What the HTTP server is given beside settings.
+struct HttpParts {
+    metrics: Exporter,
+    template: ChatTemplate,
+    api_keys: ApiKeys,
+    traces: Traces,
+}
+
+fn http_config(args: Args, parts: HttpParts) -> http::Config {
+    let HttpParts { metrics, template, api_keys, traces } = parts;
     http::Config {
         model_id: args.model_id,
         revision: args.revision,
         compute_type: args.compute_type,
         max_concurrent_requests: args.limits.max_concurrent_requests,
+        max_best_of: args.limits.max_best_of,
+        max_client_batch_size: args.limits.max_client_batch_size,
         max_stop_sequences: args.limits.max_stop_sequences,
         max_top_n_tokens: args.limits.max_top_n_tokens,
         validation_workers: args.validation_workers,
@@ -132,6 +164,9 @@ fn http_config(args: Args, metrics: Exporter) -> http::Config {
         cors_allow_origin: args.cors_allow_origin,
         deadlines: http::Deadlines::default(),
         metrics,
+        traces,
+        template,
+        api_keys,
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub mod admin;
 pub mod args;
+pub mod chat;
 pub mod control;
 pub mod engine;
 pub mod entry;

@@ -14,6 +14,10 @@ fn the_golden_plan_says_what_its_description_says() {
     assert_eq!(admit.tokens, [1, 706, 271, 300]);
     let sampling = admit.sampling.as_ref().unwrap();
     assert_eq!((sampling.do_sample, sampling.temperature, sampling.seed), (true, 0.75, u64::MAX));
+    let biases: Vec<_> = sampling.logit_bias.iter().map(|bias| (bias.token, bias.bias)).collect();
+    assert_eq!((sampling.presence_penalty, sampling.count_penalty, &biases[..]), (0.5, 0.25, &[(17, -1.5)][..]));
+    assert_eq!((sampling.branch, sampling.top_n, sampling.min_new_tokens, sampling.watermark), (1, 2, 3, true));
+    assert_eq!(admit.prompt_logprobs_from, Some(1));
     let work: Vec<_> = plan.work.iter().map(|w| (w.row, w.max_query, w.max_ids, &w.new_blocks[0].ids[..])).collect();
     assert_eq!(work, [(0, 1, 1, &[][..]), (2, 4, 1, &[9][..])]);
     assert_eq!(plan.encode_to_vec(), bytes, "encoding gives the same bytes");
@@ -27,5 +31,9 @@ fn the_golden_result_says_what_its_description_says() {
     assert_eq!((&result.rows[0].ids[..], &result.rows[0].logprobs[..]), (&[17][..], &[-0.5][..]));
     let message = "the model's logits are not finite".to_owned();
     assert_eq!(result.rows[1].error, Some(RowError { kind: row_error::Kind::Numerical as i32, message }));
+    let scored = &result.rows[2];
+    assert_eq!((&scored.top[0].ids[..], &scored.prompt_logprobs[..]), (&[9, 4][..], &[-1.5, -0.125][..]));
+    let tops: Vec<_> = scored.prompt_top.iter().map(|top| &top.ids[..]).collect();
+    assert_eq!(tops, [&[8, 9][..], &[7]]);
     assert_eq!(result.encode_to_vec(), bytes, "encoding gives the same bytes");
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 use text_generation_router::engine::{FinishReason, GenerateError, Status};
 use text_generation_router::http::{Config, Deadlines};
 use text_generation_router::request::{Sampling, ValidRequest};
-use text_generation_router::text::tokenizer::{Encode, TokenizerError};
+use text_generation_router::text::tokenizer::{Encode, Placed, TokenizerError};
 
 const TEXTS: [&str; 3] = [" big", " \"bl\nue\" 🙂", "data: [DONE]\n\n"];
 
@@ -135,17 +135,7 @@ async fn each_token_is_sent_when_it_is_there() {
 #[tokio::test]
 async fn parameters_reach_the_engine_with_their_defaults() {
     let mut server = start().await.answer_all(&["x"]);
-    let greedy = Sampling {
-        do_sample: false,
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        typical_p: 1.0,
-        repetition_penalty: 1.0,
-        frequency_penalty: 0.0,
-        seed: 7,
-        top_n: 0,
-    };
+    let greedy = Sampling { seed: 7, ..Sampling::default() };
     let sampled = Sampling { do_sample: true, ..greedy.clone() };
     let cases: Vec<(&str, Sampling)> = vec![
         ("", greedy.clone()),
@@ -438,8 +428,8 @@ async fn info_tells_the_model_and_its_limits() {
     let server = start().await;
     let info = ask(server.address, &get("/info")).await.json();
     let expected = json!({"model_id": "docs", "model_sha": null, "model_pipeline_tag": null, "model_dtype": "float32",
-        "model_device_type": "cpu", "max_concurrent_requests": 4, "max_best_of": 1, "max_stop_sequences": 4,
-        "max_input_tokens": 63, "max_total_tokens": 64, "validation_workers": 2, "max_client_batch_size": 1,
+        "model_device_type": "cpu", "max_concurrent_requests": 4, "max_best_of": 2, "max_stop_sequences": 4,
+        "max_input_tokens": 63, "max_total_tokens": 64, "validation_workers": 2, "max_client_batch_size": 4,
         "router": "text-generation-router", "version": env!("CARGO_PKG_VERSION"), "sha": null, "docker_label": null});
     assert_eq!(info, expected);
 }
@@ -457,6 +447,18 @@ impl Encode for Moody {
             "unknown" => Ok(vec![1, 4096]),
             _ => Ok(vec![1, 2, 3]),
         }
+    }
+
+    fn places(&self, _text: &str, _add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+        Ok(vec![])
+    }
+
+    fn decode(&self, _ids: &[u32]) -> String {
+        String::new()
+    }
+
+    fn spell(&self, _id: u32) -> Vec<u8> {
+        vec![]
     }
 
     fn max_token_bytes(&self) -> Option<usize> {

@@ -24,7 +24,9 @@ async fn routes_and_methods_that_do_not_exist_are_refused_as_json() {
             let is_head = request.starts_with(b"HEAD");
             let answer = ask(server.address, &request).await;
             assert_eq!(answer.status, 404, "{path} {length}");
-            if !is_head {
+            if path.starts_with("/v1/") && !is_head {
+                answer.check_openai_error(404, "not_found");
+            } else if !is_head {
                 answer.check_error(404, "not_found");
             }
         }
@@ -139,7 +141,9 @@ async fn json_that_asks_for_what_is_not_given_is_422_and_says_why() {
         (with(r#""max_new_tokens":18446744073709551615"#), "must be <= 64"),
         (with(r#""max_new_tokens":61"#), "must be <= 64. Given: 4 `inputs` tokens and 61 `max_new_tokens`"),
         (with(r#""best_of":0"#), "`best_of`"),
-        (with(r#""best_of":2,"do_sample":true"#), "`best_of` > 1 is not supported yet"),
+        (with(r#""best_of":3,"do_sample":true"#), "`best_of`"),
+        (with(r#""best_of":2"#), "`best_of`"),
+        (with(r#""best_of":2,"do_sample":true,"seed":1"#), "`best_of`"),
         (with(r#""best_of":1000000000"#), "`best_of`"),
         (stop(r#"["a","b","c","d","e"]"#), "`stop` supports up to 4 stop sequences. Given: 5"),
         (stop(r#"[""]"#), "`stop`"),
@@ -153,9 +157,8 @@ async fn json_that_asks_for_what_is_not_given_is_422_and_says_why() {
         (with(r#""truncate":64"#), "`truncate`"),
         (with(r#""do_sample":1"#), "`parameters.do_sample`"),
         (with(r#""details":"yes""#), "`parameters.details`"),
-        (with(r#""watermark":true"#), "`watermark` is not supported yet"),
-        (with(r#""decoder_input_details":true"#), "`decoder_input_details` is not supported yet"),
-        (with(r#""grammar":{"type":"regex","value":"("}"#), "`grammar` is not supported yet"),
+        (with(r#""grammar":{"type":"regex","value":"("}"#), "`grammar`: grammars are not served yet"),
+        (with(r#""grammar":{"type":"text"}"#), "`grammar`: `type` must be one of"),
         (with(r#""adapter_id":"../../../../etc/passwd""#), "`adapter_id`"),
         (long, "`inputs` must have less than 63 tokens. Given: at least"),
         (format!(r#"{{"inputs":"{}","parameters":{{"max_new_tokens":1}}}}"#, "a ".repeat(64)), "`inputs`"),
@@ -338,7 +341,7 @@ async fn browsers_are_told_which_origins_may_call() {
     let answer = ask(any.address, head("OPTIONS", "/generate", &preflight).as_bytes()).await;
     assert_eq!((answer.status, answer.headers["access-control-allow-origin"].as_str()), (200, "*"));
     assert_eq!(answer.headers["access-control-allow-methods"], "GET,POST");
-    assert_eq!(answer.headers["access-control-allow-headers"], "content-type");
+    assert_eq!(answer.headers["access-control-allow-headers"], "content-type,authorization,x-request-id");
     let one = Config { cors_allow_origin: vec!["http://a".into()], ..config() };
     let one = serve(one, ready(), tokenizer()).await.answer_all(&["x"]);
     for (origin, is_allowed) in [("http://a", true), ("http://b", false)] {

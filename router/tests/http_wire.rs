@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use text_generation_router::chat::ChatTemplate;
 use text_generation_router::engine::{Engine, FinishReason, Finished, ModelFacts, Output, Status, Submission, Token};
+use text_generation_router::http::auth::ApiKeys;
 use text_generation_router::http::{Config, Deadlines, serve};
 use text_generation_router::telemetry::metrics::Exporter;
+use text_generation_router::telemetry::traces::Traces;
 use text_generation_router::text::tokenizer::Tokenizer;
 use tokio::sync::{mpsc, watch};
 
@@ -52,7 +55,7 @@ async fn answer(submission: Submission, aborted: Arc<AtomicUsize>) {
             num_tokens: most as u32,
         });
         let started = Some(Instant::now());
-        if submission.outputs.send(Ok(Output { token, finished, started })).await.is_err() {
+        if submission.outputs.send(Ok(Output { token, finished, started, prompt: None })).await.is_err() {
             aborted.fetch_add(1, Ordering::SeqCst);
             return;
         }
@@ -70,6 +73,8 @@ fn rig() -> Rig {
         revision: None,
         compute_type: None,
         max_concurrent_requests: 8,
+        max_best_of: 2,
+        max_client_batch_size: 4,
         max_stop_sequences: 4,
         max_top_n_tokens: 5,
         validation_workers: 1,
@@ -77,6 +82,9 @@ fn rig() -> Rig {
         cors_allow_origin: vec![],
         deadlines: Deadlines { head: Duration::from_secs(1), body: Duration::from_secs(1), ..Deadlines::default() },
         metrics: Exporter::default(),
+        traces: Traces::default(),
+        template: ChatTemplate::new(vec![], serde_json::Map::new()).unwrap(),
+        api_keys: ApiKeys::default(),
     };
     let (submitted, aborted) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (count, aborts) = (Arc::clone(&submitted), Arc::clone(&aborted));

@@ -66,6 +66,13 @@ class FakeModel:
                 rows.append(logits_after(context))
                 if context[0] in self.broken:
                     rows[-1][7] = float("nan")
+        if batch.scored_rows is not None and batch.score is not None and self.rank == 0:
+            owner = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
+            for token in batch.scored_rows.tolist():
+                blocks = batch.block_tables[owner[token]].tolist()
+                places = range(int(batch.positions[token]) + 1)
+                context = [self.memory[blocks[at // BLOCK] * BLOCK + at % BLOCK] for at in places]
+                batch.score(logits_after(context)[None])
         return (torch.stack(rows) if rows else torch.empty(0, VOCAB)) if self.rank == 0 else None
 
 
@@ -351,3 +358,47 @@ def test_any_schedule_of_chunks_neighbours_and_preemptions_yields_the_same(seed)
         for result in step(run, *works, admit=admits, release=releases):
             logs[result.row] += result.ids
     assert [log[len(p) :] for log, p in zip(logs, prompts, strict=True)] == expected
+
+
+def scores_of(prompt: list[int]) -> list[float]:
+    """Log-probability of every id of a prompt but the first, in float64."""
+    logs = [logits_after(prompt[:at]).double().log_softmax(-1) for at in range(1, len(prompt))]
+    return [float(log[token_id]) for log, token_id in zip(logs, prompt[1:], strict=True)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 99])
+def test_a_prompts_logprobs_are_those_of_the_model_however_it_is_cut(chunk: int) -> None:
+    prompt, a = [5, 9, 13, 44, 2, 30, 31, 8], runner()
+    params = SamplingParams(top_n=2)
+    got: list[float] = []
+    tops: list[tuple[list[int], list[float]]] = []
+    for start in range(0, len(prompt), chunk):
+        samples = start + chunk >= len(prompt)
+        admit = [admission(0, prompt, params=params, prompt_logprobs_from=1)] if start == 0 else []
+        blocks = blocks_of(0) if start == 0 else []
+        row = step(a, work(0, chunk if not samples else 99, blocks, samples=samples), admit=admit)[0]
+        if row.prompt is not None:
+            got += row.prompt.logprobs
+            tops += row.prompt.top
+    assert got == pytest.approx(scores_of(prompt), abs=1e-5)
+    best = [logits_after(prompt[:at]).topk(2).indices.tolist() for at in range(1, len(prompt))]
+    assert [ids for ids, _ in tops] == best
+    assert step(a, work(0))[0].prompt is None
+
+
+def test_prompt_logprobs_begin_where_they_are_asked_for_and_cost_others_nothing() -> None:
+    prompt, a = [5, 9, 13, 44], runner()
+    admit = [admission(0, prompt, prompt_logprobs_from=3), admission(1, prompt)]
+    asked, other = step(a, work(0, 9, blocks_of(0)), work(1, 9, blocks_of(1)), admit=admit)
+    assert asked.prompt is not None
+    assert asked.prompt.logprobs == pytest.approx(scores_of(prompt)[2:], abs=1e-5)
+    assert other.prompt is None
+    assert asked.ids == other.ids == greedy(prompt, 1)
+
+
+def test_no_sequence_ends_before_it_is_long_enough() -> None:
+    bias = SamplingParams(logit_bias=((EOS[0], 90.0),))
+    assert generate(runner(), 3, tokens=[4, 8], params=bias)[0] == EOS[0]
+    ids = generate(runner(), 4, tokens=[4, 8], params=replace(bias, min_new_tokens=3))
+    assert not set(ids[:3]) & set(EOS)
+    assert ids[3] == EOS[0]

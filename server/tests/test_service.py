@@ -197,7 +197,6 @@ def test_a_row_that_is_not_finite_ends_alone(fresh):
         ({"grammar": pb.Grammar(kind=pb.Grammar.AUTOMATON, source="{")}, pb.RowError.GRAMMAR, "not JSON"),
         ({"adapter": "french"}, pb.RowError.UNSUPPORTED, "adapter"),
         ({"spans": [pb.Span(start=0, len=1)]}, pb.RowError.UNSUPPORTED, "not text"),
-        ({"prompt_logprobs_from": 0}, pb.RowError.UNSUPPORTED, "log-probabilities of the prompt"),
         ({"sampling": pb.Sampling(do_sample=True)}, pb.RowError.UNSUPPORTED, "temperature"),
     ],
     ids=str,

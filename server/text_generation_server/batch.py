@@ -27,6 +27,10 @@ class StepBatch:
     block_tables: Tensor  # [rows, max blocks of a row in this step] int64; behind a row's own blocks anything, e.g. 0
     sample_rows: Tensor  # [sampled] int64: indices of the tokens whose logits are wanted
     kv_cache: KVCache
+    # Tokens whose logits are looked at and not kept: `score` is given those of a few at a time, [n, vocab] float32, in
+    # order, on rank 0.
+    scored_rows: Tensor | None = None  # [scored] int64
+    score: Callable[[Tensor], None] | None = None
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ from .kernels.interface import KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError
 from .sampling.params import SamplingParams
-from .sampling.sampler import Draw, draw
+from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
 
 NUMERICAL, GRAMMAR, UNSUPPORTED = "NUMERICAL", "GRAMMAR", "UNSUPPORTED"
@@ -39,6 +39,7 @@ class Admission:
     params: SamplingParams
     automaton: str | None = None
     unsupported: str | None = None
+    prompt_logprobs_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Plan:
 
 
 @dataclass
+class Scores:
+    """How probable ids of a prompt were after those before them, in order. `top` has an entry for each, where asked."""
+
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
+
+
+@dataclass
 class RowResult:
     """What one row yielded."""
 
@@ -74,6 +83,7 @@ class RowResult:
     logprobs: list[float] = field(default_factory=list)
     top: tuple[list[int], list[float]] | None = None
     fault: RowFault | None = None
+    prompt: Scores | None = None
 
 
 @dataclass
@@ -145,14 +155,14 @@ class Runner:
             self.table.add_blocks(work.row, work.new_blocks)
         alive = [work for work in plan.work if work.row not in self.table.faults]
         sampling = [work.row for work in alive if work.max_ids > 0]
-        logits, forwarded = None, started
+        logits, forwarded, scoring = None, started, Scoring(self.table)
         if alive:
-            logits = self.model(make_batch(self.table, alive, self.cache))
+            logits = self.model(make_batch(self.table, alive, self.cache, scoring))
             forwarded = time.monotonic_ns()
             advance(self.table, alive)
         drawn = self.sample(sampling, logits)
         sampled = time.monotonic_ns()
-        rows = self.results(plan.work, sampling, drawn) if self.group.rank == 0 else []
+        rows = self.results(plan.work, sampling, drawn, scoring) if self.group.rank == 0 else []
         digest = self.digest(plan)
         for row in plan.release:
             self.table.release(row)
@@ -164,7 +174,7 @@ class Runner:
         """Takes a sequence; what it asks for and cannot get is an error of its row alone."""
         table = self.table
         table.admit(a.row, a.sequence, a.incarnation, a.tokens, a.num_prompt, a.cached_len)
-        state = table.states[a.row] = RowState(a.params)
+        state = table.states[a.row] = RowState(a.params, prompt_logprobs_from=a.prompt_logprobs_from)
         if a.unsupported is not None:
             table.faults[a.row] = RowFault(UNSUPPORTED, f"{a.unsupported} is not served by this shard")
             return
@@ -219,14 +229,27 @@ class Runner:
                 self.digests.note(self.table.log(row), logits)
             self.digests.flush()
         processed = raw
-        special = [i for i, s in enumerate(states) if s.params.counts_ids or s.params.logit_bias or s.constraint]
+        special = [i for i, s in enumerate(states) if self.is_processed(rows[i], s)]
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
         return draw(raw, processed, params, self.table.length[rows])
 
+    def is_processed(self, row: int, state: RowState) -> bool:
+        """Whether a row's logits are changed before an id is drawn."""
+        p = state.params
+        return bool(p.counts_ids or p.logit_bias or p.watermark or state.constraint or self.is_too_short(row, state))
+
+    def is_too_short(self, row: int, state: RowState) -> bool:
+        """Whether a row may not end yet. A constraint that has come to its end counts more."""
+        generated = int(self.table.length[row] - self.table.num_prompt[row])
+        return state.constraint is None and generated < state.params.min_new_tokens
+
     def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
-        """Penalties, biases and constraints of the `special` rows of `logits`, in place."""
+        """Watermarks, penalties, biases and constraints of the `special` rows of `logits`, in place."""
+        for i in special:
+            if states[i].params.watermark:
+                processors.watermark(logits[i], int(self.table.log(rows[i])[-1]))
         counting = [i for i in special if states[i].params.counts_ids]
         if counting:
             counts = torch.stack([c for i in counting if (c := states[i].counts) is not None])  # [rows, 2, vocab]
@@ -237,16 +260,21 @@ class Runner:
         for i in special:
             if states[i].params.logit_bias:
                 processors.bias(logits[i], states[i].params.logit_bias)
+            if self.is_too_short(rows[i], states[i]):
+                processors.forbid(logits[i], self.eos_token_ids)
             if (constraint := states[i].constraint) is not None:
                 processors.constrain(logits[i], constraint)
 
-    def results(self, asked: Sequence[Work], sampling: list[int], drawn: Draw | None) -> list[RowResult]:
+    def results(
+        self, asked: Sequence[Work], sampling: list[int], drawn: Draw | None, scoring: "Scoring"
+    ) -> list[RowResult]:
         """One for each work, in order."""
         at = {row: i for i, row in enumerate(sampling)}
         results = []
         for work in asked:
             result = RowResult(work.row, work.incarnation, int(self.table.computed[work.row]))
             result.fault = self.table.faults.get(work.row)
+            result.prompt = scoring.scores.get(work.row)
             if result.fault is None and drawn is not None and work.row in at:
                 i = at[work.row]
                 result.ids, result.logprobs = [int(drawn.ids[i])], [float(drawn.logprobs[i])]
@@ -261,7 +289,47 @@ class Runner:
         return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little")
 
 
-def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache) -> StepBatch:
+class Scoring:
+    """The log-probabilities of the ids of prompts that a step computes, for the rows that want them."""
+
+    def __init__(self, table: SequenceTable) -> None:
+        self.table = table
+        self.scores: dict[int, Scores] = {}
+        self._wanted: list[tuple[int, int]] = []  # row and place of the id that each token of `rows` predicts
+        self._next = 0
+
+    def rows(self, works: Sequence[Work], starts: NDArray[np.int64]) -> Tensor | None:
+        """Indices of the step's tokens whose logits tell of an id that is wanted; None if there is none.
+
+        starts: [rows + 1], where the tokens of each work begin.
+        """
+        table, indices = self.table, []
+        for i, work in enumerate(works):
+            state = table.states.get(work.row)
+            if state is None or state.prompt_logprobs_from is None:
+                continue
+            computed, count = int(table.computed[work.row]), int(starts[i + 1] - starts[i])
+            first = max(computed + 1, state.prompt_logprobs_from)
+            last = min(computed + count, int(table.num_prompt[work.row]) - 1)
+            for place in range(first, last + 1):
+                indices.append(int(starts[i]) + place - 1 - computed)
+                self._wanted.append((work.row, place))
+        return torch.tensor(indices, dtype=torch.int64) if indices else None
+
+    def score(self, logits: Tensor) -> None:
+        """Takes the logits [n, vocab] float32 of the next n of the tokens."""
+        normalizers, _ = raw_logprobs(logits)
+        for row_logits, normalizer in zip(logits, normalizers.tolist(), strict=True):
+            row, place = self._wanted[self._next]
+            self._next += 1
+            scores = self.scores.setdefault(row, Scores())
+            token_id = int(self.table.tokens[row, place])
+            scores.logprobs.append(float(row_logits[token_id]) - normalizer)
+            if top_n := self.table.states[row].params.top_n:
+                scores.top.append(top_ids(row_logits, normalizer, top_n))
+
+
+def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache, scoring: Scoring) -> StepBatch:
     """The rows' next tokens and their places in the cache."""
     rows = np.array([work.row for work in works], np.int64)
     known = table.length[rows] - table.computed[rows]
@@ -287,6 +355,8 @@ def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache) -> S
         block_tables=torch.from_numpy(tables),
         sample_rows=torch.from_numpy(starts[1:][samples] - 1),
         kv_cache=cache,
+        scored_rows=scoring.rows(works, starts),
+        score=scoring.score,
     )
 
 

@@ -34,6 +34,7 @@ class RowState:
     params: SamplingParams
     constraint: Constraint | None = None
     counts: Tensor | None = None  # [2, vocab] float32: occurrences in the whole log, and in generated ids
+    prompt_logprobs_from: int | None = None  # the first id of the prompt whose log-probability is wanted
 
 
 class SequenceTable:

@@ -366,12 +366,14 @@ def parse_admission(admit: pb.Admit) -> "Admission":
         seed=s.seed,
         branch=s.branch,
         top_n=s.top_n,
+        count_penalty=s.count_penalty,
+        min_new_tokens=s.min_new_tokens,
+        watermark=s.watermark,
     )
     kind = admit.grammar.kind
     asked = {
         "an adapter": bool(admit.adapter),
         "an input that is not text": len(admit.spans) > 0,
-        "the log-probabilities of the prompt": admit.HasField("prompt_logprobs_from"),
         "a JSON or regex grammar": kind in (pb.Grammar.JSON_SCHEMA, pb.Grammar.REGEX),
         "a temperature of zero or less": s.do_sample and not s.temperature > 0,
     }
@@ -385,6 +387,7 @@ def parse_admission(admit: pb.Admit) -> "Admission":
         params=params,
         automaton=admit.grammar.source if kind == pb.Grammar.AUTOMATON else None,
         unsupported=next((what for what, is_asked in asked.items() if is_asked), None),
+        prompt_logprobs_from=admit.prompt_logprobs_from if admit.HasField("prompt_logprobs_from") else None,
     )
 
 
@@ -405,6 +408,10 @@ def row_message(row: "RowResult") -> pb.RowResult:
     )
     if row.top is not None:
         message.top.add(ids=row.top[0], logprobs=row.top[1])
+    if row.prompt is not None:
+        message.prompt_logprobs.extend(row.prompt.logprobs)
+        for ids, logprobs in row.prompt.top:
+            message.prompt_top.add(ids=ids, logprobs=logprobs)
     if row.fault is not None:
         message.error.CopyFrom(pb.RowError(kind=row.fault.kind, message=row.fault.message[:500]))
     return message

@@ -25,7 +25,7 @@ from .loading import TensorParallel
 from .meeting import meet, part
 from .models.registry import load_model
 from .planning import ModelPlan
-from .runner import LogitsDigests, Plan, Result, Runner, Work, make_batch
+from .runner import LogitsDigests, Plan, Result, Runner, Scoring, Work, make_batch
 from .sequences import SequenceTable
 
 # The probe of the warm-up runs at most so many tokens; what it needs is scaled to the real size of a step.
@@ -130,7 +130,7 @@ class Shard:
         table = SequenceTable(1, num_tokens + 1, block_size, self.plan.settings.vocab_size)
         table.admit(0, 0, 1, [0] * num_tokens, num_tokens, 0)
         table.add_blocks(0, range(num_blocks))
-        self.forward(make_batch(table, [Work(0, 1, num_tokens, 1, ())], cache))
+        self.forward(make_batch(table, [Work(0, 1, num_tokens, 1, ())], cache, Scoring(table)))
         return num_tokens * self.model.cache_spec.bytes_per_token
 
     def allocate(self, num_blocks: int, limits: Limits) -> None:

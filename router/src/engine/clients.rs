@@ -8,9 +8,9 @@ use tokio::time::Instant;
 
 use super::outbox::{Flow, Outbox};
 use super::text_state::TextState;
-use super::{FinishReason, GenerateError, Submission};
+use super::{FinishReason, GenerateError, PromptToken, Submission};
 use crate::request::Sampling;
-use crate::shards::Sampled;
+use crate::shards::{PromptLogprob, Sampled, Terms};
 use crate::text::tokenizer::Tokenizer;
 
 /// All sequences whose stream has not ended.
@@ -31,6 +31,27 @@ struct Client {
     num_total: usize,
     /// When it was first planned.
     started: Option<std::time::Instant>,
+    /// The prompt and what is known of it so far, where that is wanted and has not been told.
+    prompt: Option<Prompt>,
+}
+
+#[derive(Debug)]
+struct Prompt {
+    ids: Vec<u32>,
+    /// Of all ids but the first.
+    logprobs: Vec<PromptLogprob>,
+}
+
+impl Prompt {
+    fn tokens(self, text: &TextState) -> Vec<PromptToken> {
+        let nothing = PromptLogprob::default();
+        let known = std::iter::once((None, &nothing)).chain(self.logprobs.iter().map(|one| (Some(one.logprob), one)));
+        let token = |(id, (logprob, one)): (&u32, (Option<f32>, &PromptLogprob))| {
+            let top = one.top.iter().map(|(id, logprob)| text.alternative(*id, *logprob)).collect();
+            PromptToken { id: *id, text: text.alternative(*id, 0.0).text, logprob, top }
+        };
+        self.ids.iter().zip(known).map(token).collect()
+    }
 }
 
 /// Whether the scheduler must be told that a sequence has ended.
@@ -61,16 +82,21 @@ impl Clients {
             num_total: request.prompt_ids.len() + request.max_new_tokens,
             sampling: Arc::new(request.sampling),
             started: None,
+            prompt: request.wants_prompt_logprobs.then_some(Prompt { ids: request.prompt_ids, logprobs: vec![] }),
         };
         self.live.insert(id, client);
         true
     }
 
-    /// Notes that a sequence is planned; how its ids are drawn.
-    pub fn admit(&mut self, id: SequenceId) -> Arc<Sampling> {
+    /// Notes that a sequence is planned; what it asks for.
+    pub fn admit(&mut self, id: SequenceId) -> Terms {
         let client = self.live.get_mut(&id).expect("the scheduler forgets a sequence when its client goes");
         client.started.get_or_insert_with(std::time::Instant::now);
-        Arc::clone(&client.sampling)
+        let missing = |prompt: &Prompt| prompt.logprobs.len() + 1 < prompt.ids.len();
+        // What a former incarnation has told is not asked for again.
+        let from =
+            client.prompt.as_ref().filter(|prompt| missing(prompt)).map(|prompt| prompt.logprobs.len() as u32 + 1);
+        Terms { sampling: Arc::clone(&client.sampling), prompt_logprobs_from: from }
     }
 
     /// Prompt and `max_new_tokens` of a sequence.
@@ -78,11 +104,25 @@ impl Clients {
         self.live.get(&id).map_or(0, |client| client.num_total)
     }
 
+    /// Takes note of what a step says about a prompt.
+    pub fn prompt(&mut self, id: SequenceId, logprobs: &[PromptLogprob]) {
+        if logprobs.is_empty() {
+            return;
+        }
+        if let Some(prompt) = self.live.get_mut(&id).and_then(|client| client.prompt.as_mut()) {
+            let room = (prompt.ids.len() - 1).saturating_sub(prompt.logprobs.len());
+            prompt.logprobs.extend(logprobs.iter().take(room).cloned());
+        }
+    }
+
     /// Passes a token on. `end`: why the scheduler ended the sequence with it, if it did. Tokens of sequences that are
     /// not known are what was computed after a stop string.
     pub fn push(&mut self, id: SequenceId, sampled: &Sampled, end: Option<FinishReason>, now: Instant) -> After {
         let Some(client) = self.live.get_mut(&id) else { return After::GoOn };
-        let pushed = client.text.push(sampled, end, client.started);
+        let mut pushed = client.text.push(sampled, end, client.started);
+        if let (Some(first), Some(_)) = (pushed.outputs.first_mut(), &client.prompt) {
+            first.prompt = client.prompt.take().map(|prompt| prompt.tokens(&client.text));
+        }
         let flow = client.outbox.push(pushed.outputs, pushed.is_end, now);
         if !pushed.is_end {
             return After::GoOn;

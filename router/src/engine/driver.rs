@@ -250,9 +250,9 @@ impl Driver {
         let request = Request {
             prompt: submission.request.prompt_ids.clone(),
             max_new_tokens: submission.request.max_new_tokens,
-            namespace: Namespace(0),
+            namespace: Namespace(submission.request.namespace),
             deadline: self.config.queue_timeout.map(|timeout| self.millis(now + timeout)),
-            wants_prompt_logprobs: false,
+            wants_prompt_logprobs: submission.request.wants_prompt_logprobs,
             ignore_eos: submission.request.ignore_eos,
         };
         match self.scheduler.add(request) {
@@ -295,7 +295,7 @@ impl Driver {
             let step = self.scheduler.plan();
             check(&self.scheduler, &self.config);
             let Some(step) = step else { return };
-            let sampling = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
+            let terms = step.admit.iter().map(|admission| self.clients.admit(admission.id)).collect();
             debug!(
                 step = step.step,
                 admitted = step.admit.len(),
@@ -304,7 +304,7 @@ impl Driver {
             );
             let method = measure::planned(&step, &self.scheduler.stats());
             self.sent.push_back((Instant::now(), method));
-            if let Err(fault) = group.send(Arc::new(Plan { step, sampling })).await {
+            if let Err(fault) = group.send(Arc::new(Plan { step, terms })).await {
                 self.on_fault(fault);
             }
         }
@@ -321,6 +321,9 @@ impl Driver {
                 Err(_) => Err(RowError),
             },
         });
+        for (work, row) in plan.step.work.iter().zip(&answer.rows) {
+            self.clients.prompt(work.id, &row.prompt);
+        }
         let result = StepResult { epoch: answer.epoch, step: answer.step, rows: rows.collect() };
         let committed = self.scheduler.commit(&result);
         check(&self.scheduler, &self.config);
@@ -417,6 +420,10 @@ impl Driver {
 
     /// Starts to bring a generation into service.
     fn begin(&mut self, generation: Generation) {
+        match self.generation {
+            None => measure::start("shards", self.began.elapsed()),
+            Some(_) => measure::restarted(),
+        }
         self.generation = Some(generation.clone());
         self.set_status(|status| {
             status.generation = generation.number;
@@ -454,6 +461,9 @@ impl Driver {
     fn on_started(&mut self, started: Started) {
         let Started { epoch, agreed, ranks, group } = started;
         let num_blocks = agreed.limits.num_blocks;
+        if self.num_blocks.is_none() {
+            measure::start("serving", self.began.elapsed());
+        }
         self.epoch = epoch;
         self.num_blocks.get_or_insert(num_blocks);
         self.connections = ranks;

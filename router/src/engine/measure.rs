@@ -19,12 +19,29 @@ pub(super) fn gauges(stats: &Stats) {
     gauge!("tgi_batch_current_size").set(stats.num_running as f64);
     let used = stats.num_blocks as usize - stats.num_free;
     gauge!("tgi_batch_current_max_tokens").set((used * stats.block_size) as f64);
+    gauge!("tgi_kv_blocks", "state" => "used").set(stats.num_pinned as f64);
+    gauge!("tgi_kv_blocks", "state" => "cached").set(stats.num_cached as f64);
+    gauge!("tgi_kv_blocks", "state" => "free").set(stats.num_free as f64);
+}
+
+/// Takes note of how long a part of the first start took.
+pub(super) fn start(phase: &'static str, took: Duration) {
+    gauge!("tgi_start_seconds", "phase" => phase).set(took.as_secs_f64());
+}
+
+/// Shards were lost, and others take their place.
+pub(super) fn restarted() {
+    counter!("tgi_shard_restarts").increment(1);
 }
 
 /// Takes note of a step that is sent; its method.
 pub(super) fn planned(step: &StepPlan, stats: &Stats) -> &'static str {
     let method = method(step);
     counter!("tgi_batch_inference_count", "method" => method).increment(1);
+    for admission in &step.admit {
+        counter!("tgi_prefix_hit_tokens").increment(admission.num_cached as u64);
+        counter!("tgi_preemptions").increment(u64::from(admission.incarnation > 1));
+    }
     if !step.admit.is_empty() {
         histogram!("tgi_batch_next_size").record(step.admit.len() as f64);
         if step.work.len() > step.admit.len() {

@@ -1,6 +1,7 @@
 //! The way from a valid request to its tokens. Everything behind `Engine` belongs to the driver loop alone.
 
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
@@ -81,6 +82,21 @@ pub struct Output {
     pub finished: Option<Finished>,
     /// When the sequence was first planned; the time before it is queueing.
     pub started: Option<std::time::Instant>,
+    /// On the first output, where asked for: the tokens of the prompt.
+    pub prompt: Option<Vec<PromptToken>>,
+}
+
+/// A token of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptToken {
+    /// Id in the vocabulary.
+    pub id: u32,
+    /// The token decoded alone.
+    pub text: String,
+    /// Natural logarithm, under the model's own distribution after the tokens before it. The first has none.
+    pub logprob: Option<f32>,
+    /// The most probable ids in its place, where asked for.
+    pub top: Vec<TopToken>,
 }
 
 /// Why a request got no (further) tokens.
@@ -246,5 +262,10 @@ impl TokenStream {
     /// The next output; `None` after the last, or if the driver ended without one.
     pub async fn next(&mut self) -> Option<Result<Output, GenerateError>> {
         self.outputs.recv().await
+    }
+
+    /// The same, for whoever waits for several streams.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Output, GenerateError>>> {
+        self.outputs.poll_recv(cx)
     }
 }

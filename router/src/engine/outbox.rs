@@ -117,7 +117,7 @@ mod tests {
 
     fn output(text: &str) -> Output {
         let token = Token { id: 1, text: text.into(), logprob: 0.0, special: false, top: vec![] };
-        Output { token, finished: None, started: None }
+        Output { token, finished: None, started: None, prompt: None }
     }
 
     fn outbox(capacity: usize) -> (Outbox, mpsc::Receiver<Item>, Arc<Semaphore>) {

@@ -19,6 +19,8 @@ pub(super) struct TextState {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     max_new_tokens: usize,
+    /// Stop strings count in what comes after so many tokens.
+    min_new_tokens: u32,
     num_tokens: u32,
     /// All that was certain so far and is not part of a possible stop string.
     text: String,
@@ -42,7 +44,8 @@ impl TextState {
         Self {
             detokenizer: Detokenizer::new(Arc::clone(&tokenizer), &request.prompt_ids),
             tokenizer,
-            stops: StopMatcher::new(&request.stop),
+            stops: StopMatcher::new(&request.stop, request.cuts_stop),
+            min_new_tokens: request.sampling.min_new_tokens,
             max_new_tokens: request.max_new_tokens,
             num_tokens: 0,
             text: String::new(),
@@ -89,7 +92,7 @@ impl TextState {
             end.map(|reason| Finished { reason, text: std::mem::take(&mut self.text), num_tokens: self.num_tokens });
         let is_end = finished.is_some();
         let is_uncertain = !special && (is_incomplete || self.num_held_bytes > 0) || special && !self.held.is_empty();
-        self.held.push(Output { token, finished, started });
+        self.held.push(Output { token, finished, started, prompt: None });
         if is_end || !is_uncertain {
             outputs.append(&mut self.held);
         }
@@ -102,6 +105,9 @@ impl TextState {
     }
 
     fn match_stops(&mut self, piece: &str) -> (String, bool) {
+        if self.num_tokens < self.min_new_tokens {
+            return (piece.to_owned(), false);
+        }
         let matched = self.stops.push(piece);
         self.num_held_bytes = (self.num_held_bytes + piece.len()).saturating_sub(matched.text.len());
         (matched.text, matched.is_end)
@@ -117,7 +123,8 @@ impl TextState {
         text
     }
 
-    fn alternative(&self, id: TokenId, logprob: f32) -> TopToken {
+    /// An id that might have stood in another's place.
+    pub fn alternative(&self, id: TokenId, logprob: f32) -> TopToken {
         TopToken { id, text: self.tokenizer.decode_one(id), logprob, special: self.tokenizer.is_special(id) }
     }
 }
@@ -127,7 +134,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::request::Sampling;
 
     const END: TokenId = 2;
 
@@ -141,19 +147,8 @@ mod tests {
     }
 
     fn state(stop: &[&str]) -> TextState {
-        let sampling = Sampling {
-            do_sample: false,
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            typical_p: 1.0,
-            repetition_penalty: 1.0,
-            frequency_penalty: 0.0,
-            seed: 0,
-            top_n: 0,
-        };
         let stop = stop.iter().map(|stop| (*stop).to_owned()).collect();
-        let request = ValidRequest { prompt_ids: ids("hello"), max_new_tokens: 100, stop, sampling, ignore_eos: false };
+        let request = ValidRequest { prompt_ids: ids("hello"), max_new_tokens: 100, stop, ..ValidRequest::default() };
         TextState::new(Arc::new(Tokenizer::from_file(&file()).unwrap()), &request)
     }
 

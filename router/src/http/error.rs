@@ -6,7 +6,9 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
+use crate::chat::RenderError;
 use crate::engine::GenerateError;
 use crate::request::Refused;
 use crate::text::tokenizer::TokenizerError;
@@ -18,12 +20,31 @@ const RETRY_AFTER_S: u32 = 1;
 const MAX_TEXT: usize = 300;
 
 /// The body of every rejection, and the error event of a stream.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = ErrorResponse)]
 pub struct ErrorBody {
     /// What went wrong, in words.
     pub error: String,
     /// One of a fixed list of kinds.
     pub error_type: &'static str,
+}
+
+/// The body of a rejection by one of the `OpenAI` routes, and the error event of their streams.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct OpenAiErrorBody {
+    error: OpenAiError,
+    /// As on the other routes.
+    error_type: &'static str,
+}
+
+/// What went wrong, as `OpenAI` tells it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct OpenAiError {
+    message: String,
+    r#type: &'static str,
+    /// The field that it is about, where it is about one.
+    param: Option<String>,
+    code: Option<&'static str>,
 }
 
 /// A rejection.
@@ -35,6 +56,8 @@ pub struct ApiError {
     reason: Option<&'static str>,
     /// The connection is not fit for another request.
     closes: bool,
+    /// The body is told as `OpenAI` does, whatever the route.
+    speaks_openai: bool,
 }
 
 impl ApiError {
@@ -44,13 +67,43 @@ impl ApiError {
         if let Some((end, _)) = error.char_indices().nth(MAX_TEXT) {
             error.truncate(end);
         }
-        Self { status, body: ErrorBody { error, error_type }, reason: None, closes: false }
+        Self { status, body: ErrorBody { error, error_type }, reason: None, closes: false, speaks_openai: false }
     }
 
     /// The same, as the last answer on its connection.
     pub fn closing(mut self) -> Self {
         self.closes = true;
         self
+    }
+
+    /// The same, told as `OpenAI` does.
+    pub fn for_openai(mut self) -> Self {
+        self.speaks_openai = true;
+        self
+    }
+
+    /// The body as `OpenAI` tells it.
+    pub fn openai_body(&self) -> OpenAiErrorBody {
+        let ErrorBody { error, error_type } = self.body.clone();
+        let (r#type, code) = match self.status {
+            StatusCode::UNAUTHORIZED => ("invalid_request_error", Some("invalid_api_key")),
+            StatusCode::NOT_FOUND if error_type == "model_not_found" => ("invalid_request_error", Some(error_type)),
+            StatusCode::TOO_MANY_REQUESTS => ("rate_limit_error", Some("rate_limit_exceeded")),
+            status if status.is_client_error() && status != StatusCode::FAILED_DEPENDENCY => {
+                ("invalid_request_error", None)
+            }
+            _ => ("server_error", None),
+        };
+        // An error about a field names it first.
+        let named = error.split('`').nth(1).map(str::to_owned);
+        let param = if self.status == StatusCode::UNPROCESSABLE_ENTITY { named } else { None };
+        OpenAiErrorBody { error: OpenAiError { message: error, r#type, param, code }, error_type }
+    }
+
+    /// No key, or one that is not known.
+    pub fn unauthorized() -> Self {
+        let text = "expected the header `Authorization: Bearer KEY` with a key of this server";
+        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
     }
 
     /// A head that is no HTTP, or too much of it.
@@ -134,11 +187,23 @@ impl ApiError {
 
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
-        let status = match refused {
-            Refused::Malformed(_) => StatusCode::BAD_REQUEST,
-            Refused::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        let (status, error_type) = match refused {
+            Refused::Malformed(_) => (StatusCode::BAD_REQUEST, "validation"),
+            Refused::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
+            Refused::Tool(_) => (StatusCode::UNPROCESSABLE_ENTITY, "tool_error"),
+            Refused::UnknownModel(_) => (StatusCode::NOT_FOUND, "model_not_found"),
+            Refused::Suffix => (StatusCode::UNPROCESSABLE_ENTITY, "suffix not supported"),
+            Refused::BatchSize(_) => (StatusCode::UNPROCESSABLE_ENTITY, "batch size exceeded"),
+            Refused::Other { error_type, .. } => (StatusCode::UNPROCESSABLE_ENTITY, error_type),
         };
-        Self::new(status, "validation", refused.to_string()).counted("validation")
+        Self::new(status, error_type, refused.to_string()).counted("validation")
+    }
+}
+
+impl From<RenderError> for ApiError {
+    fn from(error: RenderError) -> Self {
+        let status = StatusCode::UNPROCESSABLE_ENTITY;
+        Self::new(status, "template_error", format!("Template error: {error}")).counted("template")
     }
 }
 
@@ -181,13 +246,21 @@ impl From<GenerateError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(&self.body)).into_response();
+        let mut response = if self.speaks_openai {
+            (self.status, Json(self.openai_body())).into_response()
+        } else {
+            (self.status, Json(&self.body)).into_response()
+        };
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if self.status == StatusCode::TOO_MANY_REQUESTS {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
         }
         if self.closes {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -5,23 +5,40 @@ use axum::extract;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::State;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 
 type Shared = extract::State<State>;
 
-/// 200 while requests are computed. Also `/ping`, GET `/` and `/readyz`.
+/// Whether requests are computed
+#[utoipa::path(get, path = "/health", tag = super::docs::TAG,
+    responses((status = 200, description = "Everything is working fine"), (status = 503, body = ErrorBody)))]
 pub(super) async fn health(extract::State(state): Shared) -> Result<(), ApiError> {
     let status = state.engine.status();
     let status = status.borrow();
     if status.is_ready && !status.is_draining { Ok(()) } else { Err(ApiError::unhealthy()) }
 }
 
-/// 200 as long as this process answers.
+/// The same as `/health`
+#[utoipa::path(get, path = "/ping", tag = super::docs::TAG, responses((status = 200), (status = 503, body = ErrorBody)))]
+pub(super) async fn ping(state: extract::State<State>) -> Result<(), ApiError> {
+    health(state).await
+}
+
+/// The same as `/health`
+#[utoipa::path(get, path = "/readyz", tag = super::docs::TAG, responses((status = 200), (status = 503, body = ErrorBody)))]
+pub(super) async fn readyz(state: extract::State<State>) -> Result<(), ApiError> {
+    health(state).await
+}
+
+/// Whether this process answers
+#[utoipa::path(get, path = "/livez", tag = super::docs::TAG, responses((status = 200)))]
 pub(super) async fn livez() {}
 
-/// 200 once the first start is over; the phase in words. While the server drains it says so first.
+/// Whether the first start is over; what the server does, in words
+#[utoipa::path(get, path = "/startupz", tag = super::docs::TAG, responses((status = 200, body = Phase), (status = 503, body = Phase)))]
 pub(super) async fn startupz(extract::State(state): Shared) -> (StatusCode, Json<Phase>) {
     let status = state.engine.status();
     let status = status.borrow();
@@ -32,7 +49,7 @@ pub(super) async fn startupz(extract::State(state): Shared) -> (StatusCode, Json
 }
 
 /// The answer of `/startupz`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Phase {
     phase: String,
     generation: u64,
@@ -40,7 +57,7 @@ pub(super) struct Phase {
 }
 
 /// TGI's `/info`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Info {
     model_id: String,
     model_sha: Option<String>,
@@ -60,7 +77,8 @@ pub(super) struct Info {
     docker_label: Option<String>,
 }
 
-/// The model and its limits.
+/// The model and its limits
+#[utoipa::path(get, path = "/info", tag = super::docs::TAG, responses((status = 200, body = Info), (status = 503, body = ErrorBody)))]
 pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, ApiError> {
     let model = state.model().ok_or_else(ApiError::not_ready)?;
     let config = &state.config;
@@ -71,12 +89,12 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
         model_dtype: model.dtype.clone(),
         model_device_type: model.device.clone(),
         max_concurrent_requests: config.max_concurrent_requests,
-        max_best_of: 1,
+        max_best_of: config.max_best_of,
         max_stop_sequences: config.max_stop_sequences,
         max_input_tokens: model.max_input_tokens,
         max_total_tokens: model.max_total_tokens,
         validation_workers: config.validation_workers,
-        max_client_batch_size: 1,
+        max_client_batch_size: config.max_client_batch_size,
         router: "text-generation-router",
         version: env!("CARGO_PKG_VERSION"),
         sha: None,
@@ -84,7 +102,8 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
     }))
 }
 
-/// In the text format of Prometheus.
+/// Metrics in the text format of Prometheus
+#[utoipa::path(get, path = "/metrics", tag = super::docs::TAG, responses((status = 200, body = String)))]
 pub(super) async fn metrics(extract::State(state): Shared) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.config.metrics.text()).into_response()
 }

@@ -1,11 +1,21 @@
 //! HTTP in front of the engine: an accept loop with deadlines, and one file for each family of routes.
 
 mod app;
+pub mod auth;
+mod body;
 mod connection;
+mod docs;
+mod entry;
 mod error;
 mod generate;
 mod health;
+mod openai;
+mod page;
+mod platforms;
 mod sse;
+mod streams;
+mod ticket;
+mod tokenize;
 mod wire;
 
 use std::io;
@@ -17,8 +27,11 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 
+use crate::chat::ChatTemplate;
+use crate::chat::answer::Dialect;
 use crate::engine::{Engine, ModelFacts};
 use crate::telemetry::metrics::Exporter;
+use crate::telemetry::traces::Traces;
 use crate::text::tokenizer::{Encode, TokenizerPool};
 
 /// What the routes must know beside the engine.
@@ -32,6 +45,10 @@ pub struct Config {
     pub compute_type: Option<HeaderValue>,
     /// Requests at once.
     pub max_concurrent_requests: usize,
+    /// Candidates of which the best is answered.
+    pub max_best_of: usize,
+    /// Prompts of a request.
+    pub max_client_batch_size: usize,
     /// Stop strings of a request.
     pub max_stop_sequences: usize,
     /// Most probable ids that a request may have reported beside each chosen one.
@@ -46,6 +63,12 @@ pub struct Config {
     pub deadlines: Deadlines,
     /// The text of `/metrics`.
     pub metrics: Exporter,
+    /// Where traces of requests go.
+    pub traces: Traces,
+    /// Turns messages into prompts.
+    pub template: ChatTemplate,
+    /// Who may call.
+    pub api_keys: auth::ApiKeys,
 }
 
 /// How long clients may take.
@@ -75,6 +98,9 @@ pub(crate) struct State {
     engine: Engine,
     tokenizer: Arc<dyn Encode>,
     pool: TokenizerPool,
+    template: ChatTemplate,
+    /// What the template tells about the model's answers.
+    dialect: Dialect,
 }
 
 impl State {
@@ -117,6 +143,8 @@ async fn accept(
 ) -> io::Result<()> {
     let pool = TokenizerPool::new(&tokenizer, config.validation_workers)?;
     let deadlines = config.deadlines;
-    let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool });
+    let template = config.template.clone();
+    let dialect = Dialect::detect(|mark| template.mentions(mark));
+    let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool, template, dialect });
     connection::accept(listener, app, deadlines, shutdown).await
 }

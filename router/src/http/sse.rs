@@ -1,4 +1,4 @@
-//! Server-sent events: a stream of tokens as the body of an answer.
+//! Server-sent events: streams of tokens as the body of an answer.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -12,122 +12,168 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::State;
 use super::error::ApiError;
-use super::generate::{Request, StreamDetails, TokenJson};
-use crate::engine::{Output, Status, TokenStream};
+use super::streams::{Next, Streams};
+use super::ticket::Flight;
+use crate::engine::{FinishReason, Output, Status};
 
 /// An idle stream is told at this interval that it is alive.
-pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The same while the shards are being replaced.
 const KEEP_ALIVE_WHILE_LOST: Duration = Duration::from_secs(1);
 
-/// One event of `/generate_stream`.
-#[derive(Debug, Serialize)]
-struct Event<'a> {
-    index: u32,
-    token: TokenJson,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    top_tokens: Vec<TokenJson>,
-    generated_text: Option<&'a str>,
-    details: Option<StreamDetails>,
+/// Writes the events of one family of routes.
+pub(super) trait Frames: Send + 'static {
+    /// A token of one of the sequences; it may be told later.
+    fn output(&mut self, index: usize, output: Output, flight: &Flight, out: &mut Events);
+    /// All sequences have ended well.
+    fn end(&mut self, flight: &Flight, out: &mut Events);
+    /// The stream ends with an error.
+    fn error(&self, error: &ApiError, out: &mut Events);
 }
 
-/// `data: `, JSON, and an empty line.
-fn data(value: &impl Serialize) -> Bytes {
-    let mut line = b"data: ".to_vec();
-    serde_json::to_writer(&mut line, value).expect("strings, numbers and lists can always be written");
-    line.extend_from_slice(b"\n\n");
-    line.into()
+/// Events to be sent.
+#[derive(Debug, Default)]
+pub(super) struct Events(Vec<u8>);
+
+impl Events {
+    /// `data: `, JSON, and an empty line.
+    pub fn data(&mut self, value: &impl Serialize) {
+        self.0.extend_from_slice(b"data: ");
+        serde_json::to_writer(&mut self.0, value).expect("strings, numbers and lists can always be written");
+        self.0.extend_from_slice(b"\n\n");
+    }
+
+    /// What `OpenAI`'s streams end with.
+    pub fn done(&mut self) {
+        self.0.extend_from_slice(b"data: [DONE]\n\n");
+    }
 }
 
-struct Open {
-    tokens: TokenStream,
-    request: Request,
+struct Open<F> {
+    streams: Streams,
+    flight: Flight,
     status: watch::Receiver<Status>,
+    frames: F,
     /// Came before the answer was begun.
-    first: Option<Output>,
-    index: u32,
+    first: Option<(usize, Output)>,
+    num_tokens: usize,
+    /// Of the sequence that ended last.
+    reason: FinishReason,
     /// When something was last sent.
     sent: Instant,
     is_over: bool,
 }
 
-/// The answer that streams these tokens. Dropping its body aborts the sequence.
-pub(super) fn response(
-    tokens: TokenStream,
-    request: Request,
-    status: watch::Receiver<Status>,
-    first: Option<Output>,
-) -> Response {
-    let open = Open { tokens, request, status, first, index: 0, sent: Instant::now(), is_over: false };
+/// A stream answers 200 with its first token, so that a request which is refused in the queue gets its true status. When
+/// nothing comes for long, or the shards are lost, the client is better told that it is waited for. Dropping the body
+/// aborts the sequences.
+pub(super) async fn respond<F: Frames>(
+    state: &State,
+    mut flight: Flight,
+    mut streams: Streams,
+    frames: F,
+) -> Result<Response, ApiError> {
+    let mut status = state.engine.status();
+    let first = match first_output(&mut streams, &mut status).await {
+        Ok(first) => first,
+        Err(error) => {
+            flight.failed(&error);
+            return Err(error);
+        }
+    };
+    let headers = flight.headers(None);
+    let (sent, reason) = (Instant::now(), FinishReason::Length);
+    let open = Open { streams, flight, status, frames, first, num_tokens: 0, reason, sent, is_over: false };
     let body = Body::from_stream(stream::unfold(open, |mut open| async move {
         let bytes = open.next().await?;
         Some((Ok::<_, Infallible>(bytes), open))
     }));
-    let headers = [
+    let own = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (header::HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
     ];
-    (headers, body).into_response()
+    Ok((own, headers, body).into_response())
 }
 
-impl Open {
+/// `None`: nothing has come yet.
+async fn first_output(
+    streams: &mut Streams,
+    status: &mut watch::Receiver<Status>,
+) -> Result<Option<(usize, Output)>, ApiError> {
+    let until = Instant::now() + KEEP_ALIVE;
+    loop {
+        let is_ready = status.borrow_and_update().is_ready;
+        tokio::select! {
+            biased;
+            next = streams.next() => return match next {
+                Next::Output(n, output) => Ok(Some((n, output))),
+                Next::Failed(error) => Err(error.into()),
+                Next::Incomplete | Next::Over => Err(ApiError::incomplete_stream()),
+            },
+            () = tokio::time::sleep_until(until) => return Ok(None),
+            () = std::future::ready(()), if !is_ready => return Ok(None),
+            changed = status.changed() => if changed.is_err() { return Ok(None) },
+        }
+    }
+}
+
+impl<F: Frames> Open<F> {
     async fn next(&mut self) -> Option<Bytes> {
         if self.is_over {
             return None;
         }
-        if let Some(output) = self.first.take() {
-            return Some(self.event(output));
+        let mut events = Events::default();
+        if let Some((n, output)) = self.first.take() {
+            self.output(n, output, &mut events);
         }
-        let bytes = loop {
+        // A token may be held back, to be told with a later one.
+        while events.0.is_empty() && !self.is_over {
             let is_ready = self.status.borrow_and_update().is_ready;
             let interval = if is_ready { KEEP_ALIVE } else { KEEP_ALIVE_WHILE_LOST };
             tokio::select! {
                 biased;
-                output = self.tokens.next() => break self.bytes(output),
-                () = tokio::time::sleep_until(self.sent + interval) => break Bytes::from_static(b":\n\n"),
+                next = self.streams.next() => self.take(next, &mut events),
+                () = tokio::time::sleep_until(self.sent + interval) => events.0.extend_from_slice(b":\n\n"),
                 // The interval may have become another; a driver that is gone closes the stream too.
                 changed = self.status.changed() => if changed.is_err() {
-                    let output = self.tokens.next().await;
-                    break self.bytes(output);
+                    let next = self.streams.next().await;
+                    self.take(next, &mut events);
                 },
             }
-        };
+        }
         self.sent = Instant::now();
-        Some(bytes)
+        Some(events.0.into())
     }
 
-    fn bytes(&mut self, output: Option<Result<Output, crate::engine::GenerateError>>) -> Bytes {
-        let error = match output {
-            Some(Ok(output)) => return self.event(output),
-            Some(Err(error)) => ApiError::from(error),
-            None => ApiError::incomplete_stream(),
+    fn take(&mut self, next: Next, events: &mut Events) {
+        let error = match next {
+            Next::Output(n, output) => return self.output(n, output, events),
+            Next::Over => {
+                self.is_over = true;
+                self.frames.end(&self.flight, events);
+                return self.flight.succeeded(self.num_tokens, self.reason);
+            }
+            Next::Failed(error) => ApiError::from(error),
+            Next::Incomplete => ApiError::incomplete_stream(),
         };
         self.is_over = true;
-        self.request.failed(&error);
-        data(error.body())
+        self.flight.failed(&error);
+        self.frames.error(&error, events);
     }
 
-    fn event(&mut self, output: Output) -> Bytes {
-        self.index += 1;
-        self.request.saw(&output);
-        let finished = output.finished.as_ref();
-        let text = finished.map(|finished| self.request.full_text(&finished.text));
-        let event = Event {
-            index: self.index,
-            top_tokens: output.token.top.iter().map(TokenJson::from).collect(),
-            token: TokenJson::from(&output.token),
-            generated_text: text.as_deref(),
-            details: finished
-                .filter(|_| self.request.wire.details)
-                .map(|finished| self.request.stream_details(finished)),
-        };
-        let bytes = data(&event);
-        if let Some(finished) = finished {
-            self.is_over = true;
-            self.request.succeeded(finished);
+    fn output(&mut self, n: usize, output: Output, events: &mut Events) {
+        self.flight.saw(&output);
+        self.num_tokens += 1;
+        if let Some(finished) = &output.finished {
+            self.reason = finished.reason;
         }
-        bytes
+        self.frames.output(n, output, &self.flight, events);
+        // The last token says that it is the last, and nothing is waited for after it.
+        if self.streams.is_over() {
+            self.take(Next::Over, events);
+        }
     }
 }

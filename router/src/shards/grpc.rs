@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryFutureExt};
 use hyper_util::rt::TokioIo;
-use scheduler::RowId;
+use scheduler::{RowId, TokenId};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,8 +18,8 @@ use tracing::debug;
 use super::proto::shard_client::ShardClient;
 use super::proto::{self, health_reply, row_error};
 use super::{
-    Answer, Answers, Description, Health, Join, Plan, RowAnswer, RowFailure, Sampled, Shard, ShardError, Shards,
-    Timings, Warmup,
+    Answer, Answers, Description, Health, Join, Plan, PromptLogprob, RowAnswer, RowFailure, Sampled, Shard, ShardError,
+    Shards, Timings, Warmup,
 };
 use crate::control::RankAddress;
 use crate::request::Sampling;
@@ -184,18 +184,18 @@ fn description(reply: proto::Description) -> Description {
 
 fn step_plan(plan: &Plan) -> proto::StepPlan {
     let step = &plan.step;
-    let admit = step.admit.iter().zip(&plan.sampling).map(|(admission, parameters)| proto::Admit {
+    let admit = step.admit.iter().zip(&plan.terms).map(|(admission, terms)| proto::Admit {
         row: admission.row.0,
         sequence: admission.id.0,
         incarnation: admission.incarnation,
         tokens: admission.token_ids.clone(),
         num_prompt: admission.num_prompt as u32,
         cached_len: admission.num_cached as u32,
-        sampling: Some(sampling(parameters)),
+        sampling: Some(sampling(&terms.sampling)),
         grammar: None,
         adapter: String::new(),
         spans: vec![],
-        prompt_logprobs_from: None,
+        prompt_logprobs_from: terms.prompt_logprobs_from,
     });
     let work = step.work.iter().map(|work| proto::Work {
         row: work.row.0,
@@ -214,30 +214,23 @@ fn step_plan(plan: &Plan) -> proto::StepPlan {
 }
 
 fn sampling(sampling: &Sampling) -> proto::Sampling {
-    let Sampling {
-        do_sample,
-        temperature,
-        top_k,
-        top_p,
-        typical_p,
-        repetition_penalty,
-        frequency_penalty,
-        seed,
-        top_n,
-    } = *sampling;
+    let bias = |(token, bias): &(u32, f32)| proto::TokenBias { token: *token, bias: *bias };
     proto::Sampling {
-        do_sample,
-        temperature,
-        top_k,
-        top_p,
-        typical_p,
-        repetition_penalty,
-        frequency_penalty,
-        presence_penalty: 0.0,
-        logit_bias: vec![],
-        seed,
-        branch: 0,
-        top_n,
+        do_sample: sampling.do_sample,
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        typical_p: sampling.typical_p,
+        repetition_penalty: sampling.repetition_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        presence_penalty: sampling.presence_penalty,
+        count_penalty: sampling.count_penalty,
+        logit_bias: sampling.logit_bias.iter().map(bias).collect(),
+        seed: sampling.seed,
+        branch: sampling.branch,
+        top_n: sampling.top_n,
+        min_new_tokens: sampling.min_new_tokens,
+        watermark: sampling.watermark,
     }
 }
 
@@ -251,18 +244,24 @@ fn answer(result: proto::StepResult) -> Answer {
 }
 
 fn row_answer(row: proto::RowResult) -> RowAnswer {
+    let prompt = row.prompt_logprobs.into_iter().zip(tops(row.prompt_top));
+    let prompt = prompt.map(|(logprob, top)| PromptLogprob { logprob, top }).collect();
     let sampled = match row.error {
         Some(error) => Err(row_failure(error)),
         None => {
             // What a shard leaves out shows as NaN; how many ids there may be is for the scheduler to judge.
             let logprobs = row.logprobs.into_iter().chain(std::iter::repeat(f32::NAN));
-            let tops = row.top.into_iter().map(|top| top.ids.into_iter().zip(top.logprobs).collect());
-            let tops = tops.chain(std::iter::repeat_with(Vec::new));
-            let sampled = row.ids.into_iter().zip(logprobs).zip(tops);
+            let sampled = row.ids.into_iter().zip(logprobs).zip(tops(row.top));
             Ok(sampled.map(|((id, logprob), top)| Sampled { id, logprob, top }).collect())
         }
     };
-    RowAnswer { row: RowId(row.row), incarnation: row.incarnation, computed: row.computed, sampled }
+    RowAnswer { row: RowId(row.row), incarnation: row.incarnation, computed: row.computed, sampled, prompt }
+}
+
+/// The alternatives to each id, and none to those that the shard has left out.
+fn tops(tops: Vec<proto::TopTokens>) -> impl Iterator<Item = Vec<(TokenId, f32)>> {
+    let tops = tops.into_iter().map(|top| top.ids.into_iter().zip(top.logprobs).collect());
+    tops.chain(std::iter::repeat_with(Vec::new))
 }
 
 fn row_failure(error: proto::RowError) -> RowFailure {

@@ -14,6 +14,7 @@ use crate::control::RankAddress;
 use crate::request::Sampling;
 
 pub mod fake;
+mod fake_table;
 pub mod group;
 pub mod grpc;
 mod self_kill;
@@ -140,8 +141,17 @@ pub struct Warmup {
 pub struct Plan {
     /// What is computed.
     pub step: StepPlan,
-    /// How the ids of `step.admit` are drawn, in the same order.
-    pub sampling: Vec<Arc<Sampling>>,
+    /// What the sequences of `step.admit` ask for, in the same order.
+    pub terms: Vec<Terms>,
+}
+
+/// What an admitted sequence asks for.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// How its ids are drawn.
+    pub sampling: Arc<Sampling>,
+    /// From this index on the log-probabilities of its prompt's ids are wanted.
+    pub prompt_logprobs_from: Option<u32>,
 }
 
 /// What a rank answers to one plan.
@@ -181,6 +191,17 @@ pub struct RowAnswer {
     pub computed: u32,
     /// The sampled ids, or why the shard cannot go on with the sequence.
     pub sampled: Result<Vec<Sampled>, RowFailure>,
+    /// Of the prompt's ids, where asked for, in order.
+    pub prompt: Vec<PromptLogprob>,
+}
+
+/// How probable an id of a prompt was after those before it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PromptLogprob {
+    /// Natural logarithm, under the raw distribution.
+    pub logprob: f32,
+    /// The most probable ids and their logprobs, where asked for.
+    pub top: Vec<(TokenId, f32)>,
 }
 
 /// One sampled id.

@@ -16,7 +16,7 @@ use super::fake::{FakeOptions, FakeRank, FakeShards};
 use super::grpc::{MAX_MESSAGE_BYTES, WINDOW_BYTES};
 use super::proto::shard_server::ShardServer;
 use super::proto::{self, health_reply, row_error};
-use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Shard, ShardError, Warmup};
+use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Shard, ShardError, Terms, Warmup};
 use crate::request::Sampling;
 
 /// Serves rank 0 of fake shards on a Unix socket until the future is dropped.
@@ -119,7 +119,7 @@ fn description(description: Description) -> proto::Description {
 }
 
 fn plan(message: proto::StepPlan) -> Plan {
-    let (admit, sampling) = message.admit.into_iter().map(admission).unzip();
+    let (admit, terms) = message.admit.into_iter().map(admission).unzip();
     let step = StepPlan {
         epoch: message.epoch,
         step: message.step,
@@ -128,10 +128,11 @@ fn plan(message: proto::StepPlan) -> Plan {
         // The sequence of a row is not on the wire again, and the fake does not look at it.
         work: message.work.into_iter().map(work).collect(),
     };
-    Plan { step, sampling }
+    Plan { step, terms }
 }
 
-fn admission(admit: proto::Admit) -> (Admission, Arc<Sampling>) {
+fn admission(admit: proto::Admit) -> (Admission, Terms) {
+    let prompt_logprobs_from = admit.prompt_logprobs_from;
     let admission = Admission {
         row: RowId(admit.row),
         id: SequenceId(admit.sequence),
@@ -149,10 +150,16 @@ fn admission(admit: proto::Admit) -> (Admission, Arc<Sampling>) {
         typical_p: sampling.typical_p,
         repetition_penalty: sampling.repetition_penalty,
         frequency_penalty: sampling.frequency_penalty,
+        presence_penalty: sampling.presence_penalty,
+        count_penalty: sampling.count_penalty,
+        logit_bias: sampling.logit_bias.into_iter().map(|one| (one.token, one.bias)).collect(),
         seed: sampling.seed,
+        branch: sampling.branch,
         top_n: sampling.top_n,
+        min_new_tokens: sampling.min_new_tokens,
+        watermark: sampling.watermark,
     };
-    (admission, Arc::new(sampling))
+    (admission, Terms { sampling: Arc::new(sampling), prompt_logprobs_from })
 }
 
 fn work(work: proto::Work) -> Work {
@@ -172,13 +179,20 @@ fn step_result(answer: Answer) -> proto::StepResult {
 fn row_result(row: RowAnswer) -> proto::RowResult {
     let mut result =
         proto::RowResult { row: row.row.0, incarnation: row.incarnation, computed: row.computed, ..Default::default() };
+    let top = |top: Vec<(u32, f32)>| {
+        let (ids, logprobs) = top.into_iter().unzip();
+        proto::TopTokens { ids, logprobs }
+    };
+    for one in row.prompt {
+        result.prompt_logprobs.push(one.logprob);
+        result.prompt_top.push(top(one.top));
+    }
     match row.sampled {
         Ok(sampled) => {
             for one in sampled {
                 result.ids.push(one.id);
                 result.logprobs.push(one.logprob);
-                let (ids, logprobs) = one.top.into_iter().unzip();
-                result.top.push(proto::TopTokens { ids, logprobs });
+                result.top.push(top(one.top));
             }
         }
         Err(failure) => {

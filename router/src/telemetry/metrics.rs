@@ -8,16 +8,14 @@ use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, Share
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tracing::error;
 
+use super::names::{Kind, METRICS};
+
 /// How often samples that nobody has fetched are folded into their histograms.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Histograms of lengths: their buckets follow the model's limits, which are not known at first. Nothing of
 /// the kind happens before.
-const LENGTHS: [(&str, &str); 3] = [
-    ("tgi_request_generated_tokens", "tokens that a request has generated"),
-    ("tgi_request_input_length", "tokens of a prompt"),
-    ("tgi_request_max_new_tokens", "tokens that a request may generate"),
-];
+const LENGTHS: [&str; 3] = ["tgi_request_generated_tokens", "tgi_request_input_length", "tgi_request_max_new_tokens"];
 
 /// The process's recorder of metrics: one part from the start, one once the model is known. Cheap to clone.
 #[derive(Clone)]
@@ -55,8 +53,8 @@ impl Exporter {
     pub fn know(&self, max_input_tokens: usize, max_total_tokens: usize) {
         self.0.lengths.get_or_init(|| {
             let recorder = length_recorder(max_input_tokens, max_total_tokens).expect("the buckets are not empty");
-            for (name, text) in LENGTHS {
-                recorder.describe_histogram(name.into(), None, text.into());
+            for metric in METRICS.iter().filter(|metric| LENGTHS.contains(&metric.name)) {
+                recorder.describe_histogram(metric.name.into(), None, SharedString::const_str(metric.text));
             }
             recorder
         });
@@ -102,7 +100,7 @@ impl Recorder for Exporter {
     }
 
     fn register_histogram(&self, key: &Key, metadata: &Metadata<'_>) -> Histogram {
-        if !LENGTHS.iter().any(|(name, _)| *name == key.name()) {
+        if !LENGTHS.contains(&key.name()) {
             return self.0.most.register_histogram(key, metadata);
         }
         self.0.lengths.get().map_or_else(Histogram::noop, |lengths| lengths.register_histogram(key, metadata))
@@ -135,40 +133,17 @@ fn length_recorder(max_input_tokens: usize, max_total_tokens: usize) -> Result<P
 }
 
 fn describe(recorder: &PrometheusRecorder) {
-    let counters = [
-        ("tgi_request_count", "requests for tokens"),
-        ("tgi_request_success", "requests that were answered to their end"),
-        ("tgi_request_failure", "requests that were not, by reason"),
-        ("tgi_batch_inference_count", "steps sent to the shards"),
-        ("tgi_batch_inference_success", "steps answered by the shards"),
-        ("tgi_batch_inference_failure", "steps that the shards did not answer"),
-        ("tgi_batch_concat", "steps in which new sequences joined running ones"),
-    ];
-    for (name, text) in counters {
-        recorder.describe_counter(name.into(), None, text.into());
+    for metric in METRICS {
+        let text = SharedString::const_str(metric.text);
+        match metric.kind {
+            Kind::Counter => recorder.describe_counter(metric.name.into(), None, text),
+            Kind::Gauge => recorder.describe_gauge(metric.name.into(), None, text),
+            Kind::Seconds => recorder.describe_histogram(metric.name.into(), Some(Unit::Seconds), text),
+            // The recorder of lengths describes its own.
+            Kind::Count if LENGTHS.contains(&metric.name) => {}
+            Kind::Count | Kind::Summary => recorder.describe_histogram(metric.name.into(), None, text),
+        }
     }
-    let gauges = [
-        ("tgi_queue_size", "sequences that wait"),
-        ("tgi_batch_current_size", "sequences that run"),
-        ("tgi_batch_current_max_tokens", "tokens that the used blocks of the KV cache hold"),
-    ];
-    for (name, text) in gauges {
-        recorder.describe_gauge(name.into(), None, text.into());
-    }
-    let durations = [
-        ("tgi_request_duration", "from the arrival of a request to its last token"),
-        ("tgi_request_validation_duration", "from the arrival of a request to its place in the queue"),
-        ("tgi_request_queue_duration", "in the queue"),
-        ("tgi_request_inference_duration", "from the first step to the last token"),
-        ("tgi_request_mean_time_per_token_duration", "per token of a request, from its first step on"),
-        ("tgi_batch_inference_duration", "from sending a step to its answer"),
-        ("tgi_batch_forward_duration", "of a step, in the model"),
-        ("tgi_batch_decode_duration", "of a step, choosing ids"),
-    ];
-    for (name, text) in durations {
-        recorder.describe_histogram(name.into(), Some(Unit::Seconds), text.into());
-    }
-    recorder.describe_histogram("tgi_batch_next_size".into(), None, "sequences admitted by one step".into());
 }
 
 #[cfg(test)]

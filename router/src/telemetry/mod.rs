@@ -1,4 +1,6 @@
 //! What operators see: metrics in Prometheus' format, under TGI's names, and logs.
 
 pub mod metrics;
+pub mod names;
+pub mod traces;
 pub mod tracing;

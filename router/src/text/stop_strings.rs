@@ -9,27 +9,30 @@ pub struct Matched {
     pub is_end: bool,
 }
 
-/// Finds the stop string that ends first, wherever in a token it does. Its text stays in the answer, as in TGI.
+/// Finds the stop string that ends first, wherever in a token it does.
 #[derive(Debug)]
 pub struct StopMatcher {
     stops: Vec<String>,
+    /// The text ends before the stop string, not behind it.
+    cuts: bool,
     /// The longest end of the text so far that is the beginning of a stop string.
     held: String,
 }
 
 impl StopMatcher {
-    /// A matcher at the start of a text. Empty stop strings are refused before.
-    pub fn new(stops: &[String]) -> Self {
-        Self { stops: stops.to_vec(), held: String::new() }
+    /// A matcher at the start of a text. Empty stop strings are refused before. Whether it `cuts`: the stop string stays in
+    /// the answers of TGI's own routes and not in those of the OpenAI routes.
+    pub fn new(stops: &[String], cuts: bool) -> Self {
+        Self { stops: stops.to_vec(), cuts, held: String::new() }
     }
 
     /// Takes a piece of the text. Nothing follows once it `is_end`.
     pub fn push(&mut self, piece: &str) -> Matched {
         self.held.push_str(piece);
-        let ends = self.stops.iter().filter_map(|stop| self.held.find(stop).map(|at| at + stop.len()));
-        if let Some(end) = ends.min() {
+        let places = self.stops.iter().filter_map(|stop| self.held.find(stop).map(|at| (at + stop.len(), at)));
+        if let Some((end, start)) = places.min() {
             let mut text = std::mem::take(&mut self.held);
-            text.truncate(end);
+            text.truncate(if self.cuts { start } else { end });
             return Matched { text, is_end: true };
         }
         let may_begin = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
@@ -62,7 +65,7 @@ mod tests {
     }
 
     fn stream(text: &str, stops: &[String], mut cut: impl FnMut() -> bool) -> (String, bool) {
-        let (mut matcher, mut shown, mut piece) = (StopMatcher::new(stops), String::new(), String::new());
+        let (mut matcher, mut shown, mut piece) = (StopMatcher::new(stops, false), String::new(), String::new());
         for c in text.chars() {
             piece.push(c);
             if cut() {
@@ -100,10 +103,17 @@ mod tests {
 
     #[test]
     fn what_may_begin_a_stop_string_is_held_back_and_released() {
-        let mut matcher = StopMatcher::new(&["éx".into()]);
+        let mut matcher = StopMatcher::new(&["éx".into()], false);
         assert_eq!(matcher.push("é"), Matched::default());
         assert_eq!(matcher.push("y"), Matched { text: "éy".into(), is_end: false });
         assert_eq!(matcher.push("é"), Matched::default());
         assert_eq!(matcher.push("xz"), Matched { text: "éx".into(), is_end: true });
+    }
+
+    #[test]
+    fn a_stop_string_may_be_cut_off_and_no_part_of_it_is_shown() {
+        let mut matcher = StopMatcher::new(&["b".into(), "abc".into(), "ab".into()], true);
+        assert_eq!(matcher.push("xa"), Matched { text: "x".into(), is_end: false });
+        assert_eq!(matcher.push("bc"), Matched { text: String::new(), is_end: true });
     }
 }

@@ -48,6 +48,24 @@ pub trait Encode: Debug + Send + Sync + 'static {
 
     /// No token stands for more bytes of text; `None` where that cannot be said.
     fn max_token_bytes(&self) -> Option<usize>;
+
+    /// The ids of a text, and which bytes of it each stands for: none for what was added.
+    fn places(&self, text: &str, add_special: bool) -> Result<Vec<Placed>, TokenizerError>;
+
+    /// The text of some ids, special tokens included.
+    fn decode(&self, ids: &[u32]) -> String;
+
+    /// The bytes that an id stands for inside a text.
+    fn spell(&self, id: u32) -> Vec<u8>;
+}
+
+/// A token of a text.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Placed {
+    /// In the vocabulary.
+    pub id: u32,
+    /// Of the text.
+    pub bytes: std::ops::Range<usize>,
 }
 
 /// A model's tokenizer. Cheap to share, behind an `Arc`.
@@ -130,6 +148,26 @@ impl Encode for Tokenizer {
     fn max_token_bytes(&self) -> Option<usize> {
         self.max_token_bytes
     }
+
+    fn places(&self, text: &str, add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+        let encoding = self.inner.encode(text, add_special).map_err(|error| {
+            warn!(%error, "a text cannot be tokenized");
+            TokenizerError::Text
+        })?;
+        let places = encoding.get_ids().iter().zip(encoding.get_offsets());
+        Ok(places.map(|(id, (start, stop))| Placed { id: *id, bytes: *start..*stop }).collect())
+    }
+
+    fn decode(&self, ids: &[u32]) -> String {
+        self.decode(ids, false)
+    }
+
+    fn spell(&self, id: u32) -> Vec<u8> {
+        match &self.pieces {
+            Some(pieces) => pieces.piece(id).bytes.to_vec(),
+            None => self.decode(&[id], false).into_bytes(),
+        }
+    }
 }
 
 /// The bound, where the tokenizer neither drops text, nor joins what it does not know, nor absorbs spaces.
@@ -181,13 +219,10 @@ fn shrinks_by(normalizer: &Value) -> Option<usize> {
     factors.product()
 }
 
-/// A text on its way to a thread.
-struct Job {
-    text: String,
-    reply: oneshot::Sender<Result<Vec<u32>, TokenizerError>>,
-}
+/// Work on its way to a thread. It sends its result itself, and does nothing if nobody waits for that.
+type Job = Box<dyn FnOnce(&dyn Encode) + Send>;
 
-/// Threads that encode, in two lanes, so that nobody's short text waits for somebody's long one. A text that makes the
+/// Threads that work on texts, in two lanes, so that nobody's short text waits for somebody's long one. A text that makes the
 /// library panic fails alone.
 #[derive(Clone, Debug)]
 pub struct TokenizerPool {
@@ -203,12 +238,28 @@ impl TokenizerPool {
         Ok(Self { short: lane("tokenize", encoder, num_threads)?, long: lane("tokenize-long", encoder, long)? })
     }
 
-    /// The ids of a text, special tokens included. Waits for a thread; a caller that is gone by then costs nothing.
-    pub async fn encode(&self, text: String) -> Result<Vec<u32>, TokenizerError> {
-        let lane = if text.len() <= SHORT { &self.short } else { &self.long };
-        let (reply, ids) = oneshot::channel();
-        lane.send(Job { text, reply }).await.map_err(|_| TokenizerError::Ended)?;
-        ids.await.map_err(|_| TokenizerError::Ended)?
+    /// The ids of a text, with the special tokens around it if `add_special`.
+    pub async fn encode(&self, text: String, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.run(text.len(), move |encoder| encoder.encode(&text, add_special)).await?
+    }
+
+    /// Does some work on a text of `num_bytes`. Waits for a thread; a caller that is gone by then costs nothing.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        num_bytes: usize,
+        work: impl FnOnce(&dyn Encode) -> T + Send + 'static,
+    ) -> Result<T, TokenizerError> {
+        let lane = if num_bytes <= SHORT { &self.short } else { &self.long };
+        let (reply, result) = oneshot::channel();
+        let job = move |encoder: &dyn Encode| {
+            if !reply.is_closed() {
+                let done = catch_unwind(AssertUnwindSafe(|| work(encoder)));
+                // Whoever asked may be gone.
+                let _ = reply.send(done.map_err(|_| TokenizerError::Panicked));
+            }
+        };
+        lane.send(Box::new(job)).await.map_err(|_| TokenizerError::Ended)?;
+        result.await.map_err(|_| TokenizerError::Ended)?
     }
 }
 
@@ -226,13 +277,7 @@ fn work(waiting: &Mutex<mpsc::Receiver<Job>>, encoder: &dyn Encode) {
     loop {
         let next = waiting.lock().expect("nothing panics while it holds the lock").blocking_recv();
         let Some(job) = next else { return };
-        if job.reply.is_closed() {
-            continue;
-        }
-        let ids = catch_unwind(AssertUnwindSafe(|| encoder.encode(&job.text, true)));
-        let ids = ids.unwrap_or(Err(TokenizerError::Panicked));
-        // Whoever asked may be gone.
-        let _ = job.reply.send(ids);
+        job(encoder);
     }
 }
 
@@ -316,6 +361,18 @@ mod tests {
         fn max_token_bytes(&self) -> Option<usize> {
             None
         }
+
+        fn places(&self, _text: &str, _add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+            Ok(vec![])
+        }
+
+        fn decode(&self, _ids: &[u32]) -> String {
+            String::new()
+        }
+
+        fn spell(&self, _id: u32) -> Vec<u8> {
+            vec![]
+        }
     }
 
     #[tokio::test]
@@ -328,12 +385,13 @@ mod tests {
             let asked: Vec<_> = (0..2 * MAX_WAITING)
                 .map(|_| {
                     let pool = pool.clone();
-                    tokio::spawn(async move { pool.encode("a".repeat(SHORT + 1)).await })
+                    tokio::spawn(async move { pool.encode("a".repeat(SHORT + 1), true).await })
                 })
                 .collect();
             for length in [1, SHORT] {
                 tokio::task::yield_now().await;
-                let ids = tokio::time::timeout(std::time::Duration::from_secs(10), pool.encode("a".repeat(length)));
+                let ids =
+                    tokio::time::timeout(std::time::Duration::from_secs(10), pool.encode("a".repeat(length), true));
                 assert_eq!(ids.await.expect("a short text does not wait").unwrap(), [length as u32]);
             }
             assert!(asked.iter().all(|asked| !asked.is_finished()));
@@ -357,6 +415,18 @@ mod tests {
         fn max_token_bytes(&self) -> Option<usize> {
             None
         }
+
+        fn places(&self, _text: &str, _add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+            Ok(vec![])
+        }
+
+        fn decode(&self, _ids: &[u32]) -> String {
+            String::new()
+        }
+
+        fn spell(&self, _id: u32) -> Vec<u8> {
+            vec![]
+        }
     }
 
     #[tokio::test]
@@ -364,8 +434,8 @@ mod tests {
         let encoder: Arc<dyn Encode> = Arc::new(Moody);
         let pool = TokenizerPool::new(&encoder, 1).unwrap();
         for _ in 0..3 {
-            assert!(matches!(pool.encode("bad".into()).await, Err(TokenizerError::Panicked)));
-            assert_eq!(pool.encode("good".into()).await.unwrap(), [7]);
+            assert!(matches!(pool.encode("bad".into(), true).await, Err(TokenizerError::Panicked)));
+            assert_eq!(pool.encode("good".into(), true).await.unwrap(), [7]);
         }
     }
 }

@@ -19,19 +19,9 @@ pub fn tokenizer() -> Arc<Tokenizer> {
 /// A request whose prompt and sampling parameters follow from `seed`.
 pub fn request(seed: u64, max_new_tokens: usize) -> ValidRequest {
     let num_prompt = 3 + seed % 40;
-    let sampling = Sampling {
-        do_sample: seed % 2 == 1,
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        typical_p: 1.0,
-        repetition_penalty: 1.0,
-        frequency_penalty: 0.0,
-        seed,
-        top_n: 0,
-    };
+    let sampling = Sampling { do_sample: seed % 2 == 1, seed, ..Sampling::default() };
     let prompt_ids = (0..num_prompt).map(|i| 3 + ((seed + i * i) % 4000) as u32).collect();
-    ValidRequest { prompt_ids, max_new_tokens, stop: vec![], sampling, ignore_eos: false }
+    ValidRequest { prompt_ids, max_new_tokens, sampling, ..ValidRequest::default() }
 }
 
 /// What a client has seen of a whole stream.

@@ -9,11 +9,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use text_generation_router::chat::template::{ChatTemplate, Source};
 use text_generation_router::engine::{
     Engine, FinishReason, Finished, GenerateError, ModelFacts, Output, Status, Submission, Token, TopToken,
 };
+use text_generation_router::http::auth::ApiKeys;
 use text_generation_router::http::{self, Config, Deadlines};
 use text_generation_router::telemetry::metrics::Exporter;
+use text_generation_router::telemetry::traces::Traces;
 use text_generation_router::text::tokenizer::{Encode, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -56,12 +59,23 @@ pub fn ready() -> Status {
     }
 }
 
+/// Messages between marks.
+pub const CHATML: &str = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}\
+                          {% if add_generation_prompt %}<|assistant|>{% endif %}";
+
+pub fn template(text: &str) -> ChatTemplate {
+    let source = Source { name: "default".into(), text: text.into(), file: "chat_template.jinja".into() };
+    ChatTemplate::new(vec![source], serde_json::Map::new()).unwrap()
+}
+
 pub fn config() -> Config {
     Config {
         model_id: "docs".into(),
         revision: None,
         compute_type: None,
         max_concurrent_requests: 4,
+        max_best_of: 2,
+        max_client_batch_size: 4,
         max_stop_sequences: 4,
         max_top_n_tokens: 5,
         validation_workers: 2,
@@ -69,6 +83,9 @@ pub fn config() -> Config {
         cors_allow_origin: vec![],
         deadlines: Deadlines::default(),
         metrics: Exporter::default(),
+        traces: Traces::default(),
+        template: template(CHATML),
+        api_keys: ApiKeys::default(),
     }
 }
 
@@ -136,7 +153,7 @@ pub struct Answering {
 pub fn output(n: u32, text: &str) -> Output {
     let top = vec![TopToken { id: 500 + n, text: "!".into(), logprob: -1.5, special: false }];
     let token = Token { id: 300 + n, text: text.into(), logprob: -0.5, special: false, top };
-    Output { token, finished: None, started: Some(Instant::now()) }
+    Output { token, finished: None, started: Some(Instant::now()), prompt: None }
 }
 
 /// Tokens with these texts, the last of which ends the stream.
@@ -201,6 +218,21 @@ impl Answer {
         assert_eq!(json["error_type"], error_type, "{json}");
         assert_eq!(json.as_object().unwrap().len(), 2, "{json}");
         json["error"].as_str().unwrap().to_owned()
+    }
+}
+
+impl Answer {
+    /// Checks what holds for every rejection by the `OpenAI` routes; the error.
+    #[track_caller]
+    pub fn check_openai_error(&self, status: u16, error_type: &str) -> Value {
+        assert_eq!(self.status, status, "{self:?}");
+        assert_eq!(self.headers["content-type"], "application/json", "{self:?}");
+        assert!(self.body.len() <= 2048, "{} bytes", self.body.len());
+        let json = self.json();
+        assert_eq!(json["error_type"], error_type, "{json}");
+        let keys: Vec<_> = json["error"].as_object().unwrap().keys().cloned().collect();
+        assert_eq!(keys, ["message", "type", "param", "code"], "{json}");
+        json["error"].clone()
     }
 }
 

@@ -12,6 +12,9 @@ from ..layers.norm import RMSNorm
 
 Block = Callable[[Tensor, StepBatch], Tensor]
 
+# Rows of logits that exist at once where they are only looked at: a chunk of a prompt has hundreds.
+SCORED_AT_ONCE = 64
+
 
 class Decoder:
     """One rank's share of a model."""
@@ -39,6 +42,12 @@ class Decoder:
         for block in self.blocks:
             x = block(x, batch)
             on_layer()
+        if batch.scored_rows is not None:
+            for start in range(0, len(batch.scored_rows), SCORED_AT_ONCE):
+                rows = batch.scored_rows[start : start + SCORED_AT_ONCE]
+                logits = self.head(self.norm(x.index_select(0, rows)))
+                if logits is not None and batch.score is not None:
+                    batch.score(logits)
         if not len(batch.sample_rows):
             return x.new_empty((0, self.head.vocab_size), dtype=torch.float32) if self.head.tp.rank == 0 else None
         return self.head(self.norm(x.index_select(0, batch.sample_rows)))

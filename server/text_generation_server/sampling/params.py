@@ -19,11 +19,15 @@ class SamplingParams:
     seed: int = 0
     branch: int = 0
     top_n: int = 0
+    count_penalty: float = 0.0
+    min_new_tokens: int = 0
+    watermark: bool = False
 
     @property
     def counts_ids(self) -> bool:
         """Whether some option depends on how often an id has occurred."""
-        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        penalties = (self.frequency_penalty, self.presence_penalty, self.count_penalty)
+        return self.repetition_penalty != 1.0 or any(penalty != 0.0 for penalty in penalties)
 
     @property
     def is_filtered(self) -> bool:

@@ -1,6 +1,7 @@
 """What changes logits before an id is drawn, over all rows that ask for it at once.
 
-The order is that of TGI: repetition penalty, frequency penalty, (presence penalty, bias,) constraint, temperature.
+The order is that of TGI: watermark, repetition penalty, frequency penalty, (presence and count penalties, bias, least
+length,) constraint, temperature.
 top_k, top_p and typical_p follow in `sampler.py`, since they need the most probable ids and not all of them.
 """
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from .constraint import Constraint
 from .params import SamplingParams
+
+WATERMARK_KEY = 15485863
+WATERMARK_GAMMA = 0.5
+WATERMARK_DELTA = 2.0
 
 
 def penalize(
@@ -35,12 +40,30 @@ def penalize(
     presence = column([p.presence_penalty for p in params])
     if bool((presence != 0).any()):
         logits.sub_(presence * (generated > 0))
+    count = column([p.count_penalty for p in params])
+    if bool((count != 0).any()):
+        logits.sub_(count * generated)
 
 
 def bias(logits: Tensor, biases: Sequence[tuple[int, float]]) -> None:
     """Adds to some of one row's `logits` [vocab], in place."""
     ids = torch.tensor([token_id for token_id, _ in biases], dtype=torch.int64)
     logits.index_add_(0, ids, torch.tensor([value for _, value in biases], dtype=logits.dtype))
+
+
+def forbid(logits: Tensor, token_ids: Sequence[int]) -> None:
+    """Makes some ids of one row's `logits` [vocab] impossible, in place."""
+    logits[torch.tensor(list(token_ids), dtype=torch.int64)] = float("-inf")
+
+
+def watermark(logits: Tensor, previous_id: int) -> None:
+    """Raises the logits of the green half of one row's `logits` [vocab], in place; the id before chooses which half.
+
+    Kirchenbauer et al. 2023, arXiv:2301.10226, with the seed and the numbers of TGI.
+    """
+    generator = torch.Generator().manual_seed(WATERMARK_KEY * previous_id)
+    green = torch.randperm(len(logits), generator=generator)[: int(WATERMARK_GAMMA * len(logits))]
+    logits[green] += WATERMARK_DELTA
 
 
 def constrain(logits: Tensor, constraint: Constraint) -> None:

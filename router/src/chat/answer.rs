@@ -1,0 +1,141 @@
+//! An answer as its reader sees it: what was thought, what is said, which tools are called.
+
+use super::reasoning::{Marks, Part, Splitter};
+use super::tools::{Event, Format, Parser};
+
+/// More of an answer.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Piece {
+    /// What the model thinks.
+    Reasoning(String),
+    /// What it says.
+    Content(String),
+    /// A call of a tool begins.
+    Call {
+        /// Counts the calls of the answer, from 0 on.
+        index: usize,
+        /// Of the tool.
+        name: String,
+    },
+    /// More of a call's arguments.
+    Arguments {
+        /// Of the call.
+        index: usize,
+        /// As the model wrote them.
+        text: String,
+    },
+}
+
+/// Reads one answer, token by token.
+#[derive(Debug)]
+pub struct Reader {
+    splitter: Splitter,
+    parser: Option<Parser>,
+    /// Calls after the first are dropped.
+    takes_one_call: bool,
+}
+
+impl Reader {
+    /// A reader of the answer to `prompt`, in a dialect. No tools: no calls are looked for.
+    pub fn new(dialect: Dialect, prompt: &str, tools: &[String], takes_one_call: bool) -> Self {
+        let parser = (!tools.is_empty()).then(|| Parser::new(dialect.format, tools.iter().cloned()));
+        Self { splitter: Splitter::new(dialect.marks, prompt), parser, takes_one_call }
+    }
+
+    /// Takes a token's text. Special tokens are no text, save for those that mark something.
+    pub fn push(&mut self, text: &str, is_special: bool) -> Vec<Piece> {
+        let is_mark = self.splitter.is_mark(text) || self.parser.as_ref().is_some_and(|parser| parser.is_mark(text));
+        if is_special && !is_mark {
+            return vec![];
+        }
+        let parts = self.splitter.push(text);
+        self.read(parts)
+    }
+
+    /// What was held back, at the end.
+    pub fn finish(&mut self) -> Vec<Piece> {
+        let rest = self.splitter.finish();
+        let mut pieces = self.read(rest);
+        if let Some(parser) = &mut self.parser {
+            let events = parser.finish();
+            pieces.extend(self.pieces(events));
+        }
+        pieces
+    }
+
+    /// Whether a tool was called.
+    pub fn has_calls(&self) -> bool {
+        self.parser.as_ref().is_some_and(|parser| parser.num_calls() > 0)
+    }
+
+    fn read(&mut self, parts: impl IntoIterator<Item = Part>) -> Vec<Piece> {
+        let mut pieces = vec![];
+        for part in parts {
+            match (part, &mut self.parser) {
+                (Part::Reasoning(text), _) => pieces.push(Piece::Reasoning(text)),
+                (Part::Content(text), None) => pieces.push(Piece::Content(text)),
+                (Part::Content(text), Some(parser)) => {
+                    let events = parser.push(&text);
+                    pieces.extend(self.pieces(events));
+                }
+            }
+        }
+        pieces
+    }
+
+    fn pieces(&self, events: Vec<Event>) -> impl Iterator<Item = Piece> + use<> {
+        let most = if self.takes_one_call { 1 } else { usize::MAX };
+        events.into_iter().filter_map(move |event| match event {
+            Event::Content(text) => Some(Piece::Content(text)),
+            Event::Call { index, name } => (index < most).then_some(Piece::Call { index, name }),
+            Event::Arguments { index, text } => (index < most).then_some(Piece::Arguments { index, text }),
+        })
+    }
+}
+
+/// How a model marks what it thinks, and writes its calls.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Dialect {
+    /// Around what it thinks, if it marks that.
+    pub marks: Option<Marks>,
+    /// Of its calls.
+    pub format: Format,
+}
+
+impl Dialect {
+    /// What a template mentions.
+    pub fn detect(mentions: impl Fn(&str) -> bool) -> Self {
+        Self { marks: super::reasoning::detect(&mentions), format: Format::detect(&mentions) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(template: &str, tokens: &[(&str, bool)], takes_one_call: bool) -> Vec<Piece> {
+        let dialect = Dialect::detect(|mark| template.contains(mark));
+        let mut reader = Reader::new(dialect, "", &["f".into()], takes_one_call);
+        let mut pieces: Vec<_> = tokens.iter().flat_map(|(text, special)| reader.push(text, *special)).collect();
+        pieces.extend(reader.finish());
+        pieces
+    }
+
+    #[test]
+    fn special_tokens_are_marks_or_nothing() {
+        let tokens =
+            [("<s>", true), ("[TOOL_CALLS]", true), ("f", false), ("[ARGS]", true), ("{}", false), ("</s>", true)];
+        let call = [Piece::Call { index: 0, name: "f".into() }, Piece::Arguments { index: 0, text: "{}".into() }];
+        assert_eq!(read("[TOOL_CALLS]", &tokens, false), call);
+        let hermes = [("<think>", true), ("hm", false), ("</think>", true), ("yes", false), ("<|im_end|>", true)];
+        let pieces = read("<think> <tool_call>", &hermes, false);
+        assert_eq!(pieces, [Piece::Reasoning("hm".into()), Piece::Content("yes".into())]);
+    }
+
+    #[test]
+    fn calls_after_the_first_are_dropped_where_one_is_wanted() {
+        let two = [(r#"{"name": "f", "parameters": {}}; {"name": "f", "parameters": {"a": 1}}"#, false)];
+        let count = |pieces: Vec<Piece>| pieces.iter().filter(|piece| matches!(piece, Piece::Call { .. })).count();
+        assert_eq!((count(read("", &two, false)), count(read("", &two, true))), (2, 1));
+    }
+}

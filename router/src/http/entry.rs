@@ -1,0 +1,207 @@
+//! The way of every request for tokens to the engine: counted, admitted, read, judged, tokenized, queued.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue};
+use metrics::histogram;
+
+use super::State;
+use super::app;
+use super::auth::Namespace;
+use super::body::json_body;
+use super::error::ApiError;
+use super::streams::Streams;
+use super::ticket::{Flight, RequestId, Ticket};
+use crate::chat::prompt::{self, Wanted};
+use crate::engine::{ModelFacts, Permit};
+use crate::request::chat::Prompting;
+use crate::request::limits::MAX_CHOICES;
+use crate::request::{Limits, Options, ValidRequest};
+
+/// A request that came in, for a handler to answer.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub state: State,
+    pub headers: HeaderMap,
+    namespace: u64,
+    /// Until the request is on its way.
+    ticket: Option<Ticket>,
+}
+
+/// What is known once a request is admitted and its body was read.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub model: Arc<ModelFacts>,
+    pub limits: Limits,
+    pub body: Vec<u8>,
+}
+
+impl FromRequestParts<State> for Entry {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &State) -> Result<Self, Self::Rejection> {
+        let id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(|| RequestId::new(&parts.headers));
+        // Names of routes are few and known; a path is whatever a client sends.
+        let route = app::route_name(parts.uri.path());
+        let ticket = Some(Ticket::new(id, route, &parts.headers, state.config.traces.clone()));
+        let namespace = parts.extensions.get::<Namespace>().map_or(0, |namespace| namespace.0);
+        Ok(Self { state: state.clone(), headers: parts.headers.clone(), namespace, ticket })
+    }
+}
+
+impl Entry {
+    /// The request is judged before its body is read: a server that is not ready needs none.
+    pub async fn admit(&self, body: Body) -> Result<Admitted, ApiError> {
+        let model = admit(&self.state)?;
+        let body = json_body(&self.state, &self.headers, body).await?;
+        Ok(Admitted { limits: limits(&self.state, &model), model, body })
+    }
+
+    /// Settles the account of a request that is not on its way.
+    pub fn settle<T>(mut self, result: Result<T, ApiError>) -> Result<T, ApiError> {
+        match (&result, self.ticket.take()) {
+            (_, None) => {}
+            (Ok(_), Some(ticket)) => ticket.done(),
+            (Err(error), Some(mut ticket)) => ticket.failed(error),
+        }
+        result
+    }
+
+    /// The right to generate so many sequences at once, or none of them. Taken before a prompt is tokenized, but not while a
+    /// client takes its time to send the body.
+    pub fn permits(&self, count: usize) -> Result<Vec<Permit>, ApiError> {
+        let permits: Result<_, _> = (0..count).map(|_| self.state.engine.permit()).collect();
+        Ok(permits?)
+    }
+
+    /// The prompt of a chat, as text and as ids.
+    pub async fn render(
+        &self,
+        prompting: Prompting,
+        options: &Options,
+        limits: &Limits,
+    ) -> Result<(String, Vec<u32>), ApiError> {
+        let (template, options, limits) = (self.state.template.clone(), options.clone(), limits.clone());
+        let Prompting { messages, tools, tool_prompt, continue_final_message, add_generation_prompt, variables } =
+            prompting;
+        let wanted = Wanted { messages, tools, tool_prompt, continue_final_message, add_generation_prompt, variables };
+        // How much the text is going to be is not known; the body's length will do.
+        let size = wanted.messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum();
+        let work = move |encoder: &dyn crate::text::tokenizer::Encode| {
+            let text = prompt::render(&template, wanted).map_err(ApiError::from)?;
+            options.check_bytes(text.len(), &limits)?;
+            // The template writes the special tokens itself.
+            let ids = encoder.encode(&text, false).map_err(ApiError::from)?;
+            Ok((text, ids))
+        };
+        self.state.pool.run(size, work).await?
+    }
+
+    /// Takes the request back from a part of it that has come to its end, for what follows.
+    pub fn go_on(&mut self, flight: Flight) {
+        self.ticket = Some(flight.ticket);
+    }
+
+    /// Queues all candidates of all prompts.
+    pub async fn launch(
+        &mut self,
+        admitted: &Admitted,
+        options: &Options,
+        prompts: Vec<Prompt>,
+        permits: Vec<Permit>,
+    ) -> Result<(Flight, Streams), ApiError> {
+        let num_characters = prompts.iter().map(|prompt| prompt.num_characters).sum();
+        let valid = prompts.into_iter().map(|prompt| options.complete(prompt.ids, &admitted.limits));
+        let valid: Vec<ValidRequest> = valid.collect::<Result<_, _>>()?;
+        let validated = Instant::now();
+        for request in &valid {
+            histogram!("tgi_request_input_length").record(request.prompt_ids.len() as f64);
+            histogram!("tgi_request_max_new_tokens").record(request.max_new_tokens as f64);
+        }
+        let num_prompt_tokens = valid.iter().map(|request| request.prompt_ids.len()).sum();
+        let max_new_tokens = valid.first().map_or(0, |request| request.max_new_tokens);
+        let namespace = self.namespace;
+        let candidates = valid.into_iter().flat_map(|request| candidates(request, options.num_candidates, namespace));
+        let mut streams = vec![];
+        for (request, permit) in candidates.zip(permits) {
+            streams.push(self.state.engine.generate(request, permit).await?);
+        }
+        let flight = Flight {
+            ticket: self.ticket.take().expect("a request is launched once"),
+            compute_type: compute_type(&self.state, &admitted.model),
+            num_characters,
+            num_prompt_tokens,
+            options: options.clone(),
+            max_new_tokens,
+            validated,
+            started: None,
+            last_token: None,
+            is_part: false,
+        };
+        Ok((flight, Streams::new(streams)))
+    }
+}
+
+/// One prompt.
+#[derive(Clone, Debug)]
+pub(super) struct Prompt {
+    pub ids: Vec<u32>,
+    pub num_characters: usize,
+}
+
+impl Prompt {
+    pub fn new(text: &str, ids: Vec<u32>) -> Self {
+        Self { ids, num_characters: text.chars().count() }
+    }
+}
+
+/// They differ in the numbers they are drawn with, and in nothing else.
+fn candidates(request: ValidRequest, count: usize, namespace: u64) -> impl Iterator<Item = ValidRequest> {
+    (0..count).map(move |branch| {
+        let mut request = request.clone();
+        request.sampling.branch = branch as u32;
+        request.namespace = namespace;
+        request
+    })
+}
+
+/// The model, if a request may come now.
+pub(super) fn admit(state: &State) -> Result<Arc<ModelFacts>, ApiError> {
+    if state.engine.status().borrow().is_draining {
+        return Err(ApiError::draining());
+    }
+    state.model().ok_or_else(ApiError::not_ready)
+}
+
+pub(super) fn limits(state: &State, model: &ModelFacts) -> Limits {
+    let config = &state.config;
+    Limits {
+        max_best_of: config.max_best_of,
+        max_client_batch_size: config.max_client_batch_size,
+        max_choices: config.max_concurrent_requests.min(MAX_CHOICES),
+        max_stop_sequences: config.max_stop_sequences,
+        max_top_n_tokens: config.max_top_n_tokens,
+        max_input_tokens: model.max_input_tokens,
+        max_total_tokens: model.max_total_tokens,
+        vocab_size: model.vocab_size,
+        max_token_bytes: state.tokenizer.max_token_bytes(),
+        model_id: config.model_id.clone(),
+    }
+}
+
+fn compute_type(state: &State, model: &ModelFacts) -> HeaderValue {
+    let by_device = || HeaderValue::from_str(&format!("{}+optimized", model.device)).ok();
+    let said = state.config.compute_type.clone().or_else(by_device);
+    said.unwrap_or(HeaderValue::from_static("unknown"))
+}
+
+/// The request's name, from now on known to all who handle it.
+pub(super) fn name(request: &mut Request) -> RequestId {
+    let id = RequestId::new(request.headers());
+    request.extensions_mut().insert(id.clone());
+    id
+}
