@@ -13,7 +13,7 @@ from text_generation_server.quantize.documents import open_documents
 from text_generation_server.quantize.settings import Sampling
 from text_generation_server.quantize.windows import make_windows
 
-SAMPLING = Sampling(num_samples=16, length=128)
+SAMPLING = Sampling(num_samples=8, length=128)
 
 
 @pytest.fixture(scope="module")
