@@ -10,7 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ["load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "quantized", "side_by_side"]
+SCRIPTS = [
+    "load_ceiling",
+    "scheduler_cost",
+    "step_gap",
+    "memory",
+    "router_alone",
+    "constrained",
+    "quantized",
+    "side_by_side",
+]
 TIMEOUT_S = 3600
 
 
