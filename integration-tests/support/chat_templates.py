@@ -1,6 +1,7 @@
 """What transformers renders for every template and chat of `router/tests/chat_templates/`.
 
-The router's own test compares with `rendered.json`, which this writes: `python integration-tests/support/chat_templates.py`.
+The router's own test compares with `rendered.json`, which this writes:
+`python integration-tests/support/chat_templates.py`.
 """
 
 import json

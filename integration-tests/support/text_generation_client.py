@@ -2,13 +2,14 @@
 
 It needs a huggingface_hub of before 1.0, so it has an environment of its own:
 
-    python -m venv somewhere && somewhere/bin/pip install text-generation==0.7.0
+    python -m venv somewhere && somewhere/bin/pip install text-generation==0.7.0 pytest
     somewhere/bin/python integration-tests/support/text_generation_client.py http://127.0.0.1:3000 [KEY]
 """
 
 import asyncio
 import sys
 
+import pytest
 from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
 
@@ -28,13 +29,10 @@ def main(url: str, key: str | None) -> None:
     assert len(best.details.best_of_sequences or []) == 1
     chat = client.chat([{"role": "user", "content": "Hi"}], max_tokens=4)
     assert chat.choices[0].message.role == "assistant"
-    chunks = list(client.chat([{"role": "user", "content": "Hi"}], max_tokens=4, stream=True))
-    assert chunks
-    try:
+    # Its chat streams cannot be read from TGI 3.3 either: it takes `[DONE]` for JSON, and wants a role and one tool call in
+    # every chunk.
+    with pytest.raises(ValidationError, match="max_new_tokens"):
         client.generate("a", max_new_tokens=10**6)
-        raise AssertionError("not refused")
-    except ValidationError as error:
-        assert "max_new_tokens" in str(error)
 
     async def several() -> list[str]:
         asynchronous = AsyncClient(url, headers=headers)

@@ -4,12 +4,7 @@ use regex_syntax::Parser;
 use regex_syntax::hir::{Hir, HirKind};
 use serde_json::Value;
 
-/// Characters and classes of a regular expression, with all that is repeated written out.
-const MAX_REGEX_SIZE: u64 = 10_000;
-
-/// Remainders that a number is told by while it is written: of one `multipleOf`, and of all of them at once.
-const MAX_MULTIPLE: u64 = 5_000;
-const MAX_MULTIPLES: u64 = 50_000;
+use crate::request::limits::{MAX_MULTIPLE, MAX_MULTIPLES, MAX_REGEX_SIZE};
 
 /// Decimal places of a `multipleOf`.
 const MAX_PLACES: u32 = 9;

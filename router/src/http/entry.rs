@@ -21,6 +21,7 @@ use crate::engine::{GenerateError, ModelFacts, Permit};
 use crate::grammar::GrammarError;
 use crate::request::chat::Prompting;
 use crate::request::form::Grammar;
+use crate::request::limits::MAX_CHOICES;
 use crate::request::{Limits, Options, ValidRequest};
 
 /// A request that came in, for a handler to answer.
@@ -202,7 +203,7 @@ pub(super) fn limits(state: &State, model: &ModelFacts) -> Limits {
     Limits {
         max_best_of: config.max_best_of,
         max_client_batch_size: config.max_client_batch_size,
-        max_choices: config.max_concurrent_requests.min(128),
+        max_choices: config.max_concurrent_requests.min(MAX_CHOICES),
         max_stop_sequences: config.max_stop_sequences,
         max_top_n_tokens: config.max_top_n_tokens,
         max_input_tokens: model.max_input_tokens,

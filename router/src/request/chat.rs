@@ -9,7 +9,8 @@ use utoipa::ToSchema;
 use super::chat_checks::{check_messages, check_tools};
 use super::completions::Stop;
 use super::form::{self, Form};
-use super::openai::{MAX_TOP_LOGPROBS, Shared, StreamOptions, check_model, include_usage, options};
+use super::limits::MAX_TOP_LOGPROBS;
+use super::openai::{Shared, StreamOptions, check_model, include_usage, options};
 use super::{Limits, Options, Refused, invalid, json};
 
 /// Body of `/v1/chat/completions`.

@@ -2,12 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
+use super::limits::{MAX_MESSAGES, MAX_NAME_CHARS, MAX_TOOLS};
 use super::{Refused, invalid};
-
-const MAX_MESSAGES: usize = 1024;
-const MAX_TOOLS: usize = 128;
-/// Characters of a role, of the name of a speaker, and of a tool.
-const MAX_NAME_CHARS: usize = 256;
 
 /// The types that a JSON schema knows.
 const SCHEMA_TYPES: [&str; 7] = ["array", "boolean", "integer", "null", "number", "object", "string"];

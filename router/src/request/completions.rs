@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::limits::MAX_TOP_LOGPROBS;
 pub use super::openai::StreamOptions;
-use super::openai::{MAX_TOP_LOGPROBS, Shared, check_model, include_usage, options};
+use super::openai::{Shared, check_model, include_usage, options};
 use super::{Limits, Options, Refused, invalid, json};
 
 /// Body of `/v1/completions`.

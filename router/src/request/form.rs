@@ -4,10 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use super::limits::MAX_FORM_BYTES;
 use super::{Refused, invalid};
-
-/// Bytes of a grammar's source.
-pub const MAX_SOURCE_BYTES: usize = 64 << 10;
 
 /// Between the tokens of JSON there may be one space, as in TGI: models that may write any number of them do.
 const WHITE_SPACE: &str = r"\x20";
@@ -39,7 +37,7 @@ pub enum Kind {
 pub struct Grammar {
     /// What the source is.
     pub kind: Kind,
-    /// At most [`MAX_SOURCE_BYTES`].
+    /// At most [`MAX_FORM_BYTES`].
     pub source: Arc<str>,
     /// The field of the request that asks for it.
     pub field: &'static str,
@@ -65,8 +63,8 @@ pub fn bind(form: Form, field: &'static str, tools: &[(String, Value)]) -> Resul
     };
     let grammar = Grammar { kind, source: source.into(), field };
     match grammar.source.len() {
-        length if length > MAX_SOURCE_BYTES => {
-            Err(grammar.refused(&format!("it has {length} bytes, at most {MAX_SOURCE_BYTES} are taken")))
+        length if length > MAX_FORM_BYTES => {
+            Err(grammar.refused(&format!("it has {length} bytes, at most {MAX_FORM_BYTES} are taken")))
         }
         _ => Ok(grammar),
     }
@@ -222,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_source_that_is_too_long_is_refused_under_its_fields_name() {
-        let long = "a".repeat(MAX_SOURCE_BYTES + 1);
+        let long = "a".repeat(MAX_FORM_BYTES + 1);
         let error = bind(Form::Regex(long.clone()), "grammar", &[]).unwrap_err();
         assert!(error.to_string().contains("`grammar`: it has 65537 bytes, at most 65536"), "{error}");
         let tool = json!({"function": {"parameters": {"description": long}}});

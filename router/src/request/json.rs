@@ -7,10 +7,8 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use super::limits::MAX_DEPTH;
 use super::{Refused, invalid};
-
-/// Levels of nested lists and objects: as many as serde reads.
-const MAX_DEPTH: usize = 127;
 
 /// Reads a JSON object, or `null` for one without fields. Left alone, serde takes a list of the fields' values as well.
 pub(super) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {

@@ -12,11 +12,13 @@ mod chat_checks;
 pub mod completions;
 pub mod form;
 pub mod json;
+pub mod limits;
 pub mod native;
 mod openai;
 mod options;
 pub mod small;
 
+pub use limits::Limits;
 pub use options::Options;
 
 /// How ids are drawn. Values are those of `proto/shard.proto`'s `Sampling`: an option that is off has its neutral value.
@@ -129,41 +131,6 @@ pub struct ValidRequest {
     pub wants_prompt_logprobs: bool,
     /// Whose prompts may be known from each other's answering times: those of one namespace.
     pub namespace: u64,
-}
-
-/// What clients may ask for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Limits {
-    /// Candidates of which the best is answered.
-    pub max_best_of: usize,
-    /// Prompts of one request.
-    pub max_client_batch_size: usize,
-    /// Answers at once to one request of the `OpenAI` routes.
-    pub max_choices: usize,
-    /// Stop strings of one request.
-    pub max_stop_sequences: usize,
-    /// Most probable ids beside the chosen one.
-    pub max_top_n_tokens: u32,
-    /// Tokens of a prompt.
-    pub max_input_tokens: usize,
-    /// Tokens of a prompt and its answer.
-    pub max_total_tokens: usize,
-    /// Every id of a prompt is below it.
-    pub vocab_size: u32,
-    /// No token stands for more bytes of text, where that is known.
-    pub max_token_bytes: Option<usize>,
-    /// How the served model is called; beside it, `tgi` is a name for it.
-    pub model_id: String,
-}
-
-/// Names that clients give to whatever is served: TGI's own, and what `huggingface_hub` says when it is told none.
-const ANY_MODEL: [&str; 2] = ["tgi", "dummy"];
-
-impl Limits {
-    /// Whether a name is one of the served model.
-    pub fn names_the_model(&self, name: &str) -> bool {
-        name == self.model_id || ANY_MODEL.contains(&name)
-    }
 }
 
 /// Why a body is refused.

@@ -4,14 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::limits::{MAX_BIAS, MAX_BIASES};
 use super::options::{at_least_one, check_stops, penalty, positive, share, top_k};
 use super::{Limits, Options, Refused, Sampling, invalid};
-
-/// Ids whose logits one request may change.
-const MAX_BIASES: usize = 1024;
-
-/// Alternatives to each token that these routes tell.
-pub(super) const MAX_TOP_LOGPROBS: u64 = 20;
 
 /// Fields that both routes have, as they came.
 #[derive(Debug, Default)]
@@ -110,8 +105,8 @@ fn biases(biases: Option<&BTreeMap<String, f64>>, limits: &Limits) -> Result<Vec
         let below = limits.vocab_size;
         let id = id.parse().ok().filter(|id| *id < below);
         let id = id.ok_or_else(|| invalid(format!("`logit_bias`: expected ids from 0 to {}", below - 1)))?;
-        if !(-100.0..=100.0).contains(bias) {
-            return Err(invalid("`logit_bias`: expected values from -100 to 100"));
+        if !(-MAX_BIAS..=MAX_BIAS).contains(bias) {
+            return Err(invalid(format!("`logit_bias`: expected values from -{MAX_BIAS} to {MAX_BIAS}")));
         }
         Ok((id, *bias as f32))
     };

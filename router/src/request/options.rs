@@ -1,9 +1,7 @@
 //! What all routes share: how the answer to a prompt is generated, and the checks of single values.
 
+use super::limits::{MAX_PENALTY, MAX_STOP_CHARS};
 use super::{Limits, Refused, Sampling, ValidRequest, invalid};
-
-/// Characters of one stop string.
-const MAX_STOP_CHARS: usize = 256;
 
 /// How answers to a prompt are generated; the prompt may still be text.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -103,10 +101,10 @@ pub(super) fn positive(name: &str, value: Option<f64>, neutral: f32) -> Result<f
 /// A number from -2 to 2.
 pub(super) fn penalty(name: &str, value: Option<f64>) -> Result<f32, Refused> {
     let value = value.unwrap_or(0.0);
-    if (-2.0..=2.0).contains(&value) {
+    if (-MAX_PENALTY..=MAX_PENALTY).contains(&value) {
         Ok(value as f32)
     } else {
-        Err(invalid(format!("`{name}` must be >= -2.0 and <= 2.0")))
+        Err(invalid(format!("`{name}` must be >= -{MAX_PENALTY:.1} and <= {MAX_PENALTY:.1}")))
     }
 }
 

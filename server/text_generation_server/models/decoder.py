@@ -43,7 +43,8 @@ class Decoder:
             x = block(x, batch)
             on_layer()
         if batch.scored_rows is not None:
-            for rows in batch.scored_rows.split(SCORED_AT_ONCE):
+            for start in range(0, len(batch.scored_rows), SCORED_AT_ONCE):
+                rows = batch.scored_rows[start : start + SCORED_AT_ONCE]
                 logits = self.head(self.norm(x.index_select(0, rows)))
                 if logits is not None and batch.score is not None:
                     batch.score(logits)
