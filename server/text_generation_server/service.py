@@ -3,7 +3,6 @@
 `Health` answers from the first moment, before torch is imported, and whatever the step thread is doing.
 """
 
-import ctypes
 import faulthandler
 import os
 import queue
@@ -21,6 +20,7 @@ from . import __version__
 from .config import ServeConfig
 from .errors import ConfigError, ShardError
 from .health import Health, Phase
+from .lifeline import die_with_parent, watch_lifeline
 from .pb import shard_pb2 as pb
 from .planning import plan_model
 
@@ -39,7 +39,6 @@ POLL_S = 0.5
 MAX_PREPARING = 6
 # Long enough for the other ranks' step threads to come out of a collective.
 JOIN_TIMEOUT_S = 60.0
-PR_SET_PDEATHSIG = 1
 
 
 class EpochError(RuntimeError):
@@ -491,15 +490,3 @@ def run(config: ServeConfig) -> NoReturn:
     sys.stderr.flush()
     # A step thread in a collective would keep the interpreter from ending.
     os._exit(code)
-
-
-def watch_lifeline() -> None:
-    """Standard input is a pipe that the launcher holds open as long as it lives."""
-    while os.read(0, 4096):
-        continue
-    os._exit(0)
-
-
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends, if it can be asked to."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

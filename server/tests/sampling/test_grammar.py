@@ -155,7 +155,7 @@ def test_an_id_that_does_not_follow_is_an_error_that_names_it(grammars):
     [
         (Grammar(REGEX, "("), "invalid regex"),
         (Grammar(REGEX, r"[^\s\S]"), "NoExtension|no text"),
-        (Grammar(JSON_SCHEMA, "{"), "EOF|invalid|parse"),
+        (Grammar(JSON_SCHEMA, "{"), "expected"),
         (of_schema({"type": "strnig"}), "Invalid type"),
         (of_schema({"$ref": "file:///etc/passwd"}), "retriev"),
         (Grammar(REGEX, "a" * 70_000), "more than 65536 bytes"),
