@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -46,6 +47,7 @@ type Judgement = Result<(), Arc<str>>;
 
 struct Job {
     grammar: Grammar,
+    has_begun: Arc<AtomicBool>,
     /// Whoever does not wait any more needs no answer.
     reply: oneshot::Sender<Judgement>,
 }
@@ -76,13 +78,17 @@ impl Judge {
             return judgement.map_err(GrammarError::Refused);
         }
         let (reply, judgement) = oneshot::channel();
-        self.jobs.try_send(Job { grammar: grammar.clone(), reply }).map_err(|error| match error {
+        let has_begun = Arc::new(AtomicBool::new(false));
+        let job = Job { grammar: grammar.clone(), has_begun: Arc::clone(&has_begun), reply };
+        self.jobs.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => GrammarError::Busy,
             TrySendError::Disconnected(_) => GrammarError::Ended,
         })?;
         match tokio::time::timeout(DEADLINE, judgement).await {
             Ok(Ok(judgement)) => judgement.map_err(GrammarError::Refused),
             Ok(Err(_)) => Err(GrammarError::Ended),
+            // It is not to blame for those before it.
+            Err(_) if !has_begun.load(Ordering::Relaxed) => Err(GrammarError::Busy),
             Err(_) => Err(GrammarError::Refused("it cannot be checked within a second; make it simpler".into())),
         }
     }
@@ -90,12 +96,6 @@ impl Judge {
     /// Takes note that the shards could not go on with a grammar that was found good.
     pub fn disprove(&self, grammar: &Grammar, cause: &str) {
         lock(&self.known).insert(grammar, Err(cause.into()));
-    }
-
-    /// Judgements that are remembered, and the bytes of their sources.
-    pub fn num_known(&self) -> (usize, usize) {
-        let known = lock(&self.known);
-        (known.judgements.len(), known.num_bytes)
     }
 }
 
@@ -137,10 +137,11 @@ fn work(jobs: &Receiver<Job>, known: &Mutex<Known>) {
         Ok(trials) => trials,
         Err(error) => return tracing::error!(%error, "grammars cannot be checked"),
     };
-    while let Ok(Job { grammar, reply }) = jobs.recv() {
+    while let Ok(Job { grammar, has_begun, reply }) = jobs.recv() {
         if reply.is_closed() {
             continue;
         }
+        has_begun.store(true, Ordering::Relaxed);
         let seen = lock(known).get(&grammar);
         let judgement = seen.unwrap_or_else(|| trials.judge(&grammar).map_err(Arc::from));
         lock(known).insert(&grammar, judgement.clone());

@@ -215,8 +215,8 @@ class Slow:
 
 def test_masks_are_found_beside_the_caller_and_an_error_is_its_rows_alone(grammars):
     started = time.monotonic()
-    masks = grammars.begin({3: Slow(0.2), 5: Slow(0, fails=True), 9: Slow(0)})
-    assert time.monotonic() - started < 0.1
+    masks = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
+    assert time.monotonic() - started < 0.4
     words, errors = masks.wait()
     assert errors == {5: "too bad"}
     assert [int(words[row][0]) for row in (3, 5, 9)] == [1, -1, 1]
@@ -227,7 +227,7 @@ def test_a_compilation_does_not_hold_up_who_asks(grammars):
     many = of_schema({"type": "object", "properties": dict.fromkeys(names, WORD), "required": names})
     started = time.monotonic()
     grammars.prepare(many)
-    assert time.monotonic() - started < 0.02
+    assert time.monotonic() - started < 0.2
 
 
 @pytest.fixture(scope="module", autouse=True)
