@@ -41,6 +41,7 @@ ROUTER_USES = {
     "args": set(),
     "chat": set(),
     "control": set(),
+    "grammar": {"request"},
     "request": set(),
     "text": set(),
     "telemetry": set(),
@@ -48,7 +49,7 @@ ROUTER_USES = {
     "engine": {"args", "control", "request", "shards", "text", "telemetry"},
     "admin": {"control", "engine", "shards"},
     "entry": {"admin", "args", "chat", "control", "engine", "http", "shards", "telemetry", "text"},
-    "http": {"chat", "engine", "request", "text", "telemetry"},
+    "http": {"chat", "engine", "grammar", "request", "text", "telemetry"},
 }
 
 

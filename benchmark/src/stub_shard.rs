@@ -12,8 +12,8 @@ use futures::stream::BoxStream;
 use text_generation_router::shards::proto::health_reply::Phase;
 use text_generation_router::shards::proto::shard_server::{Shard, ShardServer};
 use text_generation_router::shards::proto::{
-    DescribeRequest, Description, HealthReply, HealthRequest, JoinReply, JoinRequest, RowResult, StepPlan, StepResult,
-    Timings, WarmupReply, WarmupRequest,
+    DescribeRequest, Description, Grammar, HealthReply, HealthRequest, JoinReply, JoinRequest, PrepareReply, RowResult,
+    StepPlan, StepResult, Timings, WarmupReply, WarmupRequest,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -140,6 +140,10 @@ impl Shard for StubShard {
         };
         observe(&self.observed, |observed| observed.is_serving = true);
         Ok(Response::new(WarmupReply { num_blocks }))
+    }
+
+    async fn prepare(&self, _: Request<Grammar>) -> Result<Response<PrepareReply>, Status> {
+        Ok(Response::new(PrepareReply::default()))
     }
 
     type RunStream = BoxStream<'static, Result<StepResult, Status>>;

@@ -12,8 +12,8 @@ use text_generation_router::control::{ToLauncher, ToRouter};
 use text_generation_router::shards::proto::health_reply::Phase;
 use text_generation_router::shards::proto::shard_server::{Shard, ShardServer};
 use text_generation_router::shards::proto::{
-    DescribeRequest, Description, HealthReply, HealthRequest, JoinReply, JoinRequest, StepPlan, StepResult,
-    WarmupReply, WarmupRequest,
+    DescribeRequest, Description, Grammar, HealthReply, HealthRequest, JoinReply, JoinRequest, PrepareReply, StepPlan,
+    StepResult, WarmupReply, WarmupRequest,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
@@ -155,6 +155,10 @@ impl Shard for FakeShard {
     }
 
     async fn warmup(&self, _: Request<WarmupRequest>) -> Result<Response<WarmupReply>, Status> {
+        Err(Status::unimplemented("fake"))
+    }
+
+    async fn prepare(&self, _: Request<Grammar>) -> Result<Response<PrepareReply>, Status> {
         Err(Status::unimplemented("fake"))
     }
 

@@ -88,6 +88,9 @@ pub struct Args {
     #[arg(long, env, default_value = "4", value_parser = at_least_one(), allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub max_client_batch_size: u32,
+    /// Refuse every request whose answer is to have a given form.
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = LIMITS)]
+    pub disable_grammar_support: bool,
     /// The longest prompt, in tokens. By default one less than --max-total-tokens.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_input_tokens: Option<u32>,
@@ -313,7 +316,6 @@ const FOREIGN: &[Foreign] = &[
     noticed("master-addr", ANY, "the shards of one machine meet through the run directory, not over TCP"),
     noticed("master-port", ANY, "the shards of one machine meet through the run directory, no port is used"),
     noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
-    noticed("disable-grammar-support", SWITCH, "grammars are refused in this version in any case"),
     noticed_unless(&["off"], "usage-stats", &["on", "off", "no-stack"], "nothing is ever sent anywhere"),
     refused_unless(&["0"], "speculate", ANY, "leave it out, or 0"),
     refused("kv-cache-dtype", ANY, "the cache has the type of the model; leave it out"),

@@ -322,6 +322,7 @@ fn router_command(
     router.flag("--max-stop-sequences", args.max_stop_sequences).flag("--max-best-of", args.max_best_of);
     router.flag("--max-top-n-tokens", args.max_top_n_tokens);
     router.flag("--max-client-batch-size", args.max_client_batch_size);
+    router.switch("--disable-grammar-support", args.disable_grammar_support);
     router.optional("--max-input-tokens", max_input_tokens(args));
     router.optional("--max-total-tokens", args.max_total_tokens);
     router.optional("--max-batch-prefill-tokens", args.max_batch_prefill_tokens);

@@ -152,6 +152,10 @@ pub struct RequestLimits {
     #[arg(long, env, value_parser = at_least_two)]
     pub max_total_tokens: Option<usize>,
 
+    /// Refuse every request whose answer is to have a given form.
+    #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
+    pub disable_grammar_support: bool,
+
     /// Bytes of a request's body.
     #[arg(long, env, default_value_t = 2_000_000, value_parser = at_least_one)]
     pub payload_limit: usize,

@@ -159,6 +159,7 @@ fn http_config(args: Args, parts: HttpParts) -> http::Config {
         max_client_batch_size: args.limits.max_client_batch_size,
         max_stop_sequences: args.limits.max_stop_sequences,
         max_top_n_tokens: args.limits.max_top_n_tokens,
+        has_grammars: !args.limits.disable_grammar_support,
         validation_workers: args.validation_workers,
         payload_limit: args.limits.payload_limit,
         cors_allow_origin: args.cors_allow_origin,

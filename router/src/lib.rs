@@ -13,6 +13,7 @@ pub mod chat;
 pub mod control;
 pub mod engine;
 pub mod entry;
+pub mod grammar;
 pub mod http;
 pub mod request;
 pub mod shards;

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use prost::Message;
-use text_generation_router::shards::proto::{RowError, StepPlan, StepResult, row_error};
+use text_generation_router::shards::proto::{RowError, StepPlan, StepResult, grammar, row_error};
 
 #[test]
 fn the_golden_plan_says_what_its_description_says() {
@@ -18,6 +18,8 @@ fn the_golden_plan_says_what_its_description_says() {
     assert_eq!((sampling.presence_penalty, sampling.count_penalty, &biases[..]), (0.5, 0.25, &[(17, -1.5)][..]));
     assert_eq!((sampling.branch, sampling.top_n, sampling.min_new_tokens, sampling.watermark), (1, 2, 3, true));
     assert_eq!(admit.prompt_logprobs_from, Some(1));
+    let grammar = admit.grammar.as_ref().unwrap();
+    assert_eq!((grammar.kind(), &*grammar.source), (grammar::Kind::Regex, "[ab]+"));
     let work: Vec<_> = plan.work.iter().map(|w| (w.row, w.max_query, w.max_ids, &w.new_blocks[0].ids[..])).collect();
     assert_eq!(work, [(0, 1, 1, &[][..]), (2, 4, 1, &[9][..])]);
     assert_eq!(plan.encode_to_vec(), bytes, "encoding gives the same bytes");

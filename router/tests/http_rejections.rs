@@ -157,7 +157,7 @@ async fn json_that_asks_for_what_is_not_given_is_422_and_says_why() {
         (with(r#""truncate":64"#), "`truncate`"),
         (with(r#""do_sample":1"#), "`parameters.do_sample`"),
         (with(r#""details":"yes""#), "`parameters.details`"),
-        (with(r#""grammar":{"type":"regex","value":"("}"#), "`grammar`: grammars are not served yet"),
+        (with(r#""grammar":{"type":"regex","value":"("}"#), "`grammar`: regex: unclosed group"),
         (with(r#""grammar":{"type":"text"}"#), "`grammar`: `type` must be one of"),
         (with(r#""adapter_id":"../../../../etc/passwd""#), "`adapter_id`"),
         (long, "`inputs` must have less than 63 tokens. Given: at least"),

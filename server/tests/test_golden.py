@@ -30,6 +30,8 @@ def test_the_golden_plan_is_read_as_the_runner_sees_it() -> None:
     assert (params.presence_penalty, params.count_penalty, params.logit_bias) == (0.5, 0.25, ((17, -1.5),))
     assert (params.branch, params.top_n, params.min_new_tokens, params.watermark) == (1, 2, 3, True)
     assert admission.prompt_logprobs_from == 1
+    assert admission.grammar is not None
+    assert (admission.grammar.kind, admission.grammar.source, admission.automaton) == ("REGEX", "[ab]+", None)
 
 
 def test_what_the_runner_yields_is_written_as_the_golden_result() -> None:

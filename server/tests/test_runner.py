@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from text_generation_server.runner import (
     Runner,
     Work,
 )
+from text_generation_server.sampling.grammar import REGEX, Grammar, Grammars
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sequences import ProtocolError, SequenceTable
+from tokenizers import Tokenizer
 from torch import Tensor
 
 VOCAB, BLOCK, EOS = 60, 4, [2, 6]
@@ -90,11 +93,17 @@ class FakeGroup:
             x.copy_(self.wire.pop(0))
 
 
+TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[2] / "models/docs-llama-7m/tokenizer.json"))
+# Of its tokens, the first sixty: those that are special, and then single characters.
+GRAMMARS = Grammars(Path(__file__).parents[2] / "models/docs-llama-7m/tokenizer.json", VOCAB, EOS)
+MARKS = Grammar(REGEX, "[!-+]([!-+][,-/]){3,}")
+
+
 def runner(rank: int = 0, wire: list[Tensor] | None = None, digests: LogitsDigests | None = None) -> Runner:
     table = SequenceTable(8, 128, BLOCK, VOCAB)
     group: Any = FakeGroup(rank, [] if wire is None else wire)
     cache: Any = None
-    return Runner(FakeModel(rank), group, cache, table, EOS, Faults(None, rank), digests)
+    return Runner(FakeModel(rank), group, cache, table, EOS, Faults(None, rank), digests, GRAMMARS)
 
 
 def admission(row: int, tokens: list[int], num_prompt: int | None = None, **other: Any) -> Admission:
@@ -198,6 +207,31 @@ def test_a_constraint_is_kept_through_a_second_admission(params):
     assert again == whole[5:]
 
 
+@pytest.mark.parametrize("params", [SamplingParams(), SAMPLING, SamplingParams(min_new_tokens=20)], ids=str)
+def test_a_grammar_is_followed_and_kept_through_a_second_admission(params):
+    whole = generate(runner(), 24, tokens=[5, 7, 9], params=params, grammar=MARKS)
+    text = TOKENIZER.decode([token_id for token_id in whole if token_id not in EOS])
+    prefix = re.fullmatch("[!-+]([!-+][,-/])*[!-+]?", text)
+    assert prefix, text
+    if params.min_new_tokens:
+        assert not set(whole[:20]) & set(EOS)
+    for emitted in (1, 5, 13):
+        log = [5, 7, 9, *whole[:emitted]]
+        again = generate(runner(), 24 - emitted, tokens=log, num_prompt=3, params=params, grammar=MARKS, incarnation=2)
+        assert again == whole[emitted:]
+
+
+def test_all_ranks_leave_out_a_row_whose_grammar_fails_on_the_first():
+    wire: list[Tensor] = []
+    first, second = runner(0, wire), runner(1, wire)
+    admit = [admission(0, [5, 6, 7], grammar=Grammar(REGEX, "(")), admission(1, [8, 9])]
+    works = [work(0, 99, blocks_of(0)), work(1, 99, blocks_of(1))]
+    results = [run.step(Plan(1, 1, [], admit, works)) for run in (first, second)]
+    assert results[0].table_digest == results[1].table_digest
+    assert [set(run.table.faults) for run in (first, second)] == [{0}, {0}]
+    assert results[0].rows[1].ids == greedy([8, 9], 1)
+
+
 def good_neighbour(run: Runner, *works: Work, **plan: Any) -> list[RowResult]:
     """Runs the works beside a healthy row 1, which must not notice."""
     log = run.table.log(1).tolist() if run.table.is_held[1] else [8, 9]
@@ -215,6 +249,8 @@ FAULTS = [
     ({"automaton": "{"}, GRAMMAR, "not JSON"),
     ({"automaton": BROKEN_GRAMMAR, "tokens": [5, 20, 33], "num_prompt": 1}, GRAMMAR, "id 33 does not follow"),
     ({"tokens": [40, 1, 2]}, NUMERICAL, "not finite"),
+    ({"grammar": Grammar(REGEX, "(")}, GRAMMAR, "invalid regex"),
+    ({"grammar": MARKS, "tokens": [5, 20, 0], "num_prompt": 1}, GRAMMAR, "does not follow the grammar"),
     ({"automaton": BROKEN_GRAMMAR, "params": SamplingParams(logit_bias=((20, float("-inf")),))}, NUMERICAL, "no id"),
 ]
 

@@ -193,7 +193,8 @@ def test_a_row_that_is_not_finite_ends_alone(fresh):
 @pytest.mark.parametrize(
     ("other", "kind", "message"),
     [
-        ({"grammar": pb.Grammar(kind=pb.Grammar.REGEX, source="a+")}, pb.RowError.UNSUPPORTED, "regex grammar"),
+        ({"grammar": pb.Grammar(kind=pb.Grammar.REGEX, source="(")}, pb.RowError.GRAMMAR, "invalid regex"),
+        ({"grammar": pb.Grammar(kind=pb.Grammar.JSON_SCHEMA, source="[]")}, pb.RowError.GRAMMAR, ""),
         ({"grammar": pb.Grammar(kind=pb.Grammar.AUTOMATON, source="{")}, pb.RowError.GRAMMAR, "not JSON"),
         ({"adapter": "french"}, pb.RowError.UNSUPPORTED, "adapter"),
         ({"spans": [pb.Span(start=0, len=1)]}, pb.RowError.UNSUPPORTED, "not text"),
@@ -209,6 +210,21 @@ def test_what_is_not_served_is_an_error_of_its_row(fresh, other, kind, message):
     assert (rows[0].error.kind, message in rows[0].error.message) == (kind, True), rows[0]
     assert len(rows[1].ids) == 1
     assert not rows[1].HasField("error")
+
+
+def test_a_grammar_is_made_ready_or_refused_before_it_is_admitted(fresh):
+    (process,) = fresh("llama-1").processes
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}})
+    for kind, source, error in [
+        (pb.Grammar.JSON_SCHEMA, schema, ""),
+        (pb.Grammar.REGEX, "[ab]+", ""),
+        (pb.Grammar.REGEX, "(?=a)b", "invalid regex"),
+        (pb.Grammar.JSON_SCHEMA, '{"enum": []}', "Unsatisfiable"),
+        (pb.Grammar.AUTOMATON, "{", ""),
+    ]:
+        reply = process.stub.Prepare(pb.Grammar(kind=kind, source=source), timeout=20)
+        assert error in reply.error
+        assert bool(reply.error) == bool(error), reply
 
 
 # --- epochs

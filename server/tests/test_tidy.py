@@ -24,10 +24,12 @@ MAY_IMPORT = {
     "logs": {"config"},
     "errors": set(),
     "health": set(),
+    "lifeline": set(),
     "faults": set(),
-    "service": {"config", "pb", "shard", "runner", "planning", "sampling"},
+    "service": {"config", "lifeline", "pb", "shard", "runner", "planning", "sampling"},
     "shard": {
         "config", "runner", "sequences", "batch", "distributed", "meeting", "loading", "planning", "models", "kernels",
+        "sampling.grammar",
     },
     "runner": {"sequences", "batch", "sampling", "distributed", "kernels.interface"},
     "sequences": {"sampling"},

@@ -3,7 +3,7 @@
 import hashlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +18,15 @@ from .distributed import Group
 from .faults import Faults
 from .kernels.interface import KVCache
 from .sampling import processors
-from .sampling.constraint import Automaton, Constraint, GrammarError
+from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
+from .sampling.grammar import Grammar, Grammars, Masks
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
 
 NUMERICAL, GRAMMAR, UNSUPPORTED = "NUMERICAL", "GRAMMAR", "UNSUPPORTED"
+# What rank 0 tells the others of a row beside its id.
+BROKEN, DRAWN, OUT_OF_FORM = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Admission:
     cached_len: int
     params: SamplingParams
     automaton: str | None = None
+    grammar: Grammar | None = None
     unsupported: str | None = None
     prompt_logprobs_from: int | None = None
 
@@ -137,7 +141,9 @@ class Runner:
         eos_token_ids: Sequence[int],
         faults: Faults,
         digests: LogitsDigests | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars or Grammars(None, table.vocab_size, eos_token_ids)
         self.model, self.group, self.cache, self.table = model, group, cache, table
         self.eos_token_ids, self.faults, self.digests = eos_token_ids, faults, digests
 
@@ -156,11 +162,12 @@ class Runner:
         alive = [work for work in plan.work if work.row not in self.table.faults]
         sampling = [work.row for work in alive if work.max_ids > 0]
         logits, forwarded, scoring = None, started, Scoring(self.table)
+        masks = self.begin_masks(sampling)
         if alive:
             logits = self.model(make_batch(self.table, alive, self.cache, scoring))
             forwarded = time.monotonic_ns()
             advance(self.table, alive)
-        drawn = self.sample(sampling, logits)
+        drawn = self.sample(sampling, logits, masks)
         sampled = time.monotonic_ns()
         rows = self.results(plan.work, sampling, drawn, scoring) if self.group.rank == 0 else []
         digest = self.digest(plan)
@@ -188,6 +195,8 @@ class Runner:
                 state.constraint = self.constraint(a.automaton, a.tokens[a.num_prompt :])
             except GrammarError as error:
                 table.faults[a.row] = RowFault(GRAMMAR, str(error))
+        elif a.grammar is not None and self.group.rank == 0:
+            state.constraint = self.grammars.constraint(a.grammar, a.tokens[a.num_prompt :])
 
     def constraint(self, source: str, generated: Sequence[int]) -> Constraint:
         """The state after the ids generated so far."""
@@ -196,22 +205,35 @@ class Runner:
             constraint.advance(token_id)
         return constraint
 
-    def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
+    def begin_masks(self, rows: list[int]) -> Masks | None:
+        """Begins to find out which ids may come next in the rows that are constrained. Only rank 0 has to know."""
+        constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
+        return self.grammars.begin(constraints) if constraints and self.group.rank == 0 else None
+
+    def sample(self, rows: list[int], logits: Tensor | None, masks: Masks | None = None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
         if not rows:
             return None
         drawn, told = None, torch.empty(len(rows), 2, dtype=torch.int64)
+        errors: dict[int, str] = {}
         if self.group.rank == 0:
             assert logits is not None
             assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
-            drawn = self.draw(rows, logits)
+            allowed, errors = masks.wait() if masks is not None else ({}, {})
+            drawn = self.draw(rows, logits, allowed)
             told[:, 0] = torch.from_numpy(drawn.ids)
-            told[:, 1] = torch.from_numpy(drawn.is_finite.astype(np.int64))
+            told[:, 1] = torch.from_numpy(np.where(drawn.is_finite, DRAWN, BROKEN))
+            for i, row in enumerate(rows):
+                if row in errors:
+                    told[i, 1] = OUT_OF_FORM
         self.group.broadcast(told)
-        for row, (token_id, is_finite) in zip(rows, told.tolist(), strict=True):
-            if not is_finite:
+        for row, (token_id, state) in zip(rows, told.tolist(), strict=True):
+            if state == OUT_OF_FORM:
+                self.table.faults[row] = RowFault(GRAMMAR, errors.get(row, "rank 0 says what is wrong"))
+                continue
+            if state == BROKEN:
                 self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
             self.table.append(row, token_id)
@@ -220,8 +242,11 @@ class Runner:
                 constraint.advance(token_id)
         return drawn
 
-    def draw(self, rows: list[int], raw: Tensor) -> Draw:
-        """Processes a copy of the logits of those rows that ask for it, and draws."""
+    def draw(self, rows: list[int], raw: Tensor, allowed: Mapping[int, NDArray[np.int32]]) -> Draw:
+        """Processes a copy of the logits of those rows that ask for it, and draws.
+
+        allowed: [ceil(vocab / 32)], the masks of the rows that are constrained.
+        """
         states = [self.table.states[row] for row in rows]
         params = [state.params for state in states]
         if self.digests is not None:
@@ -233,6 +258,8 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
+        if allowed:
+            self.constrain(processed, rows, allowed)
         return draw(raw, processed, params, self.table.length[rows])
 
     def is_processed(self, row: int, state: RowState) -> bool:
@@ -241,12 +268,26 @@ class Runner:
         return bool(p.counts_ids or p.logit_bias or p.watermark or state.constraint or self.is_too_short(row, state))
 
     def is_too_short(self, row: int, state: RowState) -> bool:
-        """Whether a row may not end yet. A constraint that has come to its end counts more."""
+        """Whether a row may not end yet."""
         generated = int(self.table.length[row] - self.table.num_prompt[row])
-        return state.constraint is None and generated < state.params.min_new_tokens
+        return generated < state.params.min_new_tokens
+
+    def constrain(self, logits: Tensor, rows: list[int], allowed: Mapping[int, NDArray[np.int32]]) -> None:
+        """Leaves the rows that are constrained what their masks allow, in place. All of them at once."""
+        bound = [i for i, row in enumerate(rows) if row in allowed]
+        words = np.stack([allowed[rows[i]] for i in bound])
+        ends = np.zeros_like(words[0])
+        set_bits(ends, self.eos_token_ids)
+        for at, i in enumerate(bound):
+            # A constraint that has come to its end counts more than a least length.
+            if self.is_too_short(rows[i], self.table.states[rows[i]]) and (words[at] & ~ends).any():
+                words[at] &= ~ends
+        part = logits[bound]
+        processors.constrain(part, words)
+        logits[bound] = part
 
     def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
-        """Watermarks, penalties, biases and constraints of the `special` rows of `logits`, in place."""
+        """Watermarks, penalties, biases and least lengths of the `special` rows of `logits`, in place."""
         for i in special:
             if states[i].params.watermark:
                 processors.watermark(logits[i], int(self.table.log(rows[i])[-1]))
@@ -260,10 +301,8 @@ class Runner:
         for i in special:
             if states[i].params.logit_bias:
                 processors.bias(logits[i], states[i].params.logit_bias)
-            if self.is_too_short(rows[i], states[i]):
+            if states[i].constraint is None and self.is_too_short(rows[i], states[i]):
                 processors.forbid(logits[i], self.eos_token_ids)
-            if (constraint := states[i].constraint) is not None:
-                processors.constrain(logits[i], constraint)
 
     def results(
         self, asked: Sequence[Work], sampling: list[int], drawn: Draw | None, scoring: "Scoring"

@@ -3,7 +3,6 @@
 `Health` answers from the first moment, before torch is imported, and whatever the step thread is doing.
 """
 
-import ctypes
 import faulthandler
 import os
 import queue
@@ -21,11 +20,13 @@ from . import __version__
 from .config import ServeConfig
 from .errors import ConfigError, ShardError
 from .health import Health, Phase
+from .lifeline import die_with_parent, watch_lifeline
 from .pb import shard_pb2 as pb
 from .planning import plan_model
 
 if TYPE_CHECKING:
     from .runner import Admission, Plan, Result, RowResult
+    from .sampling.grammar import Grammar
     from .shard import Shard
 
 T = TypeVar("T")
@@ -34,9 +35,10 @@ MAX_MESSAGE_BYTES = 256 << 20
 MAX_QUEUED = 16
 # How late the end of a stream or of a call may be noticed by a thread that waits for something else.
 POLL_S = 0.5
+# Calls that wait for a grammar, of the 16 threads that answer calls.
+MAX_PREPARING = 6
 # Long enough for the other ranks' step threads to come out of a collective.
 JOIN_TIMEOUT_S = 60.0
-PR_SET_PDEATHSIG = 1
 
 
 class EpochError(RuntimeError):
@@ -180,6 +182,7 @@ class Service:
         self.config, self.health, self.thread = config, health, thread
         self.highest_epoch = 0
         self.lock = threading.Lock()
+        self.preparing = threading.BoundedSemaphore(MAX_PREPARING)
 
     def handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """How gRPC finds the methods. Plans and results stay bytes until the step thread takes them."""
@@ -197,6 +200,7 @@ class Service:
                 "Describe": unary(self.describe, pb.DescribeRequest),
                 "Join": unary(self.join, pb.JoinRequest),
                 "Warmup": unary(self.warmup, pb.WarmupRequest),
+                "Prepare": unary(self.prepare, pb.Grammar),
                 "Health": unary(self.answer_health, pb.HealthRequest),
                 "Run": grpc.stream_stream_rpc_method_handler(self.run),
             },
@@ -272,6 +276,26 @@ class Service:
         from .shard import Limits
 
         return pb.WarmupReply(num_blocks=self.thread.call(work, context))
+
+    def prepare(self, request: pb.Grammar, context: grpc.ServicerContext) -> pb.PrepareReply:
+        """Answers when the grammar is compiled, or cannot be. Who waits here has a thread that could answer Health."""
+        from .sampling.constraint import GrammarError
+        from .sampling.grammar import COMPILE_TIMEOUT_S
+
+        shard, grammar = self.loaded(context), parse_grammar(request)
+        if grammar is None or self.config.rank != 0:
+            return pb.PrepareReply()
+        if not self.preparing.acquire(blocking=False):
+            abort(context, grpc.StatusCode.UNAVAILABLE, f"{MAX_PREPARING} grammars are being made ready")
+        try:
+            shard.grammars.prepare(grammar).result(COMPILE_TIMEOUT_S)
+        except GrammarError as error:
+            return pb.PrepareReply(error=str(error)[:500])
+        except TimeoutError:
+            abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"not compiled within {COMPILE_TIMEOUT_S} s")
+        finally:
+            self.preparing.release()
+        return pb.PrepareReply()
 
     def run(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Results in the order of the plans, until the router ends the stream or a step fails."""
@@ -374,7 +398,6 @@ def parse_admission(admit: pb.Admit) -> "Admission":
     asked = {
         "an adapter": bool(admit.adapter),
         "an input that is not text": len(admit.spans) > 0,
-        "a JSON or regex grammar": kind in (pb.Grammar.JSON_SCHEMA, pb.Grammar.REGEX),
         "a temperature of zero or less": s.do_sample and not s.temperature > 0,
     }
     return Admission(
@@ -386,9 +409,18 @@ def parse_admission(admit: pb.Admit) -> "Admission":
         cached_len=admit.cached_len,
         params=params,
         automaton=admit.grammar.source if kind == pb.Grammar.AUTOMATON else None,
+        grammar=parse_grammar(admit.grammar),
         unsupported=next((what for what, is_asked in asked.items() if is_asked), None),
         prompt_logprobs_from=admit.prompt_logprobs_from if admit.HasField("prompt_logprobs_from") else None,
     )
+
+
+def parse_grammar(grammar: pb.Grammar) -> "Grammar | None":
+    """The wire's grammar, if it is one over text."""
+    from .sampling.grammar import JSON_SCHEMA, REGEX, Grammar
+
+    kinds = {pb.Grammar.JSON_SCHEMA: JSON_SCHEMA, pb.Grammar.REGEX: REGEX}
+    return Grammar(kinds[grammar.kind], grammar.source) if grammar.kind in kinds else None
 
 
 def result_message(result: "Result") -> pb.StepResult:
@@ -458,15 +490,3 @@ def run(config: ServeConfig) -> NoReturn:
     sys.stderr.flush()
     # A step thread in a collective would keep the interpreter from ending.
     os._exit(code)
-
-
-def watch_lifeline() -> None:
-    """Standard input is a pipe that the launcher holds open as long as it lives."""
-    while os.read(0, 4096):
-        continue
-    os._exit(0)
-
-
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends, if it can be asked to."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

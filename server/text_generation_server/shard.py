@@ -26,6 +26,7 @@ from .meeting import meet, part
 from .models.registry import load_model
 from .planning import ModelPlan
 from .runner import LogitsDigests, Plan, Result, Runner, Scoring, Work, make_batch
+from .sampling.grammar import Grammars
 from .sequences import SequenceTable
 
 # The probe of the warm-up runs at most so many tokens; what it needs is scaled to the real size of a step.
@@ -63,6 +64,13 @@ class Shard:
         tp = TensorParallel(config.rank, config.world_size, self.group)
         self.model = load_model(self.plan, tp, kernels, report.on_read)
         self.kernels = kernels
+        settings = self.plan.settings
+        self.grammars = Grammars(
+            plan.model_dir / "tokenizer.json", settings.vocab_size, plan.eos_token_ids, max(1, config.num_threads // 2)
+        )
+        if config.rank == 0:
+            # Now, when nobody waits for tokens: it holds Python's lock.
+            self.grammars.warm_up()
         self.cache: KVCache | None = None
         self.runner: Runner | None = None
         self.epoch: int | None = None
@@ -148,7 +156,14 @@ class Shard:
         num_rows, vocab_size = 2 * limits.max_running, self.plan.settings.vocab_size
         table = SequenceTable(num_rows, limits.max_total_tokens, limits.block_size, vocab_size)
         self.runner = Runner(
-            self.forward, self.group, self.cache, table, self.plan.eos_token_ids, self.faults, self.digests
+            self.forward,
+            self.group,
+            self.cache,
+            table,
+            self.plan.eos_token_ids,
+            self.faults,
+            self.digests,
+            self.grammars,
         )
         self.health.enter(Phase.SERVING, "serving")
 

@@ -42,6 +42,11 @@ impl Reader {
         Self { splitter: Splitter::new(dialect.marks, prompt), parser, takes_one_call }
     }
 
+    /// A reader of an answer whose form is given: nothing in it is thought, and with tools it is a call and nothing else.
+    pub fn of_form(tools: &[String]) -> Self {
+        Self::new(Dialect { marks: None, format: Format::Json }, "", tools, true)
+    }
+
     /// Takes a token's text. Special tokens are no text, save for those that mark something.
     pub fn push(&mut self, text: &str, is_special: bool) -> Vec<Piece> {
         let is_mark = self.splitter.is_mark(text) || self.parser.as_ref().is_some_and(|parser| parser.is_mark(text));

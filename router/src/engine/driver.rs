@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use super::clients::{After, Clients};
 use super::faults::Faults;
 use super::limits::{CannotServe, Wishes};
+use super::prepare::FirstRank;
 use super::start::{Generation, Start, StartError, Started, start};
 use super::{Engine, FinishReason, GenerateError, Status, Submission, measure};
 use crate::args::Args;
@@ -466,13 +467,14 @@ impl Driver {
         }
         self.epoch = epoch;
         self.num_blocks.get_or_insert(num_blocks);
-        self.connections = ranks;
         self.phase = Phase::Serving(group);
         self.set_status(|status| {
+            status.first_rank = FirstRank(ranks.first().cloned());
             (status.is_ready, status.was_ready, status.epoch) = (true, true, epoch);
             status.detail = "serving".into();
             status.model = Some(agreed.facts);
         });
+        self.connections = ranks;
         let events = self.scheduler.shards_ready(epoch, agreed.limits);
         self.deliver(events, None);
         if let Some(number) = self.generation.as_ref().map(|generation| generation.number) {

@@ -5,7 +5,9 @@ use std::task::{Context, Poll};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use self::prepare::Preparer;
 use crate::request::ValidRequest;
+use crate::request::form::Grammar;
 
 mod clients;
 pub mod driver;
@@ -14,8 +16,11 @@ mod faults;
 pub mod limits;
 mod measure;
 mod outbox;
+mod prepare;
 mod start;
 mod text_state;
+
+pub use prepare::FirstRank;
 
 pub use driver::{Config, Driver, Ended, Observer, Snapshot};
 
@@ -158,6 +163,8 @@ pub struct Status {
     pub generation: u64,
     /// The model, once known.
     pub model: Option<Arc<ModelFacts>>,
+    /// Who makes grammars ready.
+    pub first_rank: FirstRank,
 }
 
 /// What the shards told about the model, and the limits agreed with them.
@@ -205,6 +212,7 @@ pub struct Engine {
     permits: Arc<Semaphore>,
     num_permits: usize,
     status: watch::Receiver<Status>,
+    preparer: Arc<Preparer>,
 }
 
 /// The right to generate one sequence; taken before a request is tokenized, so that overload is cheap.
@@ -219,7 +227,8 @@ impl Engine {
         status: watch::Receiver<Status>,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(max_concurrent_requests));
-        Self { submissions, permits, num_permits: max_concurrent_requests, status }
+        let preparer = Arc::default();
+        Self { submissions, permits, num_permits: max_concurrent_requests, status, preparer }
     }
 
     /// Takes a permit, or says at once that there is none.
@@ -240,6 +249,18 @@ impl Engine {
     /// The latest status; `changed` on the receiver waits for the next.
     pub fn status(&self) -> watch::Receiver<Status> {
         self.status.clone()
+    }
+
+    /// Lets the shards make a grammar ready, before sequences with it are queued. Why they cannot, if they say so.
+    pub async fn prepare(&self, grammar: &Grammar) -> Result<(), GenerateError> {
+        let (epoch, rank) = {
+            let status = self.status.borrow();
+            (status.epoch, status.is_ready.then(|| status.first_rank.clone()))
+        };
+        // Shards that are gone, or have no time, make it ready when the sequence is admitted.
+        let Some(rank) = rank else { return Ok(()) };
+        let refused = self.preparer.prepare(grammar, epoch, &rank).await;
+        refused.map_or(Ok(()), |message| Err(GenerateError::Row { kind: "grammar", message }))
     }
 
     /// Queues a request. Dropping the stream aborts it.

@@ -17,8 +17,10 @@ use super::error::ApiError;
 use super::streams::Streams;
 use super::ticket::{Flight, RequestId, Ticket};
 use crate::chat::prompt::{self, Wanted};
-use crate::engine::{ModelFacts, Permit};
+use crate::engine::{GenerateError, ModelFacts, Permit};
+use crate::grammar::GrammarError;
 use crate::request::chat::Prompting;
+use crate::request::form::Grammar;
 use crate::request::limits::MAX_CHOICES;
 use crate::request::{Limits, Options, ValidRequest};
 
@@ -106,6 +108,22 @@ impl Entry {
         self.ticket = Some(flight.ticket);
     }
 
+    /// Whether there is a text of the form; and lets the shards get ready for it.
+    async fn check_form(&self, grammar: &Grammar) -> Result<(), ApiError> {
+        if !self.state.config.has_grammars {
+            return Err(grammar.refused("grammar is not supported").into());
+        }
+        let judge = &self.state.judge;
+        judge.check(grammar).await.map_err(|error| ApiError::of_grammar(grammar, &error))?;
+        match self.state.engine.prepare(grammar).await {
+            Err(GenerateError::Row { message, .. }) => {
+                judge.disprove(grammar, &message);
+                Err(ApiError::of_grammar(grammar, &GrammarError::Refused(message.into())))
+            }
+            prepared => Ok(prepared?),
+        }
+    }
+
     /// Queues all candidates of all prompts.
     pub async fn launch(
         &mut self,
@@ -117,6 +135,9 @@ impl Entry {
         let num_characters = prompts.iter().map(|prompt| prompt.num_characters).sum();
         let valid = prompts.into_iter().map(|prompt| options.complete(prompt.ids, &admitted.limits));
         let valid: Vec<ValidRequest> = valid.collect::<Result<_, _>>()?;
+        if let Some(grammar) = &options.sampling.grammar {
+            self.check_form(grammar).await?;
+        }
         let validated = Instant::now();
         for request in &valid {
             histogram!("tgi_request_input_length").record(request.prompt_ids.len() as f64);

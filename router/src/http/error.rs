@@ -10,7 +10,9 @@ use utoipa::ToSchema;
 
 use crate::chat::RenderError;
 use crate::engine::GenerateError;
+use crate::grammar::GrammarError;
 use crate::request::Refused;
+use crate::request::form::Grammar;
 use crate::text::tokenizer::TokenizerError;
 
 /// Seconds after which a client may try again.
@@ -204,6 +206,19 @@ impl From<RenderError> for ApiError {
     fn from(error: RenderError) -> Self {
         let status = StatusCode::UNPROCESSABLE_ENTITY;
         Self::new(status, "template_error", format!("Template error: {error}")).counted("template")
+    }
+}
+
+impl ApiError {
+    /// A grammar that is not taken, or not now.
+    pub fn of_grammar(grammar: &Grammar, error: &GrammarError) -> Self {
+        match error {
+            GrammarError::Refused(cause) => Self::from(grammar.refused(cause)),
+            GrammarError::Busy => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", error.to_string()).counted("overloaded")
+            }
+            GrammarError::Ended => Self::internal("the check of grammars has ended").counted("validation"),
+        }
     }
 }
 

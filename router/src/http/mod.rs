@@ -30,6 +30,7 @@ use tokio::net::TcpListener;
 use crate::chat::ChatTemplate;
 use crate::chat::answer::Dialect;
 use crate::engine::{Engine, ModelFacts};
+use crate::grammar::Judge;
 use crate::telemetry::metrics::Exporter;
 use crate::telemetry::traces::Traces;
 use crate::text::tokenizer::{Encode, TokenizerPool};
@@ -53,6 +54,8 @@ pub struct Config {
     pub max_stop_sequences: usize,
     /// Most probable ids that a request may have reported beside each chosen one.
     pub max_top_n_tokens: u32,
+    /// Whether answers may be bound to a form.
+    pub has_grammars: bool,
     /// Threads that tokenize.
     pub validation_workers: usize,
     /// Bytes of a body.
@@ -98,6 +101,7 @@ pub(crate) struct State {
     engine: Engine,
     tokenizer: Arc<dyn Encode>,
     pool: TokenizerPool,
+    judge: Judge,
     template: ChatTemplate,
     /// What the template tells about the model's answers.
     dialect: Dialect,
@@ -142,9 +146,10 @@ async fn accept(
     shutdown: BoxFuture<'static, ()>,
 ) -> io::Result<()> {
     let pool = TokenizerPool::new(&tokenizer, config.validation_workers)?;
+    let judge = Judge::new()?;
     let deadlines = config.deadlines;
     let template = config.template.clone();
     let dialect = Dialect::detect(|mark| template.mentions(mark));
-    let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool, template, dialect });
+    let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool, judge, template, dialect });
     connection::accept(listener, app, deadlines, shutdown).await
 }

@@ -229,11 +229,14 @@ pub fn check(mut request: ChatRequest, limits: &Limits) -> Result<Chat, Refused>
         top_n,
         prompt_name: "messages",
     };
-    let options = options(&shared, limits)?;
-    form::bind(response_format.as_ref(), "response_format")?;
-    if let Choice::Forced(form) = &choice {
-        form::bind(Some(form), "tool_choice")?;
-    }
+    let mut options = options(&shared, limits)?;
+    options.sampling.grammar = match (response_format, &choice) {
+        (Some(form), _) => Some(form::bind(form, "response_format", &[])?),
+        (None, Choice::Forced(form)) => Some(form::bind(form.clone(), "tool_choice", &tools)?),
+        (None, _) => None,
+    };
+    // Where a form ends, there is nothing to go on with.
+    options.ignore_eos &= options.sampling.grammar.is_none();
     let stream = request.stream.unwrap_or(false);
     let tools = if matches!(choice, Choice::None) { vec![] } else { tools };
     Ok(Chat {
@@ -350,6 +353,22 @@ mod tests {
     }
 
     #[test]
+    fn a_form_of_the_answer_is_taken_up_and_its_end_is_the_answers() {
+        let grammar = |fields: &str| parse(fields).unwrap().options.sampling.grammar;
+        assert_eq!(grammar(&format!(",{TOOLS}")), None);
+        assert_eq!(grammar(r#","response_format":{"type":"text"}"#), None);
+        let object = grammar(r#","response_format":{"type":"json_object"}"#).unwrap();
+        assert_eq!((object.kind, object.field), (form::Kind::JsonSchema, "response_format"));
+        for choice in [r#""required""#, r#""f""#, r#"{"type":"function","function":{"name":"f"}}"#] {
+            let call = grammar(&format!(r#",{TOOLS},"tool_choice":{choice}"#)).unwrap();
+            assert!(call.field == "tool_choice" && call.source.contains(r#""name":{"const":"f"}"#), "{call:?}");
+        }
+        let ignoring = r#","ignore_eos":true,"response_format":{"type":"json_object"}"#;
+        assert!(!parse(ignoring).unwrap().options.ignore_eos);
+        assert!(parse(r#","ignore_eos":true"#).unwrap().options.ignore_eos);
+    }
+
+    #[test]
     fn what_is_refused_is_named() {
         for (fields, expected) in [
             (r#","max_tokens":1,"max_completion_tokens":1"#, "`max_tokens` and `max_completion_tokens`"),
@@ -364,7 +383,6 @@ mod tests {
                 r#","tools":[],"response_format":{"type":"json_object"}"#,
                 "Tool error: Grammar and tools are mutually exclusive",
             ),
-            (r#","response_format":{"type":"json_object"}"#, "`response_format`: grammars are not served yet"),
             (r#","response_format":[]"#, "`response_format`: expected a JSON object"),
             (r#","presence_penalty":-2.1"#, "`presence_penalty` must be >= -2.0 and <= 2.0"),
             (r#","stream":"true""#, "`stream`: invalid type"),
@@ -374,7 +392,5 @@ mod tests {
             let message = parse(fields).unwrap_err().to_string();
             assert!(message.contains(expected), "{fields}: {message}");
         }
-        let forced = parse(&format!(r#",{TOOLS},"tool_choice":"required""#)).unwrap_err().to_string();
-        assert!(forced.contains("not served yet"), "{forced}");
     }
 }

@@ -1,8 +1,14 @@
 //! The form that an answer may be bound to: TGI's `grammar`, `OpenAI`'s `response_format`, a tool that must be called.
 
-use serde_json::Value;
+use std::sync::Arc;
 
+use serde_json::{Map, Value, json};
+
+use super::limits::MAX_FORM_BYTES;
 use super::{Refused, invalid};
+
+/// Between the tokens of JSON there may be one space, as in TGI: models that may write any number of them do.
+const WHITE_SPACE: &str = r"\x20";
 
 /// What a request wants its answer to be.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,12 +23,111 @@ pub enum Form {
     Call(Option<String>),
 }
 
-/// The one place where a form is taken up, or not: none is served yet.
-pub fn bind(form: Option<&Form>, field: &str) -> Result<(), Refused> {
-    match form {
-        None => Ok(()),
-        Some(Form::Call(_)) => Err(Refused::Tool(format!("`{field}` that forces a call is not served yet"))),
-        Some(_) => Err(invalid(format!("`{field}`: grammars are not served yet"))),
+/// What a [`Grammar`]'s source is.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Kind {
+    /// A JSON schema; how it is taken stands in it.
+    JsonSchema,
+    /// A regular expression.
+    Regex,
+}
+
+/// A form as the shards are told it, short enough to be looked at.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct Grammar {
+    /// What the source is.
+    pub kind: Kind,
+    /// At most [`MAX_FORM_BYTES`].
+    pub source: Arc<str>,
+    /// The field of the request that asks for it.
+    pub field: &'static str,
+}
+
+impl Grammar {
+    /// Why the request is refused, in words about this grammar.
+    pub fn refused(&self, cause: &str) -> Refused {
+        let text = format!("`{}`: {cause}", self.field);
+        // A tool's parameters have their place among the definitions.
+        if self.field == "tool_choice" { Refused::Tool(text.replace("/$defs/", "/tools/")) } else { invalid(text) }
+    }
+}
+
+/// The one place where a form is taken up. `tools`: those of the request, by name. Whether there is a text of that form is
+/// for [`crate::text::grammar`] to find out.
+pub fn bind(form: Form, field: &'static str, tools: &[(String, Value)]) -> Result<Grammar, Refused> {
+    let (kind, source) = match form {
+        Form::AnyObject => (Kind::JsonSchema, schema_source(json!({"type": "object"}))),
+        Form::Schema(schema) => (Kind::JsonSchema, schema_source(schema)),
+        Form::Regex(regex) => (Kind::Regex, regex),
+        Form::Call(name) => (Kind::JsonSchema, schema_source(call_schema(name.as_deref(), tools))),
+    };
+    let grammar = Grammar { kind, source: source.into(), field };
+    match grammar.source.len() {
+        length if length > MAX_FORM_BYTES => {
+            Err(grammar.refused(&format!("it has {length} bytes, at most {MAX_FORM_BYTES} are taken")))
+        }
+        _ => Ok(grammar),
+    }
+}
+
+/// The text of a schema, which says itself how it is taken, whatever the client says about that.
+fn schema_source(schema: Value) -> String {
+    let mut schema = match schema {
+        Value::Object(schema) => schema,
+        Value::Bool(true) => Map::new(),
+        // There is no other: it was checked.
+        _ => Map::from_iter([("enum".to_owned(), json!([]))]),
+    };
+    schema.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE}));
+    Value::Object(schema).to_string()
+}
+
+/// A call as `Format::Json` reads it. What a tool's parameters refer to in themselves, they still do.
+fn call_schema(name: Option<&str>, tools: &[(String, Value)]) -> Value {
+    let callable = tools.iter().enumerate().filter(|(_, (tool, _))| name.is_none_or(|name| name == tool));
+    let (mut calls, mut definitions) = (vec![], Map::new());
+    for (n, (tool, definition)) in callable {
+        let mut parameters = definition["function"]["parameters"].clone();
+        if parameters.get("type").is_none() && parameters.get("$ref").is_none() {
+            // Arguments are an object, whether the tool says so or not.
+            match &mut parameters {
+                Value::Object(parameters) => drop(parameters.insert("type".into(), json!("object"))),
+                parameters => *parameters = json!({"type": "object"}),
+            }
+        }
+        relocate(&mut parameters, &format!("#/$defs/{n}"));
+        definitions.insert(n.to_string(), parameters);
+        calls.push(json!({
+            "type": "object",
+            "properties": {"name": {"const": tool}, "arguments": {"$ref": format!("#/$defs/{n}")}},
+            "required": ["name", "arguments"],
+            "additionalProperties": false,
+        }));
+    }
+    json!({"$defs": definitions, "anyOf": calls})
+}
+
+/// Lets references within a schema begin at its new place.
+fn relocate(schema: &mut Value, root: &str) {
+    match schema {
+        Value::Object(object) => {
+            for (key, value) in object {
+                match (key.as_str(), value) {
+                    ("$ref", Value::String(target)) => {
+                        if let Some(pointer) =
+                            target.strip_prefix('#').filter(|rest| rest.is_empty() || rest.starts_with('/'))
+                        {
+                            *target = format!("{root}{pointer}");
+                        }
+                    }
+                    // Data, whatever it looks like.
+                    ("const" | "enum" | "default" | "examples", _) => {}
+                    (_, value) => relocate(value, root),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(|value| relocate(value, root)),
+        _ => {}
     }
 }
 
@@ -67,8 +172,6 @@ fn schema_form(schema: Value, field: &str) -> Result<Option<Form>, Refused> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -108,9 +211,38 @@ mod tests {
     }
 
     #[test]
-    fn no_form_is_served_yet() {
-        assert!(bind(None, "grammar").is_ok());
-        assert!(bind(Some(&Form::AnyObject), "grammar").is_err());
-        assert!(matches!(bind(Some(&Form::Call(None)), "tool_choice"), Err(Refused::Tool(_))));
+    fn a_schema_says_itself_how_it_is_taken() {
+        let schema = json!({"type": "object", "x-guidance": {"lenient": true}});
+        let Grammar { kind, source, .. } = bind(Form::Schema(schema), "grammar", &[]).unwrap();
+        let written: Value = serde_json::from_str(&source).unwrap();
+        assert_eq!((kind, &written["x-guidance"]), (Kind::JsonSchema, &json!({"whitespace_pattern": r"\x20"})));
+    }
+
+    #[test]
+    fn a_source_that_is_too_long_is_refused_under_its_fields_name() {
+        let long = "a".repeat(MAX_FORM_BYTES + 1);
+        let error = bind(Form::Regex(long.clone()), "grammar", &[]).unwrap_err();
+        assert!(error.to_string().contains("`grammar`: it has 65537 bytes, at most 65536"), "{error}");
+        let tool = json!({"function": {"parameters": {"description": long}}});
+        let error = bind(Form::Call(None), "tool_choice", &[("f".into(), tool)]).unwrap_err();
+        assert!(matches!(error, Refused::Tool(_)), "{error}");
+    }
+
+    #[test]
+    fn references_of_a_tools_parameters_lead_to_where_they_are() {
+        let parameters = json!({"properties": {"a": {"$ref": "#/$defs/A"}, "$ref": {"enum": [{"$ref": "#"}]}},
+            "$defs": {"A": {"items": {"$ref": "#"}}}});
+        let tool = |parameters: Value| json!({"function": {"parameters": parameters}});
+        let tools = [("f".to_owned(), tool(json!({"type": "object"}))), ("g".to_owned(), tool(parameters))];
+        let schema = call_schema(None, &tools);
+        let moved = &schema["$defs"]["1"];
+        assert_eq!(moved["properties"]["a"]["$ref"], "#/$defs/1/$defs/A");
+        assert_eq!(moved["properties"]["$ref"]["enum"][0]["$ref"], "#");
+        assert_eq!((&moved["$defs"]["A"]["items"]["$ref"], &moved["type"]), (&json!("#/$defs/1"), &json!("object")));
+        let names = |schema: &Value| -> Vec<Value> {
+            schema["anyOf"].as_array().unwrap().iter().map(|call| call["properties"]["name"]["const"].clone()).collect()
+        };
+        assert_eq!(names(&schema), ["f", "g"]);
+        assert_eq!(names(&call_schema(Some("g"), &tools)), ["g"]);
     }
 }

@@ -22,6 +22,14 @@ pub const MAX_MESSAGES: usize = 1024;
 pub const MAX_TOOLS: usize = 128;
 /// Characters of a role, of the name of a speaker, and of a tool.
 pub const MAX_NAME_CHARS: usize = 256;
+/// Bytes of the source of an answer's form.
+pub const MAX_FORM_BYTES: usize = 64 << 10;
+/// Characters and classes of a regular expression, with all that is repeated written out.
+pub const MAX_REGEX_SIZE: u64 = 10_000;
+/// Remainders that a number is told by while it is written: of one `multipleOf`.
+pub const MAX_MULTIPLE: u64 = 5_000;
+/// The same, of all of a schema.
+pub const MAX_MULTIPLES: u64 = 50_000;
 
 /// What clients may ask for.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,5 +104,8 @@ pub fn rows(defaults: &Limits) -> Vec<Row> {
         row("`frequency_penalty`, `presence_penalty`", penalty, ""),
         row("ids of `logit_bias`", format!("{MAX_BIASES}, each of the vocabulary"), ""),
         row("values of `logit_bias`", format!("-{MAX_BIAS} to {MAX_BIAS}"), ""),
+        row("bytes of a schema or a regular expression, as JSON", MAX_FORM_BYTES, ""),
+        row("parts of a regular expression, repetitions written out", MAX_REGEX_SIZE, ""),
+        row("remainders of a `multipleOf`; of all in a schema", format!("{MAX_MULTIPLE}; {MAX_MULTIPLES}"), ""),
     ]
 }

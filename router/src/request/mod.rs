@@ -54,6 +54,8 @@ pub struct Sampling {
     pub min_new_tokens: u32,
     /// Whether the text is marked as generated.
     pub watermark: bool,
+    /// What the text must be.
+    pub grammar: Option<form::Grammar>,
 }
 
 impl Default for Sampling {
@@ -75,6 +77,7 @@ impl Default for Sampling {
             top_n: 0,
             min_new_tokens: 0,
             watermark: false,
+            grammar: None,
         }
     }
 }
@@ -94,6 +97,7 @@ impl fmt::Display for Sampling {
             ("top_n_tokens", self.top_n as f32, 0.0),
             ("min_tokens", self.min_new_tokens as f32, 0.0),
             ("watermark", f32::from(u8::from(self.watermark)), 0.0),
+            ("grammar_bytes", self.grammar.as_ref().map_or(0, |grammar| grammar.source.len()) as f32, 0.0),
         ];
         f.write_str(if self.do_sample { "sampled" } else { "greedy" })?;
         let mut given = numbers.iter().filter(|(_, value, neutral)| value != neutral);

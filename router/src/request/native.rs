@@ -148,18 +148,19 @@ pub fn check(
         let (most, given) = (limits.max_input_tokens, truncate.unwrap_or_default());
         return Err(invalid(format!("`truncate` must be strictly positive and less than {most}. Given: {given}")));
     }
-    form::bind(form::read(parameters.grammar.as_ref(), "grammar", false)?.as_ref(), "grammar")?;
+    let form = form::read(parameters.grammar.as_ref(), "grammar", false)?;
+    let grammar = form.map(|form| form::bind(form, "grammar", &[])).transpose()?;
     check_adapter(parameters.adapter_id.as_deref(), limits)?;
     let wants_prompt_logprobs = parameters.decoder_input_details.unwrap_or(false);
     let options = Options {
-        sampling,
+        ignore_eos: parameters.ignore_eos_token.unwrap_or(false) && grammar.is_none(),
+        sampling: Sampling { grammar, ..sampling },
         num_candidates,
         num_choices: 1,
         max_new_tokens: parameters.max_new_tokens.map(|n| usize::try_from(n).unwrap_or(usize::MAX)),
         truncate,
         stop: parameters.stop.unwrap_or_default(),
         cuts_stop: false,
-        ignore_eos: parameters.ignore_eos_token.unwrap_or(false),
         wants_prompt_logprobs,
         prompt_name: "inputs",
     };
@@ -350,7 +351,7 @@ mod tests {
             (r#"{"best_of":2}"#, "you must use sampling when `best_of` is > 1"),
             (r#"{"best_of":2,"top_k":3,"seed":1}"#, "`seed` must not be set when `best_of` > 1"),
             (r#"{"adapter_id":"x"}"#, "`adapter_id` names no adapter that is served"),
-            (r#"{"grammar":{"type":"regex","value":"a"}}"#, "`grammar`: grammars are not served yet"),
+            (r#"{"grammar":{"type":"regex","value":7}}"#, "`grammar`: `value` must be a text"),
         ] {
             let message = with(parameters).unwrap_err().to_string();
             assert!(message.contains(expected), "{parameters}: {message}");

@@ -16,6 +16,10 @@ use tokio::sync::{mpsc, watch};
 use super::fake_table::{Ran, Table};
 use super::{Answer, Answers, Description, Health, Join, Plan, Shard, ShardError, Shards, Warmup};
 use crate::control::RankAddress;
+use crate::request::form::Grammar;
+
+/// The one regular expression that these shards do not take.
+pub const REFUSED_REGEX: &str = "refused by the shard";
 
 /// What the fake shards pretend to be.
 #[derive(Clone, Debug)]
@@ -327,6 +331,12 @@ impl Shard for FakeRank {
             state.is_alive.then_some(health).ok_or_else(gone)
         });
         async move { health }.boxed()
+    }
+
+    fn prepare(&self, grammar: Grammar) -> BoxFuture<'_, Result<Option<String>, ShardError>> {
+        // It does not generate by grammars: one of them shows what happens if a shard knows better than the router.
+        let error = (&*grammar.source == REFUSED_REGEX).then(|| "not here".to_owned());
+        std::future::ready(Ok(error)).boxed()
     }
 
     fn describe(&self) -> BoxFuture<'_, Result<Description, ShardError>> {

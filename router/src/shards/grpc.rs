@@ -23,6 +23,7 @@ use super::{
 };
 use crate::control::RankAddress;
 use crate::request::Sampling;
+use crate::request::form::{Grammar, Kind};
 
 /// The largest message, either way. A plan that admits full contexts is the largest; gRPC's default of 4 MB is too small.
 pub const MAX_MESSAGE_BYTES: usize = 256 << 20;
@@ -33,6 +34,7 @@ pub const WINDOW_BYTES: u32 = 16 << 20;
 /// Deadlines of the calls. Generous: the launcher watches for processes that hang, and knows more.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const QUERY_DEADLINE: Duration = Duration::from_secs(10);
+const PREPARE_DEADLINE: Duration = Duration::from_secs(5);
 const JOIN_DEADLINE: Duration = Duration::from_secs(120);
 const WARMUP_DEADLINE: Duration = Duration::from_secs(600);
 
@@ -139,6 +141,12 @@ impl Shard for GrpcShard {
         self.call(("Warmup", WARMUP_DEADLINE), message, rpc).map_ok(|reply| reply.num_blocks).boxed()
     }
 
+    fn prepare(&self, grammar: Grammar) -> BoxFuture<'_, Result<Option<String>, ShardError>> {
+        let rpc = async |mut client: ShardClient<_>, request| client.prepare(request).await;
+        let prepared = self.call(("Prepare", PREPARE_DEADLINE), grammar_message(&grammar), rpc);
+        prepared.map_ok(|reply| Some(reply.error).filter(|error| !error.is_empty())).boxed()
+    }
+
     fn run(self: Arc<Self>, plans: mpsc::Receiver<Arc<Plan>>) -> BoxFuture<'static, Result<Answers, ShardError>> {
         let mut client = self.client.clone();
         let plans = ReceiverStream::new(plans).map(|plan| step_plan(&plan));
@@ -192,7 +200,7 @@ fn step_plan(plan: &Plan) -> proto::StepPlan {
         num_prompt: admission.num_prompt as u32,
         cached_len: admission.num_cached as u32,
         sampling: Some(sampling(&terms.sampling)),
-        grammar: None,
+        grammar: terms.sampling.grammar.as_ref().map(grammar_message),
         adapter: String::new(),
         spans: vec![],
         prompt_logprobs_from: terms.prompt_logprobs_from,
@@ -232,6 +240,14 @@ fn sampling(sampling: &Sampling) -> proto::Sampling {
         min_new_tokens: sampling.min_new_tokens,
         watermark: sampling.watermark,
     }
+}
+
+fn grammar_message(grammar: &Grammar) -> proto::Grammar {
+    let kind = match grammar.kind {
+        Kind::JsonSchema => proto::grammar::Kind::JsonSchema,
+        Kind::Regex => proto::grammar::Kind::Regex,
+    };
+    proto::Grammar { kind: kind.into(), source: grammar.source.to_string() }
 }
 
 fn answer(result: proto::StepResult) -> Answer {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::control::RankAddress;
 use crate::request::Sampling;
+use crate::request::form::Grammar;
 
 pub mod fake;
 mod fake_table;
@@ -48,6 +49,8 @@ pub trait Shard: Send + Sync {
     fn join(&self, join: Join) -> BoxFuture<'_, Result<(), ShardError>>;
     /// Measures (`num_blocks` = 0) or allocates the KV cache; the number of blocks that fit, or were allocated.
     fn warmup(&self, warmup: Warmup) -> BoxFuture<'_, Result<u32, ShardError>>;
+    /// Makes ready what sequences with a grammar need; why it cannot be used, if it cannot. For rank 0.
+    fn prepare(&self, grammar: Grammar) -> BoxFuture<'_, Result<Option<String>, ShardError>>;
     /// Plans in, answers out, in the same order.
     fn run(self: Arc<Self>, plans: mpsc::Receiver<Arc<Plan>>) -> BoxFuture<'static, Result<Answers, ShardError>>;
 }

@@ -18,6 +18,7 @@ use super::proto::shard_server::ShardServer;
 use super::proto::{self, health_reply, row_error};
 use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Shard, ShardError, Terms, Warmup};
 use crate::request::Sampling;
+use crate::request::form::{Grammar, Kind};
 
 /// Serves rank 0 of fake shards on a Unix socket until the future is dropped.
 pub fn serve_fake(socket: &Path, options: FakeOptions) -> BoxFuture<'_, std::io::Result<()>> {
@@ -70,6 +71,14 @@ impl proto::shard_server::Shard for Stub {
         let warmup = Warmup { epoch, block_size, max_running, max_step_tokens, max_total_tokens, num_blocks };
         let num_blocks = self.rank.warmup(warmup).await.map_err(status)?;
         Ok(Response::new(proto::WarmupReply { num_blocks }))
+    }
+
+    async fn prepare(&self, request: Request<proto::Grammar>) -> Result<Response<proto::PrepareReply>, Status> {
+        let Some(grammar) = grammar(request.into_inner()) else {
+            return Ok(Response::new(proto::PrepareReply::default()));
+        };
+        let error = self.rank.prepare(grammar).await.map_err(status)?.unwrap_or_default();
+        Ok(Response::new(proto::PrepareReply { error }))
     }
 
     type RunStream = Pin<Box<dyn Stream<Item = Result<proto::StepResult, Status>> + Send>>;
@@ -158,8 +167,18 @@ fn admission(admit: proto::Admit) -> (Admission, Terms) {
         top_n: sampling.top_n,
         min_new_tokens: sampling.min_new_tokens,
         watermark: sampling.watermark,
+        grammar: admit.grammar.and_then(grammar),
     };
     (admission, Terms { sampling: Arc::new(sampling), prompt_logprobs_from })
+}
+
+fn grammar(message: proto::Grammar) -> Option<Grammar> {
+    let kind = match message.kind() {
+        proto::grammar::Kind::JsonSchema => Kind::JsonSchema,
+        proto::grammar::Kind::Regex => Kind::Regex,
+        proto::grammar::Kind::None | proto::grammar::Kind::Automaton => return None,
+    };
+    Some(Grammar { kind, source: message.source.into(), field: "" })
 }
 
 fn work(work: proto::Work) -> Work {

@@ -197,11 +197,14 @@ def test_a_bias_is_added_and_repeated_ids_add_up():
 
 
 def test_a_constraint_leaves_the_allowed_ids_alone_and_no_other():
-    logits = random_logits(10, scale=1.0)[0]
+    logits = random_logits(70, scale=1.0, rows=2)
     before = logits.tolist()
-    constraint = Automaton('{"start": 0, "transitions": [[0, 4, 1], [0, 9, 1]], "final": []}', [2], 10)
-    processors.constrain(logits, constraint)
-    assert logits.tolist() == [before[i] if i in (4, 9) else float("-inf") for i in range(10)]
+    constraint = Automaton('{"start": 0, "transitions": [[0, 4, 1], [0, 69, 1]], "final": []}', [2], 70)
+    words = np.full((2, 3), -1, np.int32)
+    constraint.fill(words[1])
+    processors.constrain(logits, words)
+    assert logits[0].tolist() == before[0]
+    assert logits[1].tolist() == [before[1][i] if i in (4, 69) else float("-inf") for i in range(70)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class GrammarError(ValueError):
     """A grammar that cannot be used, or ids that do not follow it."""
@@ -19,13 +22,24 @@ class GrammarError(ValueError):
 class Constraint(Protocol):
     """Restricts one sequence."""
 
-    def allowed(self) -> Sequence[int]:
-        """The ids that may come next; at least one."""
+    def fill(self, words: NDArray[np.int32]) -> None:
+        """Says which ids may come next: one bit for each in words [ceil(vocab / 32)], lowest first; at least one.
+
+        May take milliseconds; is called by another thread than `advance`, never at the same time. Raises GrammarError.
+        """
         ...
 
     def advance(self, token_id: int) -> None:
         """Takes note of the next id. What follows an end-of-sequence id is of no account."""
         ...
+
+
+def set_bits(words: NDArray[np.int32], token_ids: Sequence[int]) -> None:
+    """Allows these ids in a mask, and no others."""
+    words.fill(0)
+    ids = np.asarray(token_ids, np.int64)
+    octets = words.view(np.uint8)
+    np.bitwise_or.at(octets, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
 
 
 class Automaton:
@@ -37,6 +51,9 @@ class Automaton:
         self._ended = False
         if not self._eos:
             raise GrammarError("the model has no end-of-sequence id to end a grammar with")
+
+    def fill(self, words: NDArray[np.int32]) -> None:
+        set_bits(words, self.allowed())
 
     def allowed(self) -> Sequence[int]:
         ways = self._ways.get(self._state, {})

@@ -7,10 +7,11 @@ top_k, top_p and typical_p follow in `sampler.py`, since they need the most prob
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .constraint import Constraint
 from .params import SamplingParams
 
 WATERMARK_KEY = 15485863
@@ -66,9 +67,11 @@ def watermark(logits: Tensor, previous_id: int) -> None:
     logits[green] += WATERMARK_DELTA
 
 
-def constrain(logits: Tensor, constraint: Constraint) -> None:
-    """Leaves one row's `logits` [vocab] of the allowed ids as they are and makes all others impossible, in place."""
-    ids = torch.tensor(list(constraint.allowed()), dtype=torch.int64)
-    kept = logits[ids]
-    logits.fill_(float("-inf"))
-    logits[ids] = kept
+def constrain(logits: Tensor, words: NDArray[np.int32]) -> None:
+    """Makes all ids impossible that the masks do not allow, in place.
+
+    logits: [rows, vocab]; words: [rows, ceil(vocab / 32)], a bit for each id, lowest first.
+    """
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    allowed = np.unpackbits(octets, axis=1, count=logits.shape[1], bitorder="little")
+    logits.masked_fill_(torch.from_numpy(allowed == 0), float("-inf"))

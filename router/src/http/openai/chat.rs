@@ -167,7 +167,13 @@ pub(in crate::http) async fn answer(entry: &mut Entry, admitted: &Admitted) -> R
         tokenizer: Arc::clone(&state.tokenizer),
         request,
     };
-    let reader = || Reader::new(state.dialect, &text, &writer.request.tool_names, !writer.request.parallel_tool_calls);
+    let has_form = writer.request.options.sampling.grammar.is_some();
+    let reader = || match &writer.request {
+        Chat { tool_names, .. } if has_form => Reader::of_form(tool_names),
+        Chat { tool_names, parallel_tool_calls, .. } => {
+            Reader::new(state.dialect, &text, tool_names, !parallel_tool_calls)
+        }
+    };
     if writer.request.stream {
         let choices = (0..writer.request.options.num_choices).map(|_| Choice::new(reader())).collect();
         return sse::respond(state, flight, streams, Chunks { writer, choices }).await;

@@ -1,0 +1,204 @@
+"""Answers of a given form, from the real server: valid by another's judgement, whatever else runs, whatever dies."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import psutil
+import pytest
+from conftest import LLAMA
+from support.load import Case, Crowd, alone, assert_same, mixed_cases
+from support.server import Server, wait_until
+
+# Short texts, so that a model that knows nothing of JSON comes to an end.
+WORD = {"type": "string", "maxLength": 8}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": WORD,
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "maxItems": 3},
+        "home": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/place"}]},
+    },
+    "required": ["name", "age", "tags", "home"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"city": WORD, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+            "required": ["city", "zip"],
+            "additionalProperties": False,
+        }
+    },
+}
+SCHEMAS: dict[str, Any] = {
+    "person": PERSON,
+    "list": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 9}, "minItems": 2, "maxItems": 4},
+    "choice": {"oneOf": [{"const": "yes"}, {"const": "no"}, {"type": "boolean"}]},
+    "date": {
+        "type": "object",
+        "properties": {"at": {"type": "string", "format": "date-time"}},
+        "required": ["at"],
+        "additionalProperties": False,
+    },
+}
+REGEXES = [
+    r"(25[0-5]|2[0-4]\d|1?\d?\d)(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}",
+    r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){1,3}\.",
+]
+MESSAGES = [{"role": "user", "content": "In the beginning"}]
+PLACE = {"type": "object", "properties": {"city": {"$ref": "#/$defs/w"}}, "required": ["city"], "$defs": {"w": WORD}}
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": PLACE | {"additionalProperties": False}}},
+    {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>")
+    flags = ["--dtype", "float32", "--chat-template", str(template), "--num-shard", str(request.param)]
+    with Server(LLAMA, *flags) as server:
+        yield server
+
+
+def chat(server: Server, **fields: Any) -> dict[str, Any]:
+    body = {"model": "tgi", "messages": MESSAGES, "max_tokens": 400, "temperature": 0.8, "seed": 3} | fields
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_answers_are_json_of_the_schema(server: Server, name: str) -> None:
+    schema = SCHEMAS[name]
+    wanted = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
+    for fields in ({"temperature": 0}, {"seed": 1}, {"seed": 2, "presence_penalty": 1.5, "min_tokens": 5}):
+        choice = chat(server, response_format=wanted, **fields)
+        assert choice["finish_reason"] == "stop", choice
+        jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+    grammar = {"type": "json", "value": schema}
+    text = server.generate("In the", max_new_tokens=400, grammar=grammar)["generated_text"]
+    jsonschema.validate(json.loads(text), schema)
+    server.wait_clean()
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_answers_match_the_expression(server: Server, regex: str) -> None:
+    for seed in range(3):
+        options = {"do_sample": True, "seed": seed, "max_new_tokens": 200, "stop": ["\n"]}
+        answer = server.generate("Their names are", grammar={"type": "regex", "value": regex}, **options)
+        assert re.fullmatch(regex, answer["generated_text"]), answer["generated_text"]
+        assert answer["details"]["finish_reason"] == "eos_token"
+
+
+def test_a_text_that_is_cut_short_begins_as_the_form_wants(server: Server) -> None:
+    for grammar in ({"type": "json", "value": PERSON}, {"type": "regex", "value": r"\{.*"}):
+        answer = server.generate("In the", max_new_tokens=1, grammar=grammar)
+        assert answer["details"]["finish_reason"] == "length"
+        assert answer["generated_text"].startswith("{")
+    stopped = server.generate("In the", max_new_tokens=50, stop=["name"], grammar={"type": "json", "value": PERSON})
+    assert stopped["generated_text"].endswith("name")
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+
+
+@pytest.mark.parametrize("choice", ["required", "look", {"type": "function", "function": {"name": "wait"}}], ids=str)
+def test_a_forced_call_has_valid_arguments(server: Server, choice: Any) -> None:
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    for seed in range(2):
+        answer = chat(server, tools=TOOLS, tool_choice=choice, seed=seed)
+        (call,) = answer["message"]["tool_calls"]
+        name = call["function"]["name"]
+        assert choice == "required" or name in str(choice)
+        jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[name])
+        assert answer["finish_reason"] == "tool_calls"
+
+
+def bound_cases(count: int) -> list[Case]:
+    """Every second one has a form; the forms never end, so that there is time to strike."""
+    endless = [
+        {"type": "json", "value": {"type": "array", "items": PERSON, "minItems": 50}},
+        {"type": "regex", "value": r"([a-z]{1,9}[ ,][A-Z][a-z]+\. )+#"},
+    ]
+    cases = []
+    for i, case in enumerate(mixed_cases(count, max_new_tokens=96)):
+        grammar = {"grammar": endless[i // 2 % 2]} if i % 2 else {}
+        # Sampled and greedy ones with and without a form.
+        parameters = dict(mixed_cases(count, 96)[i // 2].parameters) | grammar
+        cases.append(Case(case.inputs, tuple(parameters.items())))
+    return cases
+
+
+def test_neighbours_with_and_without_a_form_give_what_they_give_alone(server: Server) -> None:
+    cases = bound_cases(8)
+    assert_same(Crowd(server, cases).join(), alone(server, cases), "together")
+
+
+def test_a_killed_shard_changes_nothing_in_the_middle_of_a_form(server: Server) -> None:
+    cases = bound_cases(8)
+    golden = Crowd(server, cases).join()
+    before = server.wait_clean()
+    crowd = Crowd(server, cases)
+    wait_until(lambda: min(crowd.num_emitted()) >= 9, 60, "all streams are in the middle")
+    assert max(crowd.num_emitted()) < 90, "too late to strike"
+    os.kill(before["ranks"][0]["process_id"], signal.SIGKILL)
+    assert_same(crowd.join(), golden, "a kill")
+    assert server.wait_clean()["generation"] > before["generation"]
+
+
+HOSTILE = [
+    {"type": "regex", "value": "(a{1000}){1000}"},
+    {"type": "regex", "value": "(?=a)b"},
+    {"type": "regex", "value": r"[^\s\S]"},
+    {"type": "json", "value": {"enum": []}},
+    {"type": "json", "value": {"type": "integer", "multipleOf": 1_000_003}},
+    {"type": "json", "value": {"enum": [f"value {i}" for i in range(100_000)]}},
+    {"type": "json", "value": {"type": "object", "properties": {f"p{i}": WORD for i in range(900)}}},
+    {"type": "json", "value": {"$ref": "file:///etc/passwd"}},
+]
+
+
+def test_hostile_grammars_are_refused_at_once_and_streams_go_on(server: Server) -> None:
+    golden = server.stream("In the beginning", max_new_tokens=200, ignore_eos_token=True)
+    crowd = Crowd(server, [Case("In the beginning", (("max_new_tokens", 200), ("ignore_eos_token", True)))])
+    shard = psutil.Process(server.state()["ranks"][0]["process_id"])
+    before = shard.memory_info().rss
+    for grammar in HOSTILE:
+        begun = time.monotonic()
+        status, answer = server.post("/generate", {"inputs": "a", "parameters": {"grammar": grammar}})
+        assert status == 422, answer
+        assert "`grammar`: " in answer["error"]
+        assert time.monotonic() - begun < 1, grammar
+    assert_same(crowd.join(), [golden], "under attack")
+    assert shard.memory_info().rss - before < 64 << 20
+    server.wait_clean()
+
+
+def test_many_different_schemas_leave_little_behind(server: Server) -> None:
+    pids = [server.router_pid(), server.state()["ranks"][0]["process_id"]]
+
+    def memory() -> int:
+        return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+
+    def ask(numbers: range) -> None:
+        for n in numbers:
+            schema = {"type": "object", "properties": {f"key{n}": WORD}, "required": [f"key{n}"]}
+            server.generate("a", max_new_tokens=2, grammar={"type": "json", "value": schema})
+
+    ask(range(20))
+    before = memory()
+    threads = [threading.Thread(target=ask, args=(range(100 + 75 * i, 175 + 75 * i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert memory() - before < 128 << 20

@@ -1,0 +1,236 @@
+"""Grammars over text, on the shipped tokenizer: judged by jsonschema, by `re` and by llguidance's own masks."""
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import llguidance
+import llguidance.numpy
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from text_generation_server.sampling import grammar as grammar_module
+from text_generation_server.sampling.constraint import GrammarError
+from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided
+from tokenizers import Tokenizer
+
+MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
+TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+VOCAB, EOS = 4096, 2
+# What the router writes into every schema.
+TAKEN = {"whitespace_pattern": r"\x20"}
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(MODEL / "tokenizer.json", VOCAB, [EOS])
+
+
+def of_schema(schema: dict) -> Grammar:
+    return Grammar(JSON_SCHEMA, json.dumps({**schema, "x-guidance": TAKEN}))
+
+
+def allowed(constraint: Guided, vocab: int = VOCAB) -> list[int]:
+    words = np.zeros(-(-vocab // 32), np.int32)
+    constraint.fill(words)
+    return np.nonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab])[0].tolist()
+
+
+def written(constraint: Guided, seed: int, most: int = 600) -> list[int]:
+    """Ids drawn evenly from those that are allowed, and the end where it may come, up to the end."""
+    draw, ids = random.Random(seed), []
+    while len(ids) < most:
+        ways = allowed(constraint)
+        ids.append(EOS if EOS in ways and draw.random() < 0.5 else draw.choice(ways))
+        constraint.advance(ids[-1])
+        if ids[-1] == EOS:
+            return ids
+    raise AssertionError(f"no end after {most} ids: {TOKENIZER.decode(ids)[-200:]!r}")
+
+
+WORD = {"type": "string", "maxLength": 6}
+SCHEMAS = {
+    "object": {
+        "type": "object",
+        "properties": {
+            "name": WORD,
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "ok": {"type": "boolean"},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    "array": {"type": "array", "items": {"type": "number", "minimum": -5, "maximum": 5}, "minItems": 1, "maxItems": 3},
+    "enum": {"enum": ["red", "green", 7, None, {"a": [1]}]},
+    "anyOf": {
+        "anyOf": [
+            {"type": "null"},
+            {"type": "object", "properties": {"k": {"const": "v"}}, "required": ["k"], "additionalProperties": False},
+        ]
+    },
+    "pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
+    "recursive": {
+        "$ref": "#/$defs/tree",
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {
+                    "v": {"enum": [1, 2]},
+                    "l": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 1},
+                },
+                "required": ["v"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    "date": {"type": "string", "format": "date-time"},
+}
+REGEXES = [
+    r"(25[0-5]|2[0-4]\d|1?\d?\d)(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}",
+    r"[a-z]{2,8}@[a-z]{2,5}\.(com|org)",
+    "",
+    "ä|ö|日本",
+    r"(\+49|0)[1-9][0-9]{3,7}",
+]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_whatever_is_drawn_is_json_of_the_schema(grammars, name):
+    for seed in range(5):
+        ids = written(grammars.constraint(of_schema(SCHEMAS[name]), []), seed)
+        jsonschema.validate(json.loads(TOKENIZER.decode(ids)), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_whatever_is_drawn_matches_the_expression(grammars, regex):
+    for seed in range(5):
+        ids = written(grammars.constraint(Grammar(REGEX, regex), []), seed)
+        # Digits of other alphabets match in both.
+        assert re.fullmatch(regex, TOKENIZER.decode(ids)), ids
+
+
+@pytest.mark.parametrize("name", ["object", "recursive", "date"])
+def test_masks_are_those_of_the_library_at_every_step_and_after_any_replay(grammars, name):
+    tokens = llguidance.LLTokenizer((MODEL / "tokenizer.json").read_text(), n_vocab=VOCAB, eos_token=[EOS])
+    source = llguidance.LLMatcher.grammar_from_json_schema({**SCHEMAS[name], "x-guidance": TAKEN})
+    own = llguidance.LLMatcher(tokens, source)
+    expected = llguidance.numpy.allocate_token_bitmask(1, VOCAB)
+    ids = written(grammars.constraint(of_schema(SCHEMAS[name]), []), 1)
+    stepwise = grammars.constraint(of_schema(SCHEMAS[name]), [])
+    for at, token_id in enumerate(ids):
+        llguidance.numpy.fill_next_token_bitmask(own, expected)
+        replayed = grammars.constraint(of_schema(SCHEMAS[name]), ids[:at])
+        for constraint in (stepwise, replayed):
+            words = np.zeros(VOCAB // 32, np.int32)
+            constraint.fill(words)
+            assert np.array_equal(words, expected[0]), at
+        stepwise.advance(token_id)
+        assert own.consume_token(token_id)
+
+
+def test_the_end_is_allowed_where_the_text_may_end_and_alone_where_it_must(grammars):
+    one = TOKENIZER.encode("1", add_special_tokens=False).ids
+    constraint = grammars.constraint(Grammar(REGEX, "[0-9]{1,2}"), [])
+    assert EOS not in allowed(constraint)
+    constraint.advance(one[0])
+    assert {EOS} < set(allowed(constraint))
+    constraint.advance(one[0])
+    assert allowed(constraint) == [EOS]
+    constraint.advance(EOS)
+    constraint.advance(17)
+    assert allowed(constraint) == [EOS]
+
+
+def test_an_id_that_does_not_follow_is_an_error_that_names_it(grammars):
+    with pytest.raises(GrammarError, match="id 300 does not follow"):
+        allowed(grammars.constraint(Grammar(REGEX, "[0-9]+"), [300]))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar(REGEX, "("), "invalid regex"),
+        (Grammar(REGEX, r"[^\s\S]"), "NoExtension|no text"),
+        (Grammar(JSON_SCHEMA, "{"), "expected"),
+        (of_schema({"type": "strnig"}), "Invalid type"),
+        (of_schema({"$ref": "file:///etc/passwd"}), "retriev"),
+        (Grammar(REGEX, "a" * 70_000), "more than 65536 bytes"),
+    ],
+    ids=str,
+)
+def test_a_grammar_that_cannot_be_used_is_an_error_with_a_reason(grammars, grammar, message):
+    with pytest.raises(GrammarError, match=message):
+        grammars.prepare(grammar).result()
+    with pytest.raises(GrammarError, match=message):
+        allowed(grammars.constraint(grammar, []))
+
+
+def test_a_model_without_tokenizer_or_end_has_no_grammars(tmp_path):
+    for nothing, message in [
+        (Grammars(tmp_path / "tokenizer.json", VOCAB, [EOS]), "need a tokenizer.json"),
+        (Grammars(None, VOCAB, [EOS]), "need a tokenizer.json"),
+        (Grammars(MODEL / "tokenizer.json", VOCAB, []), "no end-of-sequence id"),
+    ]:
+        with pytest.raises(GrammarError, match=message):
+            allowed(nothing.constraint(Grammar(REGEX, "a"), []))
+
+
+def test_fewer_rows_of_logits_than_tokens_leave_the_others_out():
+    few = Grammars(MODEL / "tokenizer.json", 70, [EOS])
+    ways = allowed(few.constraint(Grammar(REGEX, "(.|\n)+"), []), 70)
+    assert ways
+    assert max(ways) < 70
+
+
+def test_what_is_compiled_is_kept_within_bounds(grammars, monkeypatch):
+    monkeypatch.setattr(grammar_module, "MAX_COMPILED", 5)
+    first = grammars.prepare(Grammar(REGEX, "x0"))
+    assert grammars.prepare(Grammar(REGEX, "x0")) is first
+    for i in range(12):
+        grammars.prepare(Grammar(REGEX, f"x{i}")).result()
+    assert len(grammars._compiled) == 5
+    monkeypatch.setattr(grammar_module, "MAX_COMPILED_BYTES", 4)
+    grammars.prepare(Grammar(REGEX, "abc")).result()
+    assert list(grammars._compiled) == [Grammar(REGEX, "abc")]
+
+
+class Slow:
+    """A constraint that takes its time, or fails."""
+
+    def __init__(self, seconds: float, fails: bool = False) -> None:
+        self.seconds, self.fails = seconds, fails
+
+    def fill(self, words: NDArray[np.int32]) -> None:
+        time.sleep(self.seconds)
+        if self.fails:
+            raise GrammarError("too bad")
+        words[0] = 1
+
+    def advance(self, token_id: int) -> None: ...
+
+
+def test_masks_are_found_beside_the_caller_and_an_error_is_its_rows_alone(grammars):
+    started = time.monotonic()
+    masks = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
+    assert time.monotonic() - started < 0.4
+    words, errors = masks.wait()
+    assert errors == {5: "too bad"}
+    assert [int(words[row][0]) for row in (3, 5, 9)] == [1, -1, 1]
+
+
+def test_a_compilation_does_not_hold_up_who_asks(grammars):
+    names = [f"k{i}" for i in range(900)]
+    many = of_schema({"type": "object", "properties": dict.fromkeys(names, WORD), "required": names})
+    started = time.monotonic()
+    grammars.prepare(many)
+    assert time.monotonic() - started < 0.2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_threads_are_left(grammars) -> Iterator[None]:
+    yield
+    grammars.close()

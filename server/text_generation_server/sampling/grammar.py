@@ -1,0 +1,241 @@
+"""Grammars over the text of a sequence: JSON schemas and regular expressions, by the library llguidance.
+
+Everything slow happens beside the steps: grammars are compiled by threads of their own, and which ids may come next is
+found out while the forward pass runs. What a grammar allows is a function of the ids that were generated.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import llguidance
+import numpy as np
+from loguru import logger
+from numpy.typing import NDArray
+
+from .constraint import Constraint, GrammarError, set_bits
+
+T = TypeVar("T")
+
+JSON_SCHEMA, REGEX = "JSON_SCHEMA", "REGEX"
+
+# How much a grammar may cost. The router judges by the same numbers (router/src/grammar/trial.rs).
+LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=2_000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+# Compiled grammars that are kept, and the bytes of their sources. Those that were not used for longest go first.
+MAX_COMPILED = 128
+MAX_COMPILED_BYTES = 4 << 20
+# The router takes no longer ones.
+MAX_SOURCE_BYTES = 64 << 10
+# References in a schema may lead deep into each other.
+STACK_BYTES = 64 << 20
+# Compilation gives way to steps.
+NICENESS = 10
+# No grammar within the limits takes as long.
+COMPILE_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text of a sequence must be. `kind` is JSON_SCHEMA or REGEX."""
+
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What sequences begin with. Never advanced: it is copied, with all that its lexer has learnt."""
+
+    matcher: llguidance.LLMatcher
+    num_words: int  # of a mask, 32 ids each
+
+
+class Grammars:
+    """Compiles grammars for the tokenizer of one model, and keeps what was compiled. Its methods return at once."""
+
+    def __init__(
+        self, tokenizer_file: Path | None, vocab_size: int, eos_token_ids: Sequence[int], num_threads: int = 1
+    ) -> None:
+        self._tokenizer_file, self._vocab_size, self._eos = tokenizer_file, vocab_size, sorted(set(eos_token_ids))
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar", initializer=give_way)
+        self._fillers = ThreadPoolExecutor(num_threads, thread_name_prefix="mask")
+        self._num_threads = num_threads
+        self._tokens: Future[llguidance.LLTokenizer] | None = None
+        self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def warm_up(self) -> "Future[llguidance.LLTokenizer]":
+        """Begins to build the table of tokens, if that was not done. It holds Python's lock, for up to a second."""
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = submit(self._compilers, self._build)
+            return self._tokens
+
+    def prepare(self, grammar: Grammar) -> "Future[Compiled]":
+        """Begins to compile a grammar. The result, or GrammarError, comes later."""
+        self.warm_up()
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None:
+                future = self._compiled[grammar] = submit(self._compilers, self._compile, grammar)
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > MAX_COMPILED or (
+                len(self._compiled) > 1 and sum(len(g.source) for g in self._compiled) > MAX_COMPILED_BYTES
+            ):
+                self._compiled.popitem(last=False)
+        return future
+
+    def constraint(self, grammar: Grammar, generated: Sequence[int]) -> "Guided":
+        """The state after the ids generated so far."""
+        return Guided(self.prepare(grammar), self._eos, generated)
+
+    def begin(self, constraints: Mapping[int, Constraint]) -> "Masks":
+        """Begins to find out which ids may come next, for each row."""
+        return Masks(constraints, self._vocab_size, self._fillers, self._num_threads)
+
+    def close(self) -> None:
+        """Ends the threads; what they have begun is finished."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._fillers.shutdown(wait=False)
+
+    def _build(self) -> llguidance.LLTokenizer:
+        if self._tokenizer_file is None or not self._tokenizer_file.is_file():
+            raise GrammarError(f"grammars need a tokenizer.json, and there is none: {self._tokenizer_file}")
+        if not self._eos:
+            raise GrammarError("the model has no end-of-sequence id to end a grammar with")
+        source = self._tokenizer_file.read_text(encoding="utf-8")
+        try:
+            tokens = llguidance.LLTokenizer(source, n_vocab=self._vocab_size, eos_token=self._eos)
+        except ValueError:
+            # More tokens than rows of logits: those beyond are never generated.
+            try:
+                tokens = llguidance.LLTokenizer(source, eos_token=self._eos)
+            except ValueError as error:
+                raise GrammarError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from None
+        logger.debug("grammars: a table of {} tokens", tokens.vocab_size)
+        return tokens
+
+    def _compile(self, grammar: Grammar) -> Compiled:
+        if len(grammar.source.encode()) > MAX_SOURCE_BYTES:
+            raise GrammarError(f"the grammar has more than {MAX_SOURCE_BYTES} bytes")
+        assert self._tokens is not None
+        tokens = self._tokens.result()
+        try:
+            if grammar.kind == REGEX:
+                made = llguidance.LLMatcher.grammar_from_regex(grammar.source)
+            else:
+                made = llguidance.LLMatcher.grammar_from_json_schema(grammar.source)
+        except ValueError as error:
+            raise GrammarError(first_line(str(error))) from None
+        matcher = llguidance.LLMatcher(tokens, made, log_level=0, limits=LIMITS)
+        # The first mask of all copies: the lexer learns most of what it needs with it.
+        mask = np.zeros(-(-tokens.vocab_size // 32), np.int32)
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            raise GrammarError(first_line(matcher.get_error()))
+        if not mask.any():
+            raise GrammarError("no text satisfies the grammar")
+        return Compiled(matcher, len(mask))
+
+
+def give_way() -> None:
+    """Lowers the priority of the calling thread, where threads have one of their own."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def first_line(text: str) -> str:
+    """What a client may be told of an error of the library's."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "the grammar cannot be used")[:300]
+
+
+class Guided:
+    """The constraint of one sequence by a grammar."""
+
+    def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
+        self._compiled, self._eos = compiled, list(eos_token_ids)
+        self._matcher: llguidance.LLMatcher | None = None
+        self._mask = np.empty(0, np.int32)
+        self._pending: list[int] = []
+        self._ended = False
+        for token_id in generated:
+            self.advance(token_id)
+
+    def advance(self, token_id: int) -> None:
+        """See `Constraint`. What it leads to is for the next `fill` to find out."""
+        if self._ended or token_id in self._eos:
+            self._ended = True
+        else:
+            self._pending.append(token_id)
+
+    def fill(self, words: NDArray[np.int32]) -> None:
+        """See `Constraint`. Waits for the grammar to be compiled."""
+        if self._ended:
+            set_bits(words, self._eos)
+            return
+        if self._matcher is None:
+            compiled = self._compiled.result(COMPILE_TIMEOUT_S)
+            self._matcher, self._mask = compiled.matcher.deep_copy(), np.zeros(compiled.num_words, np.int32)
+        if self._pending:
+            followed = self._matcher.try_consume_tokens(self._pending)
+            if followed < len(self._pending) and not self._matcher.is_error():
+                raise GrammarError(f"id {self._pending[followed]} does not follow the grammar")
+            self._pending.clear()
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if self._matcher.is_error():
+            raise GrammarError(first_line(self._matcher.get_error()))
+        shared = min(len(words), len(self._mask))
+        words[:shared], words[shared:] = self._mask[:shared], 0
+
+
+class Masks:
+    """Which ids may come next in some rows, one bit for each, found out while the forward pass runs."""
+
+    def __init__(
+        self, constraints: Mapping[int, Constraint], vocab_size: int, pool: ThreadPoolExecutor, num_threads: int
+    ) -> None:
+        self._rows, self._constraints = list(constraints), list(constraints.values())
+        self._words = np.zeros((len(self._rows), -(-vocab_size // 32)), np.int32)
+        self._errors: dict[int, str] = {}
+        width = min(num_threads, len(self._rows))
+        self._parts = [submit(pool, self._fill, range(i, len(self._rows), width)) for i in range(width)]
+
+    def _fill(self, indices: range) -> None:
+        for i in indices:
+            try:
+                self._constraints[i].fill(self._words[i])
+                if not self._words[i].any():
+                    raise GrammarError("the grammar leaves no id to go on with")
+            except (GrammarError, TimeoutError) as error:
+                self._errors[self._rows[i]] = str(error) or "the grammar was not compiled in time"
+                self._words[i] = -1
+
+    def wait(self) -> tuple[dict[int, NDArray[np.int32]], dict[int, str]]:
+        """The masks, [ceil(vocab / 32)] int32 for each row, and what is wrong with those that have none."""
+        for part in self._parts:
+            part.result()
+        return dict(zip(self._rows, self._words, strict=True)), self._errors
+
+
+def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> "Future[T]":
+    """Threads take the size of their stack from what is set when they are made, which may be now."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        return pool.submit(work, *arguments)
+    finally:
+        threading.stack_size(before)
