@@ -15,8 +15,8 @@ from conftest import LLAMA
 from support.load import Crowd, alone, assert_same, mixed_cases
 from support.server import Server, wait_until
 
-# Long enough that a stream still has 64 tokens to go when a kill strikes: on a busy machine the first of them is a hundred
-# ahead when the last begins.
+# Long enough that a stream still has 64 tokens to go when a kill strikes: on a busy machine the first of them is a
+# hundred ahead when the last begins.
 LENGTH = 320
 CASES = mixed_cases(32, max_new_tokens=LENGTH)
 
