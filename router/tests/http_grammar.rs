@@ -67,8 +67,7 @@ async fn every_way_to_ask_for_a_form_reaches_the_engine_as_a_grammar() {
 #[tokio::test]
 async fn a_forced_call_is_told_as_a_call_whatever_the_models_own_format_is() {
     for template in [CHATML, "a <tool_call> <think>", "a [TOOL_CALLS]"] {
-        let mut server =
-            serve(Config { template: http_common::template(template), ..config() }, ready(), tokenizer()).await;
+        let mut server = start_with(template).await;
         let address = server.address;
         let request = chat(json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "f"}}}));
         let answered = tokio::spawn(async move { ask(address, &request).await });
