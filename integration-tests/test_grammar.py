@@ -155,7 +155,7 @@ def test_neighbours_and_a_killed_shard_change_nothing_in_the_middle_of_a_form(
     request: pytest.FixtureRequest, name: str
 ) -> None:
     server: Server = request.getfixturevalue(name)
-    cases = bound_cases(8)
+    cases = bound_cases(6)
     golden = alone(server, cases)
     before = server.wait_clean()
     crowd = Crowd(server, cases)
