@@ -29,8 +29,7 @@ def main(url: str, key: str | None) -> None:
     assert len(best.details.best_of_sequences or []) == 1
     chat = client.chat([{"role": "user", "content": "Hi"}], max_tokens=4)
     assert chat.choices[0].message.role == "assistant"
-    # Its chat streams cannot be read from TGI 3.3 either: it takes `[DONE]` for JSON, and wants a role and one tool call in
-    # every chunk.
+    # Its chat streams cannot be read from TGI 3.3 either: it takes `[DONE]` for JSON, and wants a role in every chunk.
     with pytest.raises(ValidationError, match="max_new_tokens"):
         client.generate("a", max_new_tokens=10**6)
 
