@@ -4,9 +4,11 @@ import json
 import os
 import re
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -39,12 +41,12 @@ PERSON = {
 }
 SCHEMAS: dict[str, Any] = {
     "person": PERSON,
-    "list": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 9}, "minItems": 2, "maxItems": 4},
+    "list": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 2, "maxItems": 4},
     "choice": {"oneOf": [{"const": "yes"}, {"const": "no"}, {"type": "boolean"}]},
     "date": {
         "type": "object",
-        "properties": {"at": {"type": "string", "format": "date-time"}},
-        "required": ["at"],
+        "properties": {"at": {"type": "string", "format": "date"}, "by": {"type": "string", "format": "uuid"}},
+        "required": ["at", "by"],
         "additionalProperties": False,
     },
 }
@@ -60,12 +62,22 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    template = tmp_path_factory.mktemp("template") / "chat.jinja"
-    template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>")
-    flags = ["--dtype", "float32", "--chat-template", str(template), "--num-shard", str(request.param)]
-    with Server(LLAMA, *flags) as server:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("template") / "chat.jinja"
+    file.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>")
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(template: Path) -> Iterator[Server]:
+    with Server(LLAMA, "--dtype", "float32", "--chat-template", str(template)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server_tp2(template: Path) -> Iterator[Server]:
+    with Server(LLAMA, "--dtype", "float32", "--chat-template", str(template), "--num-shard", "2") as server:
         yield server
 
 
@@ -123,34 +135,34 @@ def test_a_forced_call_has_valid_arguments(server: Server, choice: Any) -> None:
 
 
 def bound_cases(count: int) -> list[Case]:
-    """Every second one has a form; the forms never end, so that there is time to strike."""
+    """Every second one has a form, sampled and greedy; the forms do not end, so that there is time to strike."""
+    people = {"type": "array", "items": {"$ref": "#/$defs/person"}, "minItems": 50}
+    definitions = PERSON["$defs"] | {"person": {k: v for k, v in PERSON.items() if k != "$defs"}}
     endless = [
-        {"type": "json", "value": {"type": "array", "items": PERSON, "minItems": 50}},
+        {"type": "json", "value": people | {"$defs": definitions}},
         {"type": "regex", "value": r"([a-z]{1,9}[ ,][A-Z][a-z]+\. )+#"},
     ]
     cases = []
     for i, case in enumerate(mixed_cases(count, max_new_tokens=96)):
         grammar = {"grammar": endless[i // 2 % 2]} if i % 2 else {}
-        # Sampled and greedy ones with and without a form.
         parameters = dict(mixed_cases(count, 96)[i // 2].parameters) | grammar
         cases.append(Case(case.inputs, tuple(parameters.items())))
     return cases
 
 
-def test_neighbours_with_and_without_a_form_give_what_they_give_alone(server: Server) -> None:
-    cases = bound_cases(8)
-    assert_same(Crowd(server, cases).join(), alone(server, cases), "together")
-
-
-def test_a_killed_shard_changes_nothing_in_the_middle_of_a_form(server: Server) -> None:
-    cases = bound_cases(8)
-    golden = Crowd(server, cases).join()
+@pytest.mark.parametrize("name", ["server", "server_tp2"])
+def test_neighbours_and_a_killed_shard_change_nothing_in_the_middle_of_a_form(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    server: Server = request.getfixturevalue(name)
+    cases = bound_cases(6)
+    golden = alone(server, cases)
     before = server.wait_clean()
     crowd = Crowd(server, cases)
     wait_until(lambda: min(crowd.num_emitted()) >= 9, 60, "all streams are in the middle")
     assert max(crowd.num_emitted()) < 90, "too late to strike"
     os.kill(before["ranks"][0]["process_id"], signal.SIGKILL)
-    assert_same(crowd.join(), golden, "a kill")
+    assert_same(crowd.join(), golden, "together, and a kill")
     assert server.wait_clean()["generation"] > before["generation"]
 
 
@@ -171,12 +183,16 @@ def test_hostile_grammars_are_refused_at_once_and_streams_go_on(server: Server) 
     crowd = Crowd(server, [Case("In the beginning", (("max_new_tokens", 200), ("ignore_eos_token", True)))])
     shard = psutil.Process(server.state()["ranks"][0]["process_id"])
     before = shard.memory_info().rss
+    times = []
     for grammar in HOSTILE:
         begun = time.monotonic()
         status, answer = server.post("/generate", {"inputs": "a", "parameters": {"grammar": grammar}})
         assert status == 422, answer
         assert "`grammar`: " in answer["error"]
-        assert time.monotonic() - begun < 1, grammar
+        times.append(time.monotonic() - begun)
+    # Each within a second where nothing else wants the processor.
+    assert max(times) < 3
+    assert statistics.median(times) < 0.5
     assert_same(crowd.join(), [golden], "under attack")
     assert shard.memory_info().rss - before < 64 << 20
     server.wait_clean()
@@ -195,7 +211,7 @@ def test_many_different_schemas_leave_little_behind(server: Server) -> None:
 
     ask(range(20))
     before = memory()
-    threads = [threading.Thread(target=ask, args=(range(100 + 75 * i, 175 + 75 * i),)) for i in range(4)]
+    threads = [threading.Thread(target=ask, args=(range(100 + 40 * i, 140 + 40 * i),)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -31,9 +31,15 @@ fn tools() -> Value {
     ])
 }
 
+/// A server whose template is told of tools, so that they are not told in many words.
+async fn start_with(text: &str) -> Server {
+    let template = template(&format!("{text}{{% if tools %}} {{% endif %}}"));
+    serve(Config { template, ..config() }, ready(), tokenizer()).await
+}
+
 #[tokio::test]
 async fn every_way_to_ask_for_a_form_reaches_the_engine_as_a_grammar() {
-    let mut server = start().await;
+    let mut server = start_with(CHATML).await;
     let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
     let requests = [
         (generate(&json!({"type": "json", "value": schema})), Kind::JsonSchema),
@@ -60,9 +66,8 @@ async fn every_way_to_ask_for_a_form_reaches_the_engine_as_a_grammar() {
 
 #[tokio::test]
 async fn a_forced_call_is_told_as_a_call_whatever_the_models_own_format_is() {
-    for template in [CHATML, "{{ '<tool_call>' }} <think>", "[TOOL_CALLS]"] {
-        let mut server =
-            serve(Config { template: http_common::template(template), ..config() }, ready(), tokenizer()).await;
+    for template in [CHATML, "a <tool_call> <think>", "a [TOOL_CALLS]"] {
+        let mut server = start_with(template).await;
         let address = server.address;
         let request = chat(json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "f"}}}));
         let answered = tokio::spawn(async move { ask(address, &request).await });
@@ -77,7 +82,7 @@ async fn a_forced_call_is_told_as_a_call_whatever_the_models_own_format_is() {
 
 #[tokio::test]
 async fn refusals_name_the_field_and_the_place_and_give_their_permits_back() {
-    let server = start().await;
+    let server = start_with(CHATML).await;
     let error =
         ask(server.address, &generate(&json!({"type": "json", "value": {"properties": {"a": {"type": "strnig"}}}})))
             .await

@@ -2,9 +2,9 @@
 
 use regex_syntax::Parser;
 use regex_syntax::hir::{Hir, HirKind};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::request::limits::{MAX_MULTIPLE, MAX_MULTIPLES, MAX_REGEX_SIZE};
+use crate::request::limits::{MAX_MULTIPLE, MAX_MULTIPLES, MAX_OPTIONAL, MAX_REGEX_SIZE};
 
 /// Decimal places of a `multipleOf`.
 const MAX_PLACES: u32 = 9;
@@ -44,6 +44,7 @@ fn check_part(part: &Value, place: &mut String, multiples: &mut (u64, u32)) -> R
     let at = |place: &str, reason: String| Err(format!("at {place}: {reason}"));
     match part {
         Value::Object(object) => {
+            check_optional(object).or_else(|reason| at(if place.is_empty() { "/" } else { place }, reason))?;
             for (key, value) in object {
                 let length = place.len();
                 place.push('/');
@@ -76,6 +77,18 @@ fn check_part(part: &Value, place: &mut String, multiples: &mut (u64, u32)) -> R
             place.truncate(length);
             Ok(())
         }),
+        _ => Ok(()),
+    }
+}
+
+/// Each may follow each: what they cost grows with their square.
+fn check_optional(object: &Map<String, Value>) -> Result<(), String> {
+    let Some(properties) = object.get("properties").and_then(Value::as_object) else { return Ok(()) };
+    let num_required = object.get("required").and_then(Value::as_array).map_or(0, Vec::len);
+    match properties.len().saturating_sub(num_required) {
+        optional if optional > MAX_OPTIONAL => Err(format!(
+            "it is too complex: {optional} properties are not required, at most {MAX_OPTIONAL} of them are taken"
+        )),
         _ => Ok(()),
     }
 }

@@ -21,6 +21,9 @@ const STEPPING: Duration = Duration::from_millis(250);
 /// How much more time may be spent to find the part of a schema that is refused.
 const LOCATING: Duration = Duration::from_millis(200);
 
+/// How a reason begins that is about cost.
+const COMPLEX: &str = "it is too complex";
+
 /// Characters of a reason.
 const MAX_REASON: usize = 160;
 
@@ -62,6 +65,10 @@ impl Trials {
         bounds::check_schema(&schema)?;
         let judgement = self.make(TopLevelGrammar::from_json_schema(schema.clone()));
         judgement.map_err(|reason| {
+            // What costs too much is the whole, and has cost enough.
+            if reason.starts_with(COMPLEX) {
+                return reason;
+            }
             let (place, reason) = self.locate(&schema, reason);
             if place.is_empty() { reason } else { format!("at {place}: {reason}") }
         })
@@ -109,7 +116,7 @@ fn step(mut matcher: Matcher) -> anyhow::Result<()> {
         ensure!(!mask.is_zero(), "no text satisfies it");
         let next = (u32::from(b'!')..eos).find(|byte| mask.is_allowed(*byte));
         let Some(next) = next.or_else(|| (0..u32::from(b'!')).find(|byte| mask.is_allowed(*byte))) else { break };
-        ensure!(started.elapsed() < STEPPING, "it is too complex: its first {n} steps took too long");
+        ensure!(started.elapsed() < STEPPING, "{COMPLEX}: its first {n} steps took too long");
         if matcher.is_stopped() {
             break;
         }
@@ -130,8 +137,8 @@ fn in_words(error: &str) -> String {
             "`oneOf` of schemas that may hold for the same value is not supported; use `anyOf`".into()
         }
         lower if lower.contains("noextension") => "no text satisfies it".into(),
-        lower if lower.starts_with("it is too complex") => cause,
-        lower if of_size.iter().any(|word| lower.contains(word)) => format!("it is too complex ({})", cut(&cause)),
+        lower if lower.starts_with(COMPLEX) => cause,
+        lower if of_size.iter().any(|word| lower.contains(word)) => format!("{COMPLEX} ({})", cut(&cause)),
         _ => cut(&cause),
     }
 }

@@ -30,6 +30,8 @@ pub const MAX_REGEX_SIZE: u64 = 10_000;
 pub const MAX_MULTIPLE: u64 = 5_000;
 /// The same, of all of a schema.
 pub const MAX_MULTIPLES: u64 = 50_000;
+/// Properties that an object of a schema may have or not.
+pub const MAX_OPTIONAL: usize = 400;
 
 /// What clients may ask for.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +108,7 @@ pub fn rows(defaults: &Limits) -> Vec<Row> {
         row("values of `logit_bias`", format!("-{MAX_BIAS} to {MAX_BIAS}"), ""),
         row("bytes of a schema or a regular expression, as JSON", MAX_FORM_BYTES, ""),
         row("parts of a regular expression, repetitions written out", MAX_REGEX_SIZE, ""),
+        row("properties of an object in a schema that are not required", MAX_OPTIONAL, ""),
         row("remainders of a `multipleOf`; of all in a schema", format!("{MAX_MULTIPLE}; {MAX_MULTIPLES}"), ""),
     ]
 }
