@@ -72,6 +72,7 @@ async fn server() -> SocketAddr {
         max_client_batch_size: 4,
         max_stop_sequences: 4,
         max_top_n_tokens: 5,
+        has_grammars: true,
         validation_workers: 2,
         payload_limit: 2_000_000,
         cors_allow_origin: vec![],

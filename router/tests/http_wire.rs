@@ -77,6 +77,7 @@ fn rig() -> Rig {
         max_client_batch_size: 4,
         max_stop_sequences: 4,
         max_top_n_tokens: 5,
+        has_grammars: true,
         validation_workers: 1,
         payload_limit: 2_000_000,
         cors_allow_origin: vec![],
