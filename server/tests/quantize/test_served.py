@@ -42,8 +42,8 @@ def test_the_server_s_perplexity_is_the_printed_one(method: str, size: int, resu
 
     proof = tiny.report(results / method, "proof")[0]
     assert run_ranks(size, work)[0] == pytest.approx(proof["perplexity_after"], rel=1e-4)
-    # Calibrated and judged on very little text, so the bound is wide.
-    assert proof["perplexity_before"] < proof["perplexity_after"] < 1.3 * proof["perplexity_before"]
+    # On so little text rounding may also make it a little less.
+    assert 0.9 * proof["perplexity_before"] < proof["perplexity_after"] < 1.1 * proof["perplexity_before"]
 
 
 def test_calibration_makes_gptq_clearly_better_than_rounding(results: Path, tmp_path: Path) -> None:
