@@ -226,7 +226,7 @@ def _places(order: Tensor, sizes: list[int]) -> Tensor:
 
 def _own_memory(num_bytes: int) -> Tensor:
     """uint8 in pages of its own. Among what loading makes and drops, what stays would keep the heap from shrinking."""
-    pages = mmap.mmap(-1, num_bytes)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
