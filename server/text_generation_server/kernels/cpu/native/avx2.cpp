@@ -34,13 +34,6 @@ template <int N>
 INLINE I shift_right(I value) { return {_mm256_srli_epi32(value.v, N)}; }
 template <int N>
 INLINE I shift_left(I value) { return {_mm256_slli_epi32(value.v, N)}; }
-INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + 2048, _MM_HINT_T0); }
-INLINE float from_bfloat16(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
 
 // Each column's 8 codes of `Bits` bits, as the low bits of an integer.
 template <int Bits>

@@ -9,6 +9,15 @@
 constexpr int kVectors = kColumns / kWidth;
 constexpr int kMicroColumns = 2 * kWidth;
 
+// Of every instruction set alike.
+INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + 2048, _MM_HINT_T0); }
+INLINE float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
 template <class Function, int... J>
 INLINE void unrolled(std::integer_sequence<int, J...>, Function &&function) {
     (function(std::integral_constant<int, J>{}), ...);
