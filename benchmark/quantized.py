@@ -2,7 +2,8 @@
 
 The model has TinyLlama's dimensions (1.1 billion parameters) and random weights, made here from a fixed seed; speed does
 not depend on what the numbers are. Each side is a process of its own that keeps its model; sides take turns, so that a
-machine that slows down in between favours none. Activations are bfloat16, but those of `float32`.
+machine that slows down in between favours none. Few sides stand in memory at once, and bfloat16 is one of them each time:
+a side is compared with the bfloat16 that took turns with it. Activations are bfloat16, but those of `float32`.
 
 Decode steps run against a cache of the stated length whose content is zeros, which costs what any content costs. Beside
 the figures stands what the memory allows: a step reads every weight that the side holds once. Peak memory is measured; of
@@ -227,6 +228,19 @@ def read_bandwidth(threads: int) -> float:
     return best
 
 
+Key = tuple[str, str, int, int]  # side, command, batch, length
+
+
+@dataclass
+class Figures:
+    """What was measured."""
+
+    loaded: dict[str, dict[str, Any]]
+    seconds: dict[Key, list[float]]  # of a step, each round
+    ratios: dict[Key, list[float]]  # bf16's seconds of the same turn by these
+    peaks: dict[Key, int]  # bytes
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
     """Run every side; the tables, and whether the limits held."""
     sides = {name: SIDES[name] for name in arguments.sides}
@@ -235,49 +249,56 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
             print(f"making {checkpoint}", file=sys.stderr, flush=True)
             make_checkpoint(checkpoint, folder / checkpoint)
     bandwidth = read_bandwidth(arguments.threads)
+    figures = Figures({}, {}, {}, {})
+    others = [name for name in sides if name != "bf16"]
+    size = max(1, arguments.at_once - 1)
+    for first in range(0, max(1, len(others)), size):
+        take_turns(
+            arguments, {"bf16": SIDES["bf16"]} | {n: sides[n] for n in others[first : first + size]}, folder, figures
+        )
+    figures.loaded = {name: figures.loaded[name] for name in sides}
+    return report(sides, figures, bandwidth, arguments.threads)
+
+
+def take_turns(arguments: argparse.Namespace, sides: dict[str, Side], folder: Path, figures: Figures) -> None:
+    """Measure sides that stand in memory together, bf16 first among them."""
     work_items = [("decode", b, n) for b in arguments.batches for n in arguments.contexts]
     work_items += [("prefill", 1, n) for n in arguments.prompts]
-    loaded: dict[str, dict[str, Any]] = {}
-    found: dict[tuple[str, str, int, int], list[float]] = {}
-    peaks: dict[tuple[str, str, int, int], int] = {}
     servers: dict[str, common.Server] = {}
     try:
         for name, side in sides.items():
             command = [sys.executable, __file__, "--work", str(folder / side.checkpoint)]
             command += ["--threads", str(arguments.threads), "--quantize", side.quantize or "", "--dtype", side.dtype]
             servers[name] = common.Server(command, log=folder / "log")
-            loaded[name] = json.loads(servers[name].read_line(LOAD_TIMEOUT_S))
-            print(f"{name}: {loaded[name]}", file=sys.stderr, flush=True)
+            figures.loaded[name] = json.loads(servers[name].read_line(LOAD_TIMEOUT_S))
+            print(f"{name}: {figures.loaded[name]}", file=sys.stderr, flush=True)
         for turn in range(arguments.rounds):
             for item in work_items:
                 if turn and item[0] == "prefill":
                     continue  # long enough that once is telling
+                base = 0.0
                 for name, server in servers.items():
                     server.write_line(" ".join(map(str, item)))
                     answer = json.loads(server.read_line(ROUND_TIMEOUT_S))
-                    found.setdefault((name, *item), []).append(answer["s"])
-                    peaks[(name, *item)] = max(peaks.get((name, *item), 0), answer["peak_bytes"])
-                print(item, {n: round(found[(n, *item)][-1] * 1e3, 1) for n in servers}, file=sys.stderr, flush=True)
+                    base = base or answer["s"]
+                    key = (name, *item)
+                    figures.seconds.setdefault(key, []).append(answer["s"])
+                    figures.ratios.setdefault(key, []).append(base / answer["s"])
+                    figures.peaks[key] = max(figures.peaks.get(key, 0), answer["peak_bytes"])
+                line = {name: round(figures.seconds[(name, *item)][-1] * 1e3, 1) for name in servers}
+                print(item, line, file=sys.stderr, flush=True)
     finally:
         for server in servers.values():
             server.__exit__(None, None, None)
-    return report(arguments, sides, loaded, found, peaks, bandwidth)
 
 
-def report(
-    arguments: argparse.Namespace,
-    sides: dict[str, Side],
-    loaded: dict[str, dict[str, Any]],
-    found: dict[tuple[str, str, int, int], list[float]],
-    peaks: dict[tuple[str, str, int, int], int],
-    bandwidth: float,
-) -> tuple[str, bool]:
+def report(sides: dict[str, Side], figures: Figures, bandwidth: float, threads: int) -> tuple[str, bool]:
     """The tables in markdown."""
     held = True
     mib = 2**20
     # Of a block, as the checkpoint stores it: a 22nd of everything but embedding and head.
     rows = []
-    for name, facts in loaded.items():
+    for name, facts in figures.loaded.items():
         layer = (facts["file_bytes"] - 2 * 32000 * 2048 * 2) / 22
         limit = 1.25 * facts["file_bytes"] + layer
         within = facts["peak_bytes"] <= limit
@@ -290,24 +311,24 @@ def report(
         ])  # fmt: skip
     head = ["", "load s", "file MiB", "held MiB", "peak MiB", "limit: file + 25 % + a layer", "", "rows stable"]
     parts = ["## Loading and memory\n", common.table(head, rows)]
-    for command, batch, length in dict.fromkeys((c, b, n) for _, c, b, n in found):
+    for command, batch, length in dict.fromkeys(key[1:] for key in figures.seconds):
         tokens = batch if command == "decode" else batch * length
         title = f"decode, batch {batch}, {length} tokens before" if command == "decode" else f"prefill of {length}"
         rows = []
-        for name in loaded:
-            seconds = found[(name, command, batch, length)]
-            ratios = [a / b for a, b in zip(found[("bf16", command, batch, length)], seconds, strict=True)]
+        for name, facts in figures.loaded.items():
+            key = (name, command, batch, length)
+            seconds, ratios = figures.seconds[key], figures.ratios[key]
             rate = tokens / statistics.median(seconds)
-            bound = tokens * bandwidth / loaded[name]["plan_bytes"]
+            bound = tokens * bandwidth / facts["plan_bytes"]
             rows.append([
                 name, f"{1e3 * statistics.median(seconds):,.1f}", f"{rate:,.1f}", common.spread(ratios, 2),
-                f"{bound:,.1f}" if command == "decode" else "", f"{peaks[(name, command, batch, length)] / mib:,.0f}",
+                f"{bound:,.1f}" if command == "decode" else "", f"{figures.peaks[key] / mib:,.0f}",
             ])  # fmt: skip
             if name == "gptq 4 bits g128" and command == "decode" and batch in (1, 4):
                 held = held and statistics.median(ratios) >= 1
         head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)", "what the memory allows, tokens/s", "peak MiB"]
         parts += [f"\n## {title[0].upper()}{title[1:]}\n", common.table(head, rows)]
-    parts.append(f"\nRead bandwidth with {arguments.threads} threads: {bandwidth / 1e9:.1f} GB/s.")
+    parts.append(f"\nRead bandwidth with {threads} threads: {bandwidth / 1e9:.1f} GB/s.")
     parts.append(
         "Limits: peak memory of the gptq checkpoints; decode of `gptq 4 bits g128` at batch 1 and 4 not slower than bf16: "
         f"**{'held' if held else 'NOT HELD'}**."
@@ -319,6 +340,7 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="what to compare")
+    parser.add_argument("--at-once", type=int, default=5, help="sides that stand in memory together, bf16 among them")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences that decode together")
     parser.add_argument("--contexts", type=int, nargs="+", default=[32, 512, 2048], help="tokens before, at most 2048")
