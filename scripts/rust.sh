@@ -15,7 +15,7 @@ if ! command -v cargo >/dev/null; then
         as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rustup >/dev/null
     else
         echo "install: rustup, by its own installer"
-        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --no-modify-path --profile minimal --default-toolchain none
+        curl --proto '=https' --tlsv1.2 -sSf https://static.rust-lang.org/rustup/rustup-init.sh | sh -s -- -y --no-modify-path --profile minimal --default-toolchain none
     fi
 fi
 # rustup takes the version from rust-toolchain.toml and installs it if it is not there.
