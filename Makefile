@@ -15,8 +15,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
+# Programs are built with it; the same everywhere, so that no step builds again what another has built.
+export GIT_COMMIT := $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 
-.PHONY: help install run check test test-full test-rust test-python test-integration matrix simulate bench clean
+.PHONY: help install uninstall wheel docs run check test test-full test-rust test-python test-integration matrix simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
@@ -27,7 +29,9 @@ help:
 	@echo "make matrix    write the support matrix of docs/quantization.md from the tests"
 	@echo "make simulate  a million random schedules of the scheduler (COUNT=..., FIRST=...)"
 	@echo "make bench     the benchmarks; see benchmark/README.md"
-	@echo "make clean     remove what was built"
+	@echo "make wheel     dist/*.whl: everything, for pip install"
+	@echo "make docs      the documentation as pages, to site/"
+	@echo "make clean     remove what was built; make uninstall is the same"
 
 install:
 	@scripts/install.sh
@@ -41,6 +45,7 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd server && ../$(VENV)/bin/mypy
+	$(VENV)/bin/mkdocs build --strict --quiet
 	$(PYTHON) -m pytest -q server/tests/test_tidy.py
 	$(PYTHON) -m pytest -q integration-tests/test_tidy.py
 
@@ -73,5 +78,14 @@ simulate:
 bench: install
 	$(PYTHON) benchmark/run_all.py
 
+wheel:
+	@scripts/wheel.sh
+
+docs: install
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+# Nothing is ever written outside of this folder, but for packages of the system and the Rust toolchain.
+uninstall: clean
+
 clean:
-	rm -rf target $(VENV) server/build server/*.egg-info server/text_generation_server/pb
+	rm -rf target dist site $(VENV) server/build server/*.egg-info server/text_generation_server/pb

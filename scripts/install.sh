@@ -37,22 +37,8 @@ python=$(find_python) || fail "no Python 3.11, 3.12 or 3.13 with venv was found;
 
 # Rust ------------------------------------------------------------------------------------------------------------
 
+scripts/rust.sh
 export PATH="$HOME/.cargo/bin:$PATH"
-wanted=$(sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
-if ! command -v cargo >/dev/null; then
-    if apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]'; then
-        say "rustup, from the system's packages"
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rustup >/dev/null
-    else
-        say "rustup, by its own installer"
-        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --no-modify-path --profile minimal --default-toolchain none
-    fi
-fi
-# rustup takes the version from rust-toolchain.toml and installs it if it is not there.
-found=$(cargo --version | cut -d' ' -f2) || fail "cargo $wanted could not be set up"
-if [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -1)" != "$wanted" ]; then
-    fail "cargo is $found, $wanted or newer is needed. Install rustup, or remove the older cargo from PATH"
-fi
 
 # Python packages, and release builds at the same time: the former wait for the network, the latter for the processor --
 
@@ -83,6 +69,9 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ] || [ ! -e "$kernels/lib
     packages=$!
 fi
 
+# What the programs say they are.
+GIT_COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null || true)
+export GIT_COMMIT
 binaries=(text-generation-launcher text-generation-router text-generation-benchmark)
 say "release builds (a few minutes the first time): ${binaries[*]}"
 built=0

@@ -1,8 +1,13 @@
-"""Generates `text_generation_server/pb/` and builds the kernels, for wheels and for editable installs."""
+"""Generates `text_generation_server/pb/` and builds the kernels, for wheels and for editable installs.
+
+The environment's TEXT_GENERATION_BINARIES names the folder of the Rust programs that a wheel is to bring along,
+GIT_COMMIT what it is made from (`scripts/wheel.sh` sets both).
+"""
 
 import os
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -11,6 +16,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 PROTO = HERE.parent / "proto"
 TARGET = HERE / "text_generation_server" / "pb"
+PROGRAMS = ("text-generation-launcher", "text-generation-router", "text-generation-benchmark")
 KERNELS = HERE / "text_generation_server" / "kernels" / "cpu" / "native"
 
 
@@ -41,6 +47,8 @@ class Build(build_py):
         generate()
         build_kernels()
         super().run()
+        if not self.editable_mode and (commit := os.environ.get("GIT_COMMIT")):
+            (Path(self.build_lib) / "text_generation_server" / "commit.txt").write_text(f"{commit}\n")
 
 
 class BinaryDistribution(Distribution):
@@ -50,4 +58,15 @@ class BinaryDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": Build}, distclass=BinaryDistribution)
+def version() -> str:
+    """The workspace's, which all programs have."""
+    return str(tomllib.loads((HERE.parent / "Cargo.toml").read_text())["workspace"]["package"]["version"])
+
+
+def programs() -> list[tuple[str, list[str]]]:
+    """What goes into the environment's `bin`, beside the scripts."""
+    folder = os.environ.get("TEXT_GENERATION_BINARIES")
+    return [("bin", [os.path.relpath(Path(folder) / name, HERE) for name in PROGRAMS])] if folder else []
+
+
+setup(version=version(), data_files=programs(), cmdclass={"build_py": Build}, distclass=BinaryDistribution)

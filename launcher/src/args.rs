@@ -44,7 +44,7 @@ pub struct Args {
     /// The group size of gptq weights, where no file of the checkpoint says it; -1: one group.
     #[arg(long, env, allow_negative_numbers = true, help_heading = MODEL)]
     pub gptq_groupsize: Option<i32>,
-    /// Lets code that comes with the model run, and lets files be unpickled.
+    /// Accepted for scripts that give it: no model that is served needs code of its own, and nothing is ever unpickled.
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = MODEL)]
     pub trust_remote_code: bool,
     /// Where models from the hub are kept.
@@ -188,6 +188,9 @@ pub struct Args {
     /// What to tell the user about flags that have no effect here.
     #[arg(skip)]
     pub notices: Vec<String>,
+    /// Number and commit of this build.
+    #[arg(skip)]
+    pub version: &'static str,
 }
 
 /// The type that a model is computed in.
@@ -399,14 +402,24 @@ fn sentence(text: &str) -> String {
     characters.next().map(|first| first.to_uppercase().chain(characters).chain(['.']).collect()).unwrap_or_default()
 }
 
-/// Reads command line and environment.
+/// Reads command line and environment. `commit`: what this was built from.
 ///
 /// # Errors
 ///
 /// What clap refuses (also `--help` and `--version`), a flag that is not served yet, a host name that is no address.
-pub fn parse(argv: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Args, clap::Error> {
-    let matches = command().try_get_matches_from(argv)?;
+pub fn parse(
+    argv: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+    commit: Option<&str>,
+) -> Result<Args, clap::Error> {
+    let number = env!("CARGO_PKG_VERSION");
+    // Once in a process; clap wants to keep it.
+    let version: &str = match commit.filter(|commit| !commit.is_empty()) {
+        Some(commit) => format!("{number} ({commit})").leak(),
+        None => number,
+    };
+    let matches = command().version(version).mut_args(without_empty_variable).try_get_matches_from(argv)?;
     let mut args = Args::from_arg_matches(&matches)?;
+    args.version = version;
     let (notices, refusals) = judge_foreign(&matches);
     if !refusals.is_empty() {
         return Err(usage(refusals.join("\n       ")));
@@ -421,6 +434,12 @@ pub fn parse(argv: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Res
     }
     settle_hostname(&mut args, matches.value_source("hostname"))?;
     Ok(args)
+}
+
+/// Container templates set variables to nothing where they mean to leave them out.
+fn without_empty_variable(arg: clap::Arg) -> clap::Arg {
+    let is_empty = arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    if is_empty { arg.env(None::<&str>) } else { arg }
 }
 
 /// A usage error (exit code 2) in clap's form.
@@ -475,7 +494,7 @@ mod tests {
     use super::*;
 
     fn parsed(flags: &[&str]) -> Result<Args, clap::Error> {
-        parse([&["launcher", "--model-id", "m"], flags].concat())
+        parse([&["launcher", "--model-id", "m"], flags].concat(), None)
     }
 
     fn refusal(flags: &[&str]) -> String {
@@ -579,7 +598,7 @@ mod tests {
 
     #[test]
     fn a_model_id_is_never_taken_for_a_flag_of_a_child() {
-        let error = parse(["launcher", "--model-id=-h"]).unwrap_err();
+        let error = parse(["launcher", "--model-id=-h"], None).unwrap_err();
         assert!(error.to_string().contains("--model-id \"-h\""), "{error}");
     }
 }

@@ -12,8 +12,8 @@ use crate::{args, logs, reaper};
 /// What the end of the log is given to be written.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// All of it.
-pub fn main() -> ExitCode {
+/// All of it. `commit` is what the program was built from, where that is known.
+pub fn main(commit: Option<&'static str>) -> ExitCode {
     let argv: Vec<_> = std::env::args_os().collect();
     if let [_, word, directory] = argv.as_slice()
         && word == reaper::ARGUMENT
@@ -23,7 +23,7 @@ pub fn main() -> ExitCode {
             Err(error) => fail(&format!("reaper: {error}")),
         };
     }
-    let args = args::parse(argv).unwrap_or_else(|error| error.exit());
+    let args = args::parse(argv, commit).unwrap_or_else(|error| error.exit());
     let format = if args.json_output { Format::Json } else { Format::Text };
     let output = match Output::start(format, std::io::stdout()) {
         Ok(output) => output,

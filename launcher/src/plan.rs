@@ -382,7 +382,7 @@ mod tests {
     use crate::args::parse;
 
     fn args(flags: &str) -> Args {
-        parse(["launcher", "--model-id", "models/m"].into_iter().chain(flags.split_whitespace())).unwrap()
+        parse(["launcher", "--model-id", "models/m"].into_iter().chain(flags.split_whitespace()), None).unwrap()
     }
 
     fn machine() -> Machine {

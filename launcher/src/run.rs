@@ -156,7 +156,7 @@ async fn prepare_and_supervise(
 }
 
 fn tell_start(args: &Args, machine: &Machine) {
-    info!("text-generation-launcher {} for {}", env!("CARGO_PKG_VERSION"), args.model_id);
+    info!("text-generation-launcher {} for {}", args.version, args.model_id);
     if args.env {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         info!("system: Linux {} on {}", kernel.trim(), std::env::consts::ARCH);

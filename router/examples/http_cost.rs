@@ -66,6 +66,7 @@ async fn server() -> SocketAddr {
     let config = Config {
         model_id: "m".into(),
         revision: None,
+        commit: None,
         compute_type: None,
         max_concurrent_requests: 1024,
         max_best_of: 2,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Parser};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
 /// Batches requests continuously and sends them, step by step, to the shards of one model.
 #[derive(Clone, Debug, Parser)]
@@ -119,6 +119,10 @@ pub struct Args {
     /// For tests of crashes: a file that tells this process when to kill itself.
     #[arg(long, env = "ROUTER_FAULT_FILE", hide = true)]
     pub fault_file: Option<PathBuf>,
+
+    /// What this program was built from.
+    #[arg(skip)]
+    pub commit: Option<&'static str>,
 }
 
 /// What clients may ask for.
@@ -204,7 +208,22 @@ pub struct KeyFileError {
     reason: String,
 }
 
+/// Number and commit of a build, for clap, which wants to keep it: to be called once in a process.
+pub fn version(commit: Option<&str>) -> &'static str {
+    let number = env!("CARGO_PKG_VERSION");
+    match commit.filter(|commit| !commit.is_empty()) {
+        Some(commit) => format!("{number} ({commit})").leak(),
+        None => number,
+    }
+}
+
 impl Args {
+    /// Reads command line and environment, or ends the process with what clap says.
+    pub fn parse_with(commit: Option<&'static str>) -> Self {
+        let matches = Self::command().version(version(commit)).get_matches();
+        Self { commit, ..Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()) }
+    }
+
     /// Where to listen.
     pub fn address(&self) -> SocketAddr {
         let ip = self.hostname.parse().unwrap_or_else(|_| {

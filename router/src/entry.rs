@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use tokio::net::TcpListener;
@@ -30,9 +30,10 @@ use crate::{admin, http, telemetry};
 /// How long answers may take to reach their clients after the last sequence has ended.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// All of it.
-pub fn main() -> ExitCode {
-    let args = Args::parse();
+/// All of it. `commit` is what the program was built from, where that is known.
+pub fn main(commit: Option<&'static str>) -> ExitCode {
+    let commit = commit.filter(|commit| !commit.is_empty());
+    let args = Args::parse_with(commit);
     if let Err(contradiction) = args.validate() {
         Args::command().error(clap::error::ErrorKind::ValueValidation, contradiction).exit();
     }
@@ -153,6 +154,7 @@ fn http_config(args: Args, parts: HttpParts) -> http::Config {
     http::Config {
         model_id: args.model_id,
         revision: args.revision,
+        commit: args.commit,
         compute_type: args.compute_type,
         max_concurrent_requests: args.limits.max_concurrent_requests,
         max_best_of: args.limits.max_best_of,

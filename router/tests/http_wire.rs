@@ -71,6 +71,7 @@ fn rig() -> Rig {
     let config = Config {
         model_id: "m".into(),
         revision: None,
+        commit: None,
         compute_type: None,
         max_concurrent_requests: 8,
         max_best_of: 2,

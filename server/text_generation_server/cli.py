@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .errors import ShardError
+from .version import version
 
 app = typer.Typer(
     help="Tensor-parallel shard of a text generation server. `text-generation-launcher` starts it.",
@@ -16,6 +17,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Number and commit of this build, and nothing else."""
+    if wanted:
+        typer.echo(f"text-generation-server {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before any command."""
+
 
 Model = Annotated[str, typer.Argument(envvar="MODEL_ID", help="Folder of the model, or its id on the hub.")]
 Revision = Annotated[str | None, typer.Option(envvar="REVISION", help="Branch, tag or commit on the hub.")]

@@ -73,7 +73,7 @@ pub(super) struct Info {
     max_client_batch_size: usize,
     router: &'static str,
     version: &'static str,
-    sha: Option<String>,
+    sha: Option<&'static str>,
     docker_label: Option<String>,
 }
 
@@ -97,7 +97,7 @@ pub(super) async fn info(extract::State(state): Shared) -> Result<Json<Info>, Ap
         max_client_batch_size: config.max_client_batch_size,
         router: "text-generation-router",
         version: env!("CARGO_PKG_VERSION"),
-        sha: None,
+        sha: config.commit,
         docker_label: None,
     }))
 }

@@ -42,6 +42,8 @@ pub struct Config {
     pub model_id: String,
     /// Its revision, where one was named.
     pub revision: Option<String>,
+    /// The commit that this program was built from, where that is known.
+    pub commit: Option<&'static str>,
     /// What the header `x-compute-type` says, if not the shards' device.
     pub compute_type: Option<HeaderValue>,
     /// Requests at once.

@@ -72,6 +72,7 @@ pub fn config() -> Config {
     Config {
         model_id: "docs".into(),
         revision: None,
+        commit: None,
         compute_type: None,
         max_concurrent_requests: 4,
         max_best_of: 2,

@@ -1,0 +1,98 @@
+# Images that serve a model: `docker build --target cpu -t text-generation .`, or `--target cuda`, `--target sagemaker`.
+#
+#   docker run -p 8080:80 -v $PWD/data:/data text-generation --model-id M --quantize gptq
+#
+# Build arguments:
+#   BASE              what every stage stands on: a Debian or Ubuntu with Python 3.11 to 3.13 in its packages
+#   TORCH_INDEX_URL   another index for torch in the `cpu` target: with the one of torch's CPU-only wheels the image has about
+#                     1.5 GB; the default index has the CUDA build, which computes on CPUs too and has about 5 GB
+#   GIT_COMMIT        what the programs say they are built from
+
+ARG BASE=debian:bookworm-slim
+
+# Programs and kernels ------------------------------------------------------------------------------------------------
+
+FROM ${BASE} AS build
+RUN apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        build-essential ca-certificates curl python3 python3-venv >/dev/null
+WORKDIR /build
+COPY rust-toolchain.toml ./
+COPY scripts/rust.sh scripts/
+RUN scripts/rust.sh
+ENV PATH=/root/.cargo/bin:$PATH
+COPY . .
+ARG GIT_COMMIT=
+# The caches keep what was compiled before: a change of the sources compiles these alone.
+RUN --mount=type=cache,target=/root/.cargo/registry --mount=type=cache,target=/build/target \
+    cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark \
+    && mkdir -p /programs \
+    && for name in launcher router benchmark; do strip -o /programs/text-generation-$name target/release/text-generation-$name; done
+RUN python3 -m venv /wheel \
+    && /wheel/bin/pip install -q $(grep -E '^(setuptools|grpcio-tools)==' server/requirements.lock) wheel \
+    && TEXT_GENERATION_BINARIES=/programs /wheel/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /dist ./server \
+    && grep -v '^-' server/requirements.lock > /dist/constraints.txt
+
+# What the wheel needs, by processor ------------------------------------------------------------------------------------
+
+FROM build AS environment-cpu
+ARG TORCH_INDEX_URL=
+RUN python3 -m venv /opt/text-generation \
+    && /opt/text-generation/bin/pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /dist/constraints.txt)" \
+    && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
+    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip*
+
+FROM build AS environment-cuda
+RUN python3 -m venv /opt/text-generation \
+    && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
+    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip*
+
+# What is shipped: no compiler, no package manager of Python or Rust ---------------------------------------------------
+
+FROM ${BASE} AS runtime
+RUN apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        ca-certificates libstdc++6 python3 >/dev/null \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --user-group --create-home text-generation \
+    && install -d -o text-generation -g text-generation /data
+ENV PATH=/opt/text-generation/bin:$PATH \
+    HF_HOME=/data \
+    HUGGINGFACE_HUB_CACHE=/data \
+    PORT=80 \
+    PYTHONDONTWRITEBYTECODE=1
+VOLUME /data
+EXPOSE 80
+# Ready, or still getting ready; the first minutes of a large model are its start.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health\", timeout=4)"]
+LABEL org.opencontainers.image.title="text-generation" \
+    org.opencontainers.image.description="Serves language models, quantized ones above all" \
+    org.opencontainers.image.licenses="Apache-2.0"
+STOPSIGNAL SIGTERM
+WORKDIR /data
+ENTRYPOINT ["text-generation-launcher"]
+
+FROM runtime AS cuda
+COPY --from=environment-cuda /opt/text-generation /opt/text-generation
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ARG GIT_COMMIT=
+LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
+USER text-generation
+
+FROM runtime AS sagemaker
+COPY --from=environment-cpu /opt/text-generation /opt/text-generation
+COPY deploy/entrypoint-sagemaker.sh /usr/local/bin/
+ENV PORT=8080
+EXPOSE 8080
+ARG GIT_COMMIT=
+LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
+USER text-generation
+ENTRYPOINT ["entrypoint-sagemaker.sh"]
+
+# The last one is what `docker build` makes without a target.
+FROM runtime AS cpu
+COPY --from=environment-cpu /opt/text-generation /opt/text-generation
+ARG GIT_COMMIT=
+LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
+USER text-generation

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Builds a target of the Dockerfile without a Docker engine, and runs its entry point from the image's own root file system:
+# as its own user, root read-only, 64 MiB of /dev/shm, a model under /data. As root, on a Debian with network; takes about
+# ten minutes the first time.
+#
+#   deploy/tests/image.sh [cpu|sagemaker]     TORCH_INDEX_URL=... and BASE=... are passed on as build arguments
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. deploy/tests/common.sh
+target=${1:-cpu}
+[ "$(id -u)" = 0 ] || fail "expected to be root: a root file system is made and entered"
+for tool in buildah debootstrap; do
+    command -v $tool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $tool >/dev/null; }
+done
+export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+image=localhost/text-generation:$target
+
+# A base as the public one is, where none can be pulled.
+base=${BASE:-}
+if [ -z "$base" ]; then
+    base=localhost/debian:bookworm
+    if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
+        deploy/tests/root_file_system.sh bookworm target/deploy/bookworm
+        container=$(buildah from scratch)
+        buildah add -q "$container" target/deploy/bookworm / >/dev/null
+        buildah commit -q "$container" "$base" >/dev/null
+        buildah rm "$container" >/dev/null
+    fi
+fi
+
+# What package clients need to know of this machine stays outside of the image: it is mounted while commands run.
+mounts=()
+for path in /etc/ssl/certs /usr/share/ca-certificates /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
+    if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
+done
+start=$SECONDS
+buildah bud -q --layers --target "$target" --build-arg BASE="$base" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
+    --build-arg GIT_COMMIT="$(git rev-parse --short=12 HEAD)" "${mounts[@]}" -t "$image" . >/dev/null
+container=$(buildah from "$image")
+root=$(buildah mount "$container")
+say "built in $((SECONDS - start)) s, $(du -sh "$root" | cut -f1) on disk"
+
+work=$(mktemp -d)
+server=
+finish() {
+    [ -z "$server" ] || kill -TERM "$server" 2>/dev/null || true
+    buildah umount "$container" >/dev/null || true
+    buildah rm "$container" >/dev/null || true
+    rm -rf "$work"
+}
+trap finish EXIT
+setting() { buildah inspect --type image --format "$1" "$image"; }
+user=$(setting '{{.OCIv1.Config.User}}')
+[ "$user" = text-generation ] || fail "the image's user is '$user', expected text-generation"
+mapfile -t environment < <(setting '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' | grep .)
+mapfile -t entry < <(setting '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' | grep .)
+for tool in cc c++ gcc cargo pip git; do
+    ! chroot "$root" sh -c "PATH=/opt/text-generation/bin:\$PATH command -v $tool" >/dev/null || fail "$tool is in the image"
+done
+
+# enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has; /data
+# is writable or readonly.
+VARIABLES=()
+enter() {
+    local mode=$1
+    shift
+    exec unshare --mount --propagation private bash -c '
+        set -e
+        root=$1 data=$2 mode=$3; shift 3
+        mount --bind "$root" "$root"
+        mount -t proc proc "$root/proc"
+        mount --rbind /dev "$root/dev"
+        mount -t tmpfs -o size=64m,mode=1777 tmpfs "$root/dev/shm"
+        mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+        mount --bind "$data" "$root/data"
+        [ "$mode" = writable ] || mount -o remount,bind,ro "$root/data"
+        mount -o remount,bind,ro "$root"
+        exec chroot --userspec=text-generation:text-generation "$root" "$@"
+    ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
+}
+mkdir "$work/data"
+cp -r models/docs-llama-7m-gptq-4bit-g128 "$work/data/model"
+chown -R 1000:1000 "$work/data"
+port=$(free_port)
+VARIABLES=(PORT="$port")
+arguments=(--model-id /data/model --quantize gptq)
+if [ "$target" = sagemaker ]; then
+    VARIABLES+=(HF_MODEL_ID=/data/model HF_MODEL_QUANTIZE=gptq SM_NUM_GPUS=2)
+    arguments=()
+fi
+(enter writable "${arguments[@]}") >"$work/log" 2>&1 &
+server=$!
+seconds=$(wait_ready "$port" "$server" "$work/log")
+say "ready after $seconds s"
+answers "$port"
+grep -q "native kernels: avx" "$work/log" || { cat "$work/log"; fail "the image's kernels are not used"; }
+if [ "$target" = sagemaker ]; then
+    [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$port/ping")" = 200 ] || fail "/ping is not 200"
+    [ "$(grep -c 'rank 1' "$work/log")" -gt 0 ] || fail "SM_NUM_GPUS=2 did not make two ranks"
+fi
+# A stream that is running when SIGTERM comes is finished.
+curl -sN "http://127.0.0.1:$port/generate_stream" -H 'Content-Type: application/json' \
+    -d '{"inputs": "In the beginning", "parameters": {"max_new_tokens": 200}}' >"$work/stream" &
+stream=$!
+until grep -q '^data:' "$work/stream" 2>/dev/null; do sleep 0.05; done
+kill -TERM "$server"
+wait "$stream" || fail "the stream broke off"
+grep '^data:' "$work/stream" | tail -1 | grep -q '"generated_text":"' || fail "SIGTERM cut a stream: $(tail -c 300 "$work/stream")"
+code=0; wait "$server" || code=$?; server=
+[ "$code" = 0 ] || fail "SIGTERM: found exit code $code, expected 0"
+say "a stream was finished after SIGTERM, exit code 0"
+
+# What goes wrong, goes wrong at once, with one message.
+refused() {
+    local expected=$1 mode=$2 code=0
+    shift 2
+    timeout 60 bash -c "$(declare -f enter); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
+    [ "$code" != 0 ] && [ "$code" != 124 ] || { cat "$work/log"; fail "$*: found exit code $code"; }
+    grep -q "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
+    say "refused: $(grep -m1 "$expected" "$work/log" | cut -c1-150)"
+}
+if [ "$target" = cpu ]; then
+    refused "unexpected argument '--no-such-flag'" writable --no-such-flag
+    refused "/data/none" writable --model-id /data/none
+    refused "device cuda" writable --model-id /data/model --device cuda
+    python3 -c "import socket, sys, time; s = socket.socket(); s.bind(('0.0.0.0', $port)); s.listen(); time.sleep(60)" & holder=$!
+    sleep 0.5
+    refused "$port" writable --model-id /data/model
+    kill "$holder"
+    HF_VARIABLES=("${VARIABLES[@]}")
+    VARIABLES=("${HF_VARIABLES[@]}" HF_ENDPOINT=http://127.0.0.1:9)
+    refused "org/model" readonly --model-id org/model
+else
+    VARIABLES=(PORT="$port")
+    refused "HF_MODEL_ID is not set" writable
+fi
+say "done"

@@ -1,0 +1,95 @@
+"""What stands under deploy/, as far as it can be judged without an engine of containers."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from support.server import BINARIES
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ENTRY = ROOT / "deploy" / "entrypoint-sagemaker.sh"
+
+
+def entry(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The SageMaker entry with a launcher that prints its arguments and environment."""
+    launcher = folder / "text-generation-launcher"
+    launcher.write_text('#!/bin/sh\necho "$@"\nenv\n')
+    launcher.chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", **environment}
+    return subprocess.run([ENTRY, *arguments], env=variables, capture_output=True, text=True, timeout=10, check=False)
+
+
+def test_the_sagemaker_entry_tells_the_launcher_what_it_was_told(tmp_path: Path) -> None:
+    done = entry(
+        tmp_path, "--json-output", HF_MODEL_ID="org/model", HF_MODEL_REVISION="v1", SM_NUM_GPUS="2",
+        HF_MODEL_QUANTIZE="gptq", HF_MODEL_TRUST_REMOTE_CODE="true", PORT="8080",
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0] == "--port 8080 --json-output", done
+    expected = {"MODEL_ID=org/model", "REVISION=v1", "NUM_SHARD=2", "QUANTIZE=gptq", "TRUST_REMOTE_CODE=true"}
+    assert expected <= set(lines), lines
+
+
+def test_the_sagemaker_entry_leaves_out_what_is_empty(tmp_path: Path) -> None:
+    done = entry(tmp_path, HF_MODEL_ID="org/model", HF_MODEL_QUANTIZE="", SM_NUM_GPUS="0")
+    assert done.returncode == 0 and not re.search(r"^(QUANTIZE|NUM_SHARD|REVISION)=", done.stdout, re.MULTILINE), done
+
+
+def test_the_sagemaker_entry_wants_a_model(tmp_path: Path) -> None:
+    done = entry(tmp_path)
+    assert done.returncode == 1 and "HF_MODEL_ID is not set" in done.stderr, done
+
+
+def test_an_empty_variable_is_one_left_out() -> None:
+    command = [BINARIES / "text-generation-launcher", "--model-id", "no/such/folder/anywhere"]
+    empty = {"QUANTIZE": "", "NUM_SHARD": "", "PORT": "", "API_KEY_FILE": "", "DTYPE": "", "JSON_OUTPUT": ""}
+    done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and "there is no such directory" in done.stdout + done.stderr, done
+
+
+def test_all_programs_have_one_version() -> None:
+    names = ["launcher", "router", "server", "benchmark"]
+    outputs = [
+        subprocess.run([BINARIES / f"text-generation-{name}", "--version"], capture_output=True, text=True, check=True)
+        for name in names
+    ]
+    versions = {done.stdout.split(" ", 1)[1].strip() for done in outputs}
+    assert len(versions) == 1, versions
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"\d+\.\d+\.\d+ \([0-9a-f]{12}\)", versions.pop())
+
+
+def test_what_the_dockerfile_copies_is_not_ignored() -> None:
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    from_context = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = [name for line in from_context for name in line.split() if name != "."]
+    assert sources
+    assert not [name for name in sources if not any(name == keep or name.startswith(f"{keep}/") for keep in kept)]
+    assert not [name for name in kept if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("member", ["launcher", "router", "router/scheduler", "benchmark"])
+def test_the_image_is_built_from_every_member(member: str) -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert any(member == keep or member.startswith(f"{keep}/") or keep == f"{member}/src" for keep in kept)
+
+
+def test_no_registry_and_no_secret_stands_in_the_image() -> None:
+    assert not re.search(r"https?://(?!127\.0\.0\.1)|TOKEN|API_KEY", DOCKERFILE)
+
+
+def test_the_compose_file_names_what_is_there() -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "deploy" / "compose"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    assert set(services) == {"server", "prometheus", "grafana"}
+    assert (folder / services["server"]["build"]["context"]).resolve() == ROOT
+    mounted = [volume.split(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]]
+    assert not [path for path in mounted if not (folder / path).exists()]
+    scraped = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"][0]
+    assert scraped["targets"] == ["server:80"]
+    json.loads((ROOT / "assets" / "grafana.json").read_text())

@@ -1,0 +1,70 @@
+//! `docs/launcher.md` is written from the parser: `WRITE=1 cargo test -p text-generation-launcher --test reference`.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Write;
+use std::path::Path;
+
+use clap::Arg;
+
+const HEAD: &str = "# Launcher reference
+
+Every flag of `text-generation-launcher`, as `--help` prints it; written from the parser by a test. Each flag is also a variable of
+the environment, of the name in the second column; a flag on the command line wins over it, and an empty variable counts as left out.
+";
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ").replace('<', "&lt;")
+}
+
+fn row(arg: &Arg) -> Option<String> {
+    let flag = format!("`--{}`", arg.get_long()?);
+    let short = arg.get_short().map(|short| format!(", `-{short}`")).unwrap_or_default();
+    let env = arg.get_env().map(|name| format!("`{}`", name.to_string_lossy())).unwrap_or_default();
+    let default = arg.get_default_values().iter().map(|value| format!("`{}`", value.to_string_lossy()));
+    let default = default.collect::<Vec<_>>().join(", ");
+    let possible = arg.get_possible_values();
+    let is_switch = !arg.get_action().takes_values();
+    let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
+    let mut help = format!("{}.", cell(help.trim_end_matches('.')));
+    let is_boolean = possible.iter().any(|value| value.get_name() == "yes");
+    if !possible.is_empty() && !is_boolean && !is_switch && !arg.is_hide_possible_values_set() {
+        help.push_str(" One of:");
+        for value in &possible {
+            let meaning = value.get_help().map(|help| format!(" ({})", cell(help.to_string().trim_end_matches('.'))));
+            write!(help, " `{}`{},", value.get_name(), meaning.unwrap_or_default()).unwrap();
+        }
+        help.pop();
+        help.push('.');
+    }
+    Some(format!("| {flag}{short} | {env} | {} | {help} |\n", if is_switch { "" } else { default.as_str() }))
+}
+
+fn reference() -> String {
+    let command = text_generation_launcher::args::command();
+    let mut sections: Vec<(String, String)> = Vec::new();
+    for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
+        let (Some(heading), Some(row)) = (arg.get_help_heading(), row(arg)) else { continue };
+        match sections.iter_mut().find(|(name, _)| name == heading) {
+            Some((_, rows)) => rows.push_str(&row),
+            None => sections.push((heading.to_owned(), row)),
+        }
+    }
+    let table = |(name, rows): &(String, String)| {
+        format!("\n## {name}\n\n| flag | variable | default | |\n|---|---|---|---|\n{rows}")
+    };
+    HEAD.to_owned() + &sections.iter().map(table).collect::<String>()
+}
+
+#[test]
+fn the_launcher_reference_is_that_of_the_parser() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/launcher.md");
+    if std::env::var_os("WRITE").is_some() {
+        std::fs::write(&path, reference()).unwrap();
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == reference(),
+        "docs/launcher.md is old: WRITE=1 cargo test -p text-generation-launcher --test reference"
+    );
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds the wheel that brings everything: the Python package, its kernels, and the Rust programs. To dist/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/install.sh
+GIT_COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null || true)
+export GIT_COMMIT
+programs=target/wheel
+# What an earlier build listed is listed anew.
+rm -rf "$programs" server/build server/*.egg-info/SOURCES.txt dist
+mkdir -p "$programs"
+for name in text-generation-launcher text-generation-router text-generation-benchmark; do
+    strip -o "$programs/$name" "target/release/$name"
+done
+TEXT_GENERATION_BINARIES=$PWD/$programs .venv/bin/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
+    --wheel-dir dist ./server
+rm -rf server/build
+ls -l dist
