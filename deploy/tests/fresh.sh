@@ -20,8 +20,11 @@ cp -a "target/deploy/$suite/." "$root"
 cp -L /etc/resolv.conf "$root/etc/" 2>/dev/null || true
 cp /etc/hosts "$root/etc/hosts"
 [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$root/etc/"
-mkdir -p "$root/etc/ssl/certs"
-cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/" 2>/dev/null || true
+trusted=
+if [ -n "${SSL_CERT_FILE:-}" ]; then
+    cp -L "$SSL_CERT_FILE" "$root/etc/trusted.crt"
+    for name in SSL_CERT_FILE PIP_CERT CARGO_HTTP_CAINFO CURL_CA_BUNDLE GIT_SSL_CAINFO; do trusted+=" $name=/etc/trusted.crt"; done
+fi
 git clone -q . "$root/home/text-generation"
 
 # enter USER COMMAND: in a mount namespace of its own.
@@ -33,8 +36,7 @@ enter() {
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
         exec chroot "$root" su - "$user" -c "$command"
-    ' enter "$root" "$1" "export LANG=C.UTF-8 ${PIP_CERT:+PIP_CERT=/etc/ssl/certs/ca-certificates.crt} \
-        ${SSL_CERT_FILE:+SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt}; \
+    ' enter "$root" "$1" "export LANG=C.UTF-8$trusted; \
         cd /home/text-generation && $2"
 }
 # timed WHAT USER COMMAND
