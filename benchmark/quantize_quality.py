@@ -48,6 +48,14 @@ CASES: dict[str, tuple[list[str], Settings | None]] = {
     "to nearest 3 bits g128": (["--method", "rtn", "--bits", "3", "--no-mse"], None),
 }
 
+# What is measured in one go, and written into a table of its own.
+GROUPS = {
+    "all": list(CASES),
+    "4bits": [name for name in CASES if " 4 bits" in name and "awq" not in name],
+    "3bits": [name for name in CASES if " 3 bits" in name],
+    "awq": [name for name in CASES if "awq" in name] + ["to nearest 4 bits g128"],
+}
+
 
 def environment(threads: int) -> dict[str, str]:
     """Of both sides. The peer looks for things on the network unless told not to, and needs two workers to begin."""
@@ -95,10 +103,9 @@ def peer(python: str, model: Path, output: Path, settings: Settings, ids: Path, 
                  .splitlines()[-1])  # fmt: skip
 
 
-def run(command: list[str], threads: int) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(threads), check=False
-    )
+def run(command: list[str], threads: int, **more: str) -> str:
+    settings = environment(threads) | more
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=settings, check=False)
     if done.returncode:
         raise common.MeasureError(f"{command[:3]} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
@@ -198,7 +205,9 @@ def same_logits(
 
     ids, out = scratch / "eval.json", scratch / f"{folder.name}.logits"
     ids.write_text(json.dumps(windows[:2]))
-    run([arguments.peer_python, __file__, "--peer-logits", str(folder), str(ids), str(out)], arguments.threads)
+    # Reading is not timed: without compiling for each shape, which takes a minute.
+    command = [arguments.peer_python, __file__, "--peer-logits", str(folder), str(ids), str(out)]
+    run(command, arguments.threads, TORCHDYNAMO_DISABLE="1")
     with torch.no_grad():
         expected = torch.stack([model(torch.tensor([window])).logits[0] for window in windows[:2]])
     return max(float((logits - expected).norm() / expected.norm()) for logits in load_file(out).values())
@@ -242,7 +251,7 @@ def measure(arguments: argparse.Namespace, scratch: Path, environment_table: str
             row += ["", "", common.spread(own_times, 2), "", "", "", ""]
         rows.append(row)
         body = report(arguments, base, rows, grown, held)
-        common.write_result("quantize_quality", "The quantizer beside GPTQModel", environment_table, body)
+        common.write_result(arguments.result, "The quantizer beside GPTQModel", environment_table, body)
     return held
 
 
@@ -253,15 +262,19 @@ def report(
     head = ["", "perplexity", "grown by", "the peer's", "÷ the peer's", "seconds", "the peer's", "times as fast",
             "logits in GPTQModel and in transformers differ by", ""]  # fmt: skip
     nearest = [
-        f"{grown[a] / grown[b]:.2f}" for a, b in (
-            ("gptq 4 bits g128, by activation, groups in order", "to nearest 4 bits g128"),
-            ("gptq 3 bits g128, by activation, groups in order", "to nearest 3 bits g128"),
-        ) if a in grown and b in grown
-    ]  # fmt: skip
+        f"{grown[name] / grown[other]:.2f} ({name})"
+        for name in grown
+        for other in grown
+        if other.startswith("to nearest")
+        and name != other
+        and name.split(" g128")[0][-6:] == other.split(" g128")[0][-6:]
+    ]
     body = [
         f"The model without quantization: {base:.4f}. {arguments.samples} sequences of {arguments.length} tokens.\n",
         common.table(head, rows),
-        f"\nWhat gptq grows by, ÷ what rounding to nearest does: {', '.join(nearest)} (4 bits, 3 bits).",
+        f"\nWhat these grow by, ÷ what rounding to nearest with as many bits does: {'; '.join(nearest)}."
+        if nearest
+        else "",
         f"\nLimits: grown by at most {QUALITY_LIMIT} × the peer's; not slower; logits of our files, which the peer reads and computes in "
         f"float16, within {LOGITS_LIMIT} of those in float32: **{'held' if held else 'NOT HELD'}**.",
     ]
@@ -278,12 +291,14 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="an interpreter with gptqmodel; without it only our side is measured")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="what to compare")
+    parser.add_argument("--group", choices=list(GROUPS), default="all", help="what to compare; each has its own table")
     parser.add_argument("--samples", type=int, default=96, help="sequences of the calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each side; times are medians")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
     arguments = parser.parse_args()
+    arguments.cases = GROUPS[arguments.group]
+    arguments.result = "quantize_quality" + ("" if arguments.group == "all" else f"_{arguments.group}")
     head = common.environment()
     with tempfile.TemporaryDirectory() as scratch:
         held = measure(arguments, Path(scratch), head)

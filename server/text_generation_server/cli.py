@@ -64,7 +64,7 @@ TrustRemoteCode = Annotated[
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
 
 
-def refuse(error: Exception, code: int = 1) -> NoReturn:
+def refuse(error: Exception | str, code: int = 1) -> NoReturn:
     """One line for whoever started this, and an exit code."""
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(code)
@@ -234,7 +234,10 @@ def quantize(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Layers left as they are: a name or its end, with * and ?. May be given several times."),
+        typer.Option(
+            help="Layers left as they are: a name or its end, with * and ?: 'down_proj', 'layers.0.*'. May be given "
+            "several times. The output head always is."
+        ),
     ] = None,
     module_bits: Annotated[
         list[str] | None, typer.Option(help="gptq, rtn: other bits for some layers, 'down_proj=8'. Several times.")
@@ -242,8 +245,8 @@ def quantize(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a .txt, .jsonl or .parquet file with texts or chats, or wikitext2, c4, ptb from "
-            "the hub. If absent: text that is bundled, no network needed."
+            help="Calibration text: a .txt, .jsonl or .parquet file with texts ('text') or chats ('messages', "
+            "'conversations'), or wikitext2, c4, ptb from the hub. If absent: text that is bundled, no network needed."
         ),
     ] = None,
     num_samples: Annotated[
@@ -279,9 +282,20 @@ def quantize(
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
 ) -> None:
-    """Quantize a model: in blocks, so that it fits; kill it and give the same command to go on.
+    """Quantize a model: block by block, so that it fits into memory; kill it and give the same command to go on.
 
-    The result is read back at the end and compared with the model on text that was held back.
+    Makes a folder that the launcher serves as it is. At first it says how much memory, disk and time it will take. At
+    the end the result is read back and compared with the model on text that was held back: perplexity of both, and
+    divergence. A line of JSON on standard output has these figures; README.md, quantization_report.jsonl and
+    quantization_error.png of the folder have them too, with the error of each layer.
+
+    Four bits, no network needed: text-generation-server quantize path/of/model path/of/result
+
+    Still smaller: add --bits 3 --groupsize 64 --module-bits down_proj=4
+
+    With text like that which it will see: add --dataset chats.jsonl (a line: {"text": "..."} or {"messages": [...]})
+
+    To be sure of it: add --max-ppl-increase 0.5
     """
     from .config import prepare_environment
     from .logs import set_up
@@ -323,6 +337,9 @@ def quantize(
         outcome = carry_out(options)
     except ShardError as error:
         refuse(error, error.exit_code)
+    except KeyboardInterrupt:
+        # Before the run itself began, which says how many blocks are stored.
+        refuse("stopped; nothing was changed; give the same command again to begin, or to go on", 130)
     typer.echo(json.dumps({"model_dir": str(outcome.folder), "proof": outcome.proof}))
     if outcome.too_bad:
         raise typer.Exit(1)

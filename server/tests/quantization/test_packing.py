@@ -49,11 +49,14 @@ def test_gemm_words_hold_their_values_in_autoawq_s_order() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("size", "shuffled"), [(32, False), (32, True), (128, False), (256, False)])
-def test_a_gptq_layer_is_stored_as_its_format_says(bits: int, size: int, shuffled: bool) -> None:
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_a_gptq_layer_is_stored_as_its_format_says(
+    bits: int, size: int, shuffled: bool, checkpoint_format: str
+) -> None:
     shape = Shape(64, 256)
     codes = random_codes(bits, shape, size, shuffled)
-    format_ = Gptq(bits, size, sym=False, desc_act=shuffled)
-    matrix = gptq_matrix(format_, gptq_tensors(codes), shape)
+    format_ = Gptq(bits, size, sym=False, desc_act=shuffled, checkpoint_format=checkpoint_format)
+    matrix = gptq_matrix(format_, gptq_tensors(codes, checkpoint_format), shape)
     np.testing.assert_array_equal(matrix, expected(codes))
     np.testing.assert_array_equal(codes.dequantize().double().numpy(), expected(codes))
 

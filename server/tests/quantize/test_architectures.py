@@ -130,3 +130,14 @@ def test_exclusions_hold_where_names_are_listed(method: str, models: Path, tmp_p
     assert dense == ["lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.gate_proj",
                      "model.layers.1.self_attn.o_proj"]  # fmt: skip
     assert outcome.proof is not None and outcome.proof["kl_mean"] < 0.2
+
+
+def test_others_may_read_the_result_as_far_as_the_umask_allows(models: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        tiny.run(models / "qwen2", tmp_path / "out", "rtn")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {
+        path.name: "0o640" for path in (tmp_path / "out").iterdir()
+    }

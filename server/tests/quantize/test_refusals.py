@@ -140,6 +140,7 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) ->
     ("scheme", "said"),
     [
         (Scheme("gptq", 3, 32, excluded=("nothing",)), "--exclude 'nothing' means no layer"),
+        (Scheme("gptq", 3, 32, module_bits=(("lm_head", 8),)), "--module-bits 'lm_head' means no layer that can be"),
         (Scheme("gptq", 3, 32, module_bits=(("head", 8),)), "--module-bits 'head' means no layer"),
         (Scheme("gptq", 4, 32, excluded=("*",)), "every linear is excluded"),
         (Scheme("awq", 4, 1024, sym=False), "awq has whole groups only"),
@@ -164,6 +165,8 @@ OPTIONS = [
     (lambda: choose_solver("gptq", 0.0, None, None, None), "--percdamp is 0.0"),
     (lambda: read_module_bits(["down_proj"]), "--module-bits 'down_proj' is not PATTERN=BITS"),
     (lambda: read_size("--max-memory", "much"), "--max-memory 'much' is not a size"),
+    (lambda: read_size("--max-memory", "0"), "--max-memory '0' is not a size"),
+    (lambda: choose_scheme("gptq", 4, None, None, [], (("x", 5),)), "--module-bits x=5 is not made; expected one of 2"),
 ]
 
 
@@ -191,6 +194,19 @@ def test_options_that_nothing_makes_are_refused(make: object, said: str) -> None
 def test_numbers_out_of_range_are_refused(sampling: Sampling, said: str) -> None:
     with pytest.raises(ShardError, match=said):
         Options(Path("a"), Path("b"), "a", sampling=sampling)
+
+
+def test_memory_of_a_device_that_is_not_used_is_refused() -> None:
+    with pytest.raises(ShardError, match="--max-device-memory has no meaning for --device cpu"):
+        Options(Path("a"), Path("b"), "a", resources=tiny.Resources(max_device_memory=1 << 30))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_head_may_be_excluded_though_it_always_is(architecture: str, tmp_path: Path) -> None:
+    """Also where it is the embedding (qwen2's here)."""
+    model = tiny.make(tmp_path / "model", architecture)
+    tiny.run(model, tmp_path / "out", scheme=Scheme("rtn", 4, 32, excluded=("lm_head",)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
 def test_sizes_are_read_as_people_write_them() -> None:

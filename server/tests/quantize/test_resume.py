@@ -120,6 +120,40 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(golden: dict[str, bytes], tmp
     assert tiny.files(output) == golden
 
 
+def open_when_read(pipe: Path, reader: subprocess.Popen[str]) -> int:
+    """The end for writing, as soon as somebody reads."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert reader.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_it_began_it_says_so(number: signal.Signals, tmp_path: Path) -> None:
+    """While it waits for its text, a pipe that nobody writes to."""
+    text = tmp_path / "text.jsonl"
+    os.mkfifo(text)
+    program = (
+        "import sys, pathlib\nfrom text_generation_server.quantize import documents\n"
+        "documents.BUNDLED = pathlib.Path(sys.argv.pop())\n"
+        "from text_generation_server.cli import main\nmain()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "quantize", str(tiny.LLAMA), str(tmp_path / "out"), str(text)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    writer = open_when_read(text, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    os.close(writer)
+    assert process.returncode == 130 and said.count("\n") == 1, said
+    assert said.startswith("error: stopped; nothing was changed; give the same command again")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing_half_named(golden: dict[str, bytes], tmp_path: Path) -> None:
     """Blocks are smaller than the limit, the embedding is not."""
     output = tmp_path / "out"

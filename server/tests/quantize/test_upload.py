@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -90,3 +91,31 @@ def test_the_command_takes_text_from_the_hub_and_pushes_its_result(tmp_path: Pat
         failed = python(hub, tmp_path, *command, str(tmp_path / "other"), "--dataset", "ptb")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "--dataset ptb: ptb-text-only/ptb_text_only cannot be fetched from the hub" in failed.stderr
+    assert "the set that is bundled" in failed.stderr
+
+
+def test_a_hub_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
+    with Hub() as hub:
+        pass
+    begun = time.monotonic()
+    command = ["-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"), *FEW]
+    failed = python(hub, tmp_path, *command, str(tmp_path / "out"), "--dataset", "wikitext2")
+    # The library itself would ask for 25 seconds.
+    assert time.monotonic() - begun < 15
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("error: --dataset wikitext2: Salesforce/wikitext cannot be fetched from the hub")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_was_fetched_before_needs_no_hub(tmp_path: Path) -> None:
+    table = io.BytesIO()
+    text = [f"Sentence {i} of a text that is long enough to be cut into pieces." for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), table)
+    command = ["-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"), *FEW]
+    with Hub() as hub:
+        hub.datasets["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = table.getvalue()
+        first = python(hub, tmp_path, *command, str(tmp_path / "first"), "--dataset", "wikitext2")
+    assert first.returncode == 0, first.stderr
+    second = python(hub, tmp_path, *command, str(tmp_path / "second"), "--dataset", "wikitext2")
+    assert second.returncode == 0, second.stderr
+    assert tiny.files(tmp_path / "first") == tiny.files(tmp_path / "second")

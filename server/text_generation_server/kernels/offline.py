@@ -5,8 +5,9 @@ Plain torch throughout; nothing here is row-stable. A step is a few sequences of
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -58,6 +59,18 @@ class Machine:
         """Gives cached memory of the device back."""
         if not self.is_host:
             torch.cuda.empty_cache()
+
+    def trim(self) -> None:
+        """Gives memory of the host back that was freed in pieces, which its allocator keeps; else it piles up."""
+        if (give_back := _malloc_trim()) is not None:
+            give_back(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Of glibc; other libraries have none."""
+    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found
 
 
 def machine(device: str, dtype: str | None) -> Machine:

@@ -64,8 +64,8 @@ def search_scale(
 
 def weight_spread(weight: Tensor, group_size: int) -> Tensor:
     """[in]: mean over the outputs of each weight's share of the largest in its group."""
-    groups = grouped(weight.abs(), group_size)
-    shares = groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)
+    shares = grouped(weight.abs(), group_size)
+    shares.div_(shares.amax(-1, keepdim=True).clamp(min=1e-12))
     return shares.mean(0).flatten()[: weight.shape[1]]
 
 
@@ -119,7 +119,7 @@ def _clip_group(values: Tensor, moments: Tensor, grid: Grid) -> Tensor:
 
 def scaled_hessian(hessian: Tensor, scale: Tensor) -> Tensor:
     """Of inputs that are divided by `scale`."""
-    return hessian / scale / scale[:, None]
+    return (hessian / scale).div_(scale[:, None])
 
 
 def solve(weight: Tensor, hessian: Tensor, grid: Grid, group_size: int) -> Codes:

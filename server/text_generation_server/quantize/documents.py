@@ -16,6 +16,8 @@ SEPARATOR = "%%%%"
 # A longer text is taken in pieces of about so many characters, cut between lines.
 MOST_CHARACTERS = 1 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+# How long the hub may take to tell of a file.
+HUB_TIMEOUT_S = 10.0
 Render = Callable[[list[dict[str, Any]]], str]
 
 
@@ -223,17 +225,29 @@ def _content(token: Any) -> str:
 
 
 def _from_hub(name: str) -> Documents:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     file = HUB[name]
+    # The library's own error is one of its HTTP client's, whichever that is; so are those of connections.
+    errors: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, LocalEntryNotFoundError)
+    name_and_path, kind, revision = (file.repository, file.path), "dataset", file.revision
+    unreached: Exception | None = None
     try:
-        path = Path(hf_hub_download(file.repository, file.path, repo_type="dataset", revision=file.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        # Asked once: fetching asks again and again for half a minute where there is no network.
+        url = hf_hub_url(*name_and_path, repo_type=kind, revision=revision)
+        get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
+    except errors as error:
+        unreached = error
+    try:
+        is_local = unreached is not None
+        path = Path(hf_hub_download(*name_and_path, repo_type=kind, revision=revision, local_files_only=is_local))
+    except errors as error:
+        reason = unreached or error
+        first_line = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
         raise ConfigError(
-            f"--dataset {name}: {file.repository} cannot be fetched from the hub: {first_line}; leave --dataset out "
-            "for the set that is bundled, or give a file"
+            f"--dataset {name}: {file.repository} cannot be fetched from the hub, and is not in its cache: "
+            f"{first_line}; leave --dataset out for the set that is bundled, or give a file"
         ) from error
     rows = parquet_rows if path.suffix == ".parquet" else json_lines
     return Documents(

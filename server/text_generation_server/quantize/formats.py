@@ -24,7 +24,7 @@ def format_of(scheme: Scheme, layer: str) -> WeightFormat | None:
     match scheme.method:
         case "gptq" | "rtn":
             # What holds for any order of groups; it is known when the codes are.
-            return Gptq(bits, scheme.group_size, scheme.sym, desc_act=True)
+            return Gptq(bits, scheme.group_size, scheme.sym, desc_act=True, checkpoint_format=scheme.checkpoint_format)
         case "awq":
             return Awq(bits, scheme.group_size, not scheme.sym)
         case "bitsandbytes":
@@ -53,9 +53,13 @@ def check_shapes(scheme: Scheme, linears: Mapping[str, Shape]) -> dict[str, Weig
         raise CheckpointError("every linear is excluded; expected at least one to quantize; see --exclude")
     for flag, patterns in (("--exclude", scheme.excluded), ("--module-bits", [p for p, _ in scheme.module_bits])):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in linears):
+            # The head is always left as it is, also where it is the embedding and no linear.
+            known = [*linears, HEAD] if flag == "--exclude" else [name for name in linears if name != HEAD]
+            if not any(matches(pattern, name) for name in known):
                 some = ", ".join(list(linears)[:7])
-                raise CheckpointError(f"{flag} {pattern!r} means no layer; expected some of {some}, ...")
+                raise CheckpointError(
+                    f"{flag} {pattern!r} means no layer that can be quantized; expected some of {some}, ..."
+                )
     return formats
 
 
@@ -69,13 +73,12 @@ def quantization_config(
     if scheme.method == "awq":
         return {
             "quant_method": "awq", "version": "gemm", "bits": scheme.bits, "group_size": scheme.group_size,
-            "zero_point": not scheme.sym, "modules_to_not_convert": list(dense) or None,
+            "zero_point": not scheme.sym, "modules_to_not_convert": list(dense) or None, **_rules(scheme),
         }  # fmt: skip
-    dynamic: dict[str, Any] = {f"-:{as_regex(pattern)}": {} for pattern in scheme.excluded}
-    dynamic |= {f"+:{as_regex(pattern)}": {"bits": bits} for pattern, bits in scheme.module_bits}
+    order = {"desc_act": not in_order, "checkpoint_format": scheme.checkpoint_format}
     config: dict[str, Any] = {
         "quant_method": "gptq", "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym,
-        "desc_act": not in_order, "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False,
+        **order, "pack_dtype": "int32", "lm_head": False,
         "true_sequential": True, "meta": {"quantizer": [maker]},
     }  # fmt: skip
     if scheme.method == "gptq":
@@ -83,7 +86,14 @@ def quantization_config(
         config["meta"] |= {"act_order": solver.act_order, "mse": solver.mse}
     else:
         config["meta"] |= {"method": "round to nearest", "mse": solver.mse}
-    return config | ({"dynamic": dynamic} if dynamic else {})
+    return config | _rules(scheme)
+
+
+def _rules(scheme: Scheme) -> dict[str, Any]:
+    """`dynamic`: what GPTQModel reads about single layers, and nothing else."""
+    rules: dict[str, Any] = {f"-:{as_regex(pattern)}": {} for pattern in scheme.excluded}
+    rules |= {f"+:{as_regex(pattern)}": {"bits": bits} for pattern, bits in scheme.module_bits}
+    return {"dynamic": rules} if rules else {}
 
 
 def _bitsandbytes_config(scheme: Scheme, dense: Sequence[str], compute_dtype: str) -> dict[str, Any]:

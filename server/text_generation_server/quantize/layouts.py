@@ -15,11 +15,12 @@ from .rounding import Codes
 Tensors = dict[str, Tensor]
 
 
-def gptq_tensors(codes: Codes) -> Tensors:
-    """AutoGPTQ's first layout, in which stored zero points are one less than they are."""
+def gptq_tensors(codes: Codes, checkpoint_format: str) -> Tensors:
+    """AutoGPTQ's layouts: `gptq`, in which stored zero points are one less than they are, or `gptq_v2`."""
+    stored = codes.zeros - 1 if checkpoint_format == "gptq" else codes.zeros
     return {
         "qweight": pack_words(codes.codes, codes.bits).T.contiguous(),
-        "qzeros": pack_words((codes.zeros - 1).T.contiguous() & (2**codes.bits - 1), codes.bits),
+        "qzeros": pack_words(stored.T.contiguous() & (2**codes.bits - 1), codes.bits),
         "scales": codes.scales.T.contiguous(),
         "g_idx": codes.group_of.to(torch.int32),
     }

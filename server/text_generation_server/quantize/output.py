@@ -154,7 +154,7 @@ def write_chart(staging: Staging, rows: Sequence[Mapping[str, Any]]) -> None:
 
     kinds = list(dict.fromkeys(row["layer"].rsplit(".", 1)[-1] for row in rows))
     figure = Figure(figsize=(10, 5))
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.11, top=0.93)
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.11, top=0.93)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, kind in enumerate(kinds):

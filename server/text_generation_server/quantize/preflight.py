@@ -12,9 +12,12 @@ import torch
 
 from ..errors import ConfigError
 from ..kernels.offline import Machine
+from . import awq
 from .progress import anonymous_bytes, duration, gib
 from .recording import Model, Recorded
+from .rounding import CHUNK_VALUES, SHRINK
 from .settings import Options
+from .solve import JUDGED_ROWS as MOST_JUDGED
 from .walk import STEP_TOKENS, resting_bytes
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -23,6 +26,10 @@ RESERVE = 0.05
 # Beside the weights, for files that are small.
 SMALL_FILES = 64 << 20
 FLOAT = 4
+# Of a piece of a weight, while its grids are searched.
+SEARCH_COPIES = 6
+# Seconds of one column of gptq's loop beside its products, and of one weight in one range that is tried, on one core.
+COLUMN_S, TRIED_S = 5e-5, 8e-9
 # Of the libraries that multiply.
 BUFFERS = 32 << 20
 
@@ -116,30 +123,48 @@ def _block_bytes(block: Sequence[Recorded], method: str, size: int, tokens: int,
 def _solve_bytes(one: Recorded, method: str) -> int:
     """While the linears of one input are rounded: copies of the weight in float32, codes, pieces of the search."""
     sizes = [linear.shape.out * linear.shape.in_ for linear in one.stored]
-    copies = {"gptq": 4, "awq": 5}.get(method)
+    pieces = SEARCH_COPIES * FLOAT * min(CHUNK_VALUES, max(sizes))
+    copies = {"gptq": 3, "awq": 5}.get(method)
     if copies is not None:
-        return copies * FLOAT * sum(sizes)
+        return copies * FLOAT * sum(sizes) + (pieces if method == "gptq" else 0)
     return 4 * FLOAT * max(sizes)
 
 
 def _seconds(model: Model, options: Options, tokens: int) -> float:
-    """From the number of operations, and the speed of a product that is tried now."""
-    blocks = len(model.decoder.blocks)
+    """From the number of operations, and the speed of products that are tried now."""
+    machine, method, blocks = model.machine, options.scheme.method, len(model.decoder.blocks)
     block = model.recorded_in(model.decoder.blocks[0])
-    per_token = sum(linear.shape.out * linear.shape.in_ for one in block for linear in one.stored)
-    passes = 1 if options.scheme.method == "gptq" else 2
-    squares = sum(one.num_inputs**2 for one in block)
+    sizes = [(sum(linear.shape.out for linear in one.stored), one.num_inputs) for one in block]
+    weights = sum(out * in_ for out, in_ in sizes)
+    # Once to measure and once on into the next block; gptq rests in between.
+    forward = 2.0 * tokens * weights * (1 if method == "gptq" else 2)
     # Of the second moments, which are symmetric, little more than a half is computed.
-    work = 2.0 * tokens * (per_token * passes + 0.6 * squares)
-    outer = sum(one.num_inputs**2 * linear.shape.out for one in block for linear in one.stored)
-    work += {"gptq": 3.0, "awq": 10.0}.get(options.scheme.method, 0.5) * outer
-    columns = sum(one.num_inputs for one in block) * 2e-4 if options.scheme.method == "gptq" else 0.0
-    return blocks * (work / _speed(model.machine) + columns) * 1.3
+    moments = 2.0 * tokens * 0.6 * sum(in_**2 for _, in_ in sizes)
+    # The error of each layer, twice; and what the method does with the moments, in float32.
+    judged = [min(out, MOST_JUDGED * len(one.stored)) for (out, _), one in zip(sizes, block, strict=True)]
+    solving = sum(4.0 * rows * in_**2 for rows, (_, in_) in zip(judged, sizes, strict=True))
+    tried = 0
+    if method == "gptq":
+        solving += sum(in_**2 * out + in_**3 for out, in_ in sizes)
+    if method == "awq":
+        tried = len(awq.CLIPS)
+        scales = 2 * len(awq.RATIOS)
+        solving += sum(scales * 2.0 * min(out, awq.JUDGED_ROWS) * in_**2 for out, in_ in sizes)
+        size = options.scheme.group_size
+        solving += sum(tried * 2.0 * out * in_ * (in_ if size == -1 else size) for out, in_ in sizes)
+    elif options.scheme.in_gptq_layout and options.solver.mse:
+        tried = len(SHRINK)
+    columns = sum(in_ for _, in_ in sizes) * COLUMN_S if method == "gptq" else 0.0
+    grids = tried * weights * TRIED_S / torch.get_num_threads() if machine.is_host else 0.0
+    fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
+    # On the host the moments are summed by products of float32.
+    products = forward / fast + moments / (plain if machine.is_host else fast) + solving / plain
+    return blocks * (products + columns + grids) * 1.2
 
 
-def _speed(machine: Machine) -> float:
+def _speed(machine: Machine, dtype: torch.dtype) -> float:
     """Operations per second."""
-    x = torch.ones(1024, 1024, dtype=machine.dtype, device=machine.device)
+    x = torch.ones(1024, 1024, dtype=dtype, device=machine.device)
     best = float("inf")
     for _ in range(3):
         begun = time.monotonic()

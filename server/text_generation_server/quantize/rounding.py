@@ -126,10 +126,11 @@ def group_index(num_features: int, group_size: int, device: torch.device) -> Ten
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
-    """[out, in] -> [out, groups, size], the last group filled up with zeros, which change no grid."""
+    """[out, in] -> [out, groups, size], the last filled up with zeros, which change no grid; a view if it is whole."""
     size = weight.shape[1] if group_size == -1 else group_size
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size))
-    return padded.reshape(len(weight), -1, size)
+    if missing := -weight.shape[1] % size:
+        weight = torch.nn.functional.pad(weight, (0, missing))
+    return weight.reshape(len(weight), -1, size)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, group_size: int, importance: Tensor | None = None) -> Codes:

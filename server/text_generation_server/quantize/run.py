@@ -242,6 +242,7 @@ class _Run:
                 sweep.forward()
             del sweep
             drop_block(self.model, block)
+            self.device.trim()
             self.progress.ends_block()
         del activations
         staging.drop_scratch()

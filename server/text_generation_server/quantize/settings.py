@@ -44,6 +44,11 @@ class Scheme:
     def in_gptq_layout(self) -> bool:
         return self.method in ("gptq", "rtn")
 
+    @property
+    def checkpoint_format(self) -> str:
+        """Of gptq's layout: the one that every reader takes, but with zero points GPTQModel takes the second alone."""
+        return "gptq" if self.sym else "gptq_v2"
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -104,6 +109,8 @@ class Options:
             raise ConfigError(f"--dtype is {resources.dtype!r}; expected float32 or bfloat16")
         if resources.num_threads is not None and not 1 <= resources.num_threads <= 1024:
             raise ConfigError(f"--num-threads is {resources.num_threads}; expected 1 to 1024")
+        if resources.max_device_memory is not None and resources.device == "cpu":
+            raise ConfigError("--max-device-memory has no meaning for --device cpu; leave it out, or see --max-memory")
         if self.max_ppl_increase is not None and not 0 <= self.max_ppl_increase < 1e9:
             raise ConfigError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a number of at least 0")
 
@@ -136,9 +143,10 @@ def check(scheme: Scheme, solver: Solver) -> None:
     method = scheme.method
     if method not in METHODS:
         raise ConfigError(f"--method {method} is unknown; expected one of {', '.join(METHODS)}")
-    for bits in (scheme.bits, *(bits for _, bits in scheme.module_bits)):
+    for flag, bits in (("--bits", scheme.bits), *((f"--module-bits {p}={b}", b) for p, b in scheme.module_bits)):
         if bits not in BITS:
-            raise ConfigError(f"--bits {bits} is not made; expected one of {', '.join(map(str, BITS))}")
+            said = f"{flag} {bits}" if flag == "--bits" else flag
+            raise ConfigError(f"{said} is not made; expected one of {', '.join(map(str, BITS))}")
     needed = {"awq": 4, "bitsandbytes": 8, "bitsandbytes-nf4": 4, "bitsandbytes-fp4": 4}.get(method)
     if needed is not None and scheme.bits != needed:
         raise ConfigError(f"--method {method} has {needed} bits, but --bits is {scheme.bits}; leave --bits out")
@@ -236,9 +244,10 @@ def read_size(flag: str, text: str | None) -> int | None:
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
-    if found is None:
+    size = int(float(found[1]) * _SIZES[found[2]]) if found else 0
+    if size < 1:
         raise ConfigError(f"{flag} {text!r} is not a size; expected for example 24GiB, 16GB or 8589934592")
-    return int(float(found[1]) * _SIZES[found[2]])
+    return size
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

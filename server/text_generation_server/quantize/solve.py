@@ -81,6 +81,7 @@ class BlockSolver:
             # One after another, each measured behind those that are quantized already.
             for stage in wanted:
                 self._solve_gptq(stage, sweep.measure_next(stage), result)
+                self.model.machine.trim()
         elif wanted:
             moments = sweep.measure_all(wanted, with_means=self.scheme.method == "awq")
             if self.scheme.method == "awq":
@@ -111,11 +112,10 @@ class BlockSolver:
             if name in self.formats:
                 by_bits.setdefault(self.scheme.bits_of(name) or 0, []).append(i)
         for bits, members in by_bits.items():
-            weights = [self._original(stage, i) for i in members]
+            stacked = self._stacked(stage, members)
+            weights = torch.split(stacked, [stage.stored[i].shape.out for i in members])
             grid = Grid(bits, self.scheme.sym, self.solver.mse)
-            stacked = torch.cat(weights)
             codes = gptq.solve(stacked, factor, grid, self.scheme.group_size, self.solver.static_groups)
-            del stacked
             self.model.machine.wait()
             seconds = (time.monotonic() - begun) / len(stage.names)
             first = 0
@@ -183,6 +183,17 @@ class BlockSolver:
                 dense = codes.dequantize() * scaling.row_factors(stage, i)[:, None] / scales[stage]
                 self._report(stage, i, originals[stage, i], dense, moments[stage], result, None, seconds)
 
+    def _stacked(self, stage: Recorded, members: Sequence[int]) -> Tensor:
+        """float32 [sum of out, in]: some of the matrices one under the other, of which no second copy stays."""
+        num = sum(stage.stored[i].shape.out for i in members)
+        stacked = torch.empty(num, stage.num_inputs, device=self.model.machine.device)
+        first = 0
+        for i in members:
+            rows = stage.stored[i].shape.out
+            stacked[first : first + rows] = self._original(stage, i)
+            first += rows
+        return stacked
+
     # Common -------------------------------------------------------------------------------------------------------
 
     def _original(self, stage: Recorded, i: int) -> Tensor:
@@ -204,8 +215,11 @@ class BlockSolver:
         if not bool(torch.isfinite(codes.scales).all()):
             raise CheckpointError(f"{name}: a scale is not finite in float16; expected weights below 65504")
         stage.weights[i] = codes.dequantize().to(self.model.machine.dtype)
-        make = awq_tensors if self.scheme.method == "awq" else gptq_tensors
-        result.tensors |= {f"{name}.{suffix}": to_host(tensor) for suffix, tensor in make(codes).items()}
+        if self.scheme.method == "awq":
+            tensors = awq_tensors(codes)
+        else:
+            tensors = gptq_tensors(codes, self.scheme.checkpoint_format)
+        result.tensors |= {f"{name}.{suffix}": to_host(tensor) for suffix, tensor in tensors.items()}
         result.in_order &= codes.in_order
 
     def _report(

@@ -43,8 +43,12 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     """`write` makes the file under another name; it gets its own when it is safe on the disk."""
     partial = path.with_name(path.name + ".partial")
     try:
+        # Some writers make files that nobody else may read; a model is often served by another user.
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
         with partial.open("rb+") as file:
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         partial.rename(path)
         sync_folder(path.parent)
