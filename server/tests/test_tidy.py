@@ -19,11 +19,12 @@ Rule = Callable[[str, str], list[str]]
 # Who may import whom, architecture §3. A room is a folder or a module; everybody may import these.
 EVERYBODY = {"errors", "faults", "health"}
 MAY_IMPORT = {
-    "cli": {"config", "logs", "service", "planning", "checkpoint.locate", "quantize"},
+    "cli": {"config", "logs", "service", "planning", "checkpoint.locate", "quantize", "version"},
     "config": set(),
     "logs": {"config"},
     "errors": set(),
     "health": set(),
+    "version": set(),
     "lifeline": set(),
     "faults": set(),
     "service": {"config", "lifeline", "pb", "shard", "runner", "planning", "sampling"},
