@@ -1,9 +1,12 @@
 """The tokens of one step, as the model sees them: integers in tensors, and the cache they refer to."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from .kernels.interface import KVCache
@@ -32,6 +35,14 @@ class StepBatch:
     scored_rows: Tensor | None = None  # [scored] int64
     score: Callable[[Tensor], None] | None = None
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> StepBatch:
+        """The same, with its tensors there."""
+        if self.token_ids.device == device:
+            return self
+        names = ("token_ids", "positions", "slots", "block_tables", "sample_rows", "scored_rows")
+        tensors = {name: t for name in names if (t := getattr(self, name)) is not None}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What layers share within this step (index plans, rotary factors), computed by the first that asks."""

@@ -1,4 +1,7 @@
-"""Command line: serve, plan, quantize, download-weights. Nothing heavy is imported before it is needed."""
+"""Command line: serve, plan, quantize, download-weights, compile-kernels.
+
+Nothing heavy is imported before it is needed.
+"""
 
 import json
 import signal
@@ -85,7 +88,7 @@ def serve(
     gptq_bits: GptqBits = None,
     gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
-    device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu; cuda is not served yet.")] = "cpu",
+    device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu, or cuda for an NVIDIA GPU.")] = "cpu",
     instruction_set: Annotated[
         str | None,
         typer.Option(
@@ -181,6 +184,26 @@ def plan(
     else:
         for key, value in facts.items():
             typer.echo(f"{key:<28} {value}")
+
+
+@app.command()
+def compile_kernels(
+    architectures: Annotated[
+        str, typer.Option(help="Of GPUs, with commas between; sm_90 is Hopper. By default all that are served.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to keep the results; by default where servers look.")
+    ] = None,
+) -> None:
+    """Compile the CUDA kernels ahead of time and tell what each takes. Needs neither a GPU nor a driver."""
+    from .kernels.cuda.ahead import compile_ahead
+    from .kernels.cuda.compile import ARCHITECTURES
+
+    try:
+        for line in compile_ahead([name for name in architectures.split(",") if name] or ARCHITECTURES, folder):
+            typer.echo(line)
+    except ShardError as error:
+        refuse(error)
 
 
 @app.command()

@@ -10,8 +10,6 @@ from .cpu.features import computes_bfloat16
 if TYPE_CHECKING:
     from .interface import Kernels
 
-_NOT_SERVED = "--device cuda is not served yet; use --device cpu"
-
 
 def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     """The dtype of weights, activations and cache: what was asked for, else the fastest that is safe on the device.
@@ -22,6 +20,10 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
         ConfigError: the device, or the dtype on this device, is not served.
     """
     _check_device(device)
+    if device == "cuda":
+        if requested not in (None, "float16", "bfloat16"):
+            raise ConfigError(f"--dtype {requested} is not served on cuda; use --dtype bfloat16 or float16")
+        return requested or "bfloat16"
     if requested is None:
         return "bfloat16" if quantized or computes_bfloat16() else "float32"
     if requested == "float16":
@@ -35,18 +37,27 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
 
 
 def select_kernels(device: str, instruction_set: str | None = None) -> Kernels:
-    """The kernels of a device. Proves what it can of their row stability, so it takes a moment.
+    """The kernels of a device. On processors it proves what it can of their row stability, so it takes a moment.
 
     instruction_set: of our own kernels for processors; by default the best that this one executes.
+
+    Raises:
+        ConfigError: the device is unknown, or this machine has none.
     """
     _check_device(device)
+    if device == "cuda":
+        from .cuda.driver import DriverError, Gpu
+        from .cuda.kernels import CudaKernels
+
+        try:
+            return CudaKernels(Gpu())
+        except DriverError as error:
+            raise ConfigError(f"--device cuda: {error}") from None
     from .cpu.kernels import CpuKernels
 
     return CpuKernels(instruction_set)
 
 
 def _check_device(device: str) -> None:
-    if device == "cuda":
-        raise ConfigError(_NOT_SERVED)
-    if device != "cpu":
-        raise ConfigError(f"--device {device} is unknown; expected cpu")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device} is unknown; expected cpu or cuda")

@@ -36,8 +36,11 @@ class Decoder:
     def forward(self, batch: StepBatch, on_layer: Callable[[], None] = lambda: None) -> Tensor | None:
         """Writes the step's keys and values; the logits of `batch.sample_rows`, [sampled, vocab] float32, on rank 0.
 
-        Other ranks get None. All ranks must be given the same step. `on_layer` is called after each layer.
+        Other ranks get None. All ranks must be given the same step. `on_layer` is called after each layer. The logits
+        lie where the batch does, wherever the model computes.
         """
+        host = batch.token_ids.device
+        batch = batch.on(self.kernels.device)
         x = self.embed(batch.token_ids)
         for block in self.blocks:
             x = block(x, batch)
@@ -47,7 +50,8 @@ class Decoder:
                 rows = batch.scored_rows[start : start + SCORED_AT_ONCE]
                 logits = self.head(self.norm(x.index_select(0, rows)))
                 if logits is not None and batch.score is not None:
-                    batch.score(logits)
+                    batch.score(logits.to(host))
         if not len(batch.sample_rows):
-            return x.new_empty((0, self.head.vocab_size), dtype=torch.float32) if self.head.tp.rank == 0 else None
-        return self.head(self.norm(x.index_select(0, batch.sample_rows)))
+            return torch.empty((0, self.head.vocab_size), dtype=torch.float32) if self.head.tp.rank == 0 else None
+        logits = self.head(self.norm(x.index_select(0, batch.sample_rows)))
+        return None if logits is None else logits.to(host)

@@ -1,0 +1,111 @@
+"""Calls of the CUDA driver, against one that only writes them down; and what is said where there is none."""
+
+import ctypes
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.cuda.driver import Driver, DriverError, Gpu, GpuModule
+from text_generation_server.kernels.select import compute_dtype, select_kernels
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_driver.cpp")
+    subprocess.run(["c++", "-O1", "-shared", "-fPIC", "-o", made, source], check=True)
+    return made
+
+
+class Fake:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._library = ctypes.CDLL(self.path)
+        self._library.fake_calls.restype = ctypes.c_char_p
+        self.set(1, 90)
+
+    def set(self, devices: int, capability: int) -> None:
+        self._library.fake_set(devices, capability)
+
+    @property
+    def calls(self) -> list[str]:
+        return self._library.fake_calls().decode().splitlines()
+
+
+@pytest.fixture
+def fake(library: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setattr(Gpu, "stream", lambda self: 4711)
+    return Fake(library)
+
+
+def test_a_kernel_is_launched_on_torchs_stream_with_its_arguments(fake: Fake, tmp_path: Path) -> None:
+    gpu = Gpu(0, Driver(fake.path), tmp_path)
+    assert (gpu.architecture, gpu.num_processors, gpu.device) == ("sm_90", 132, torch.device("cuda", 0))
+    module = gpu.module("elements.cu", {"BF16": 1})
+    assert gpu.module("elements.cu", {"BF16": 1}) is module
+    x = torch.zeros(4)
+    module.launch("rms_norm", (3, 2, 1), 64, 100, 7, 0.25, x, None)
+    launch = f"launch rms_norm 3 2 1, 64 1 1, 100, stream 4711: 7 0.25 {x.data_ptr():x} 0 extra 0"
+    assert fake.calls == [f"current {0x1234}", "load", launch]
+
+
+def test_much_shared_memory_is_asked_for_once(fake: Fake, tmp_path: Path) -> None:
+    module = Gpu(0, Driver(fake.path), tmp_path).module("elements.cu", {"BF16": 1})
+    for shared in (48 << 10, 50_000, 60_000, 55_000):
+        module.launch("rotate", (1, 1, 1), 32, shared, 1, 1.0, None, None)
+    assert [call for call in fake.calls if call.startswith("attribute")] == [
+        "attribute rotate 8 50000",
+        "attribute rotate 8 60000",
+    ]
+
+
+def test_every_thread_has_the_context(fake: Fake, tmp_path: Path) -> None:
+    module = Gpu(0, Driver(fake.path), tmp_path).module("elements.cu", {"BF16": 1})
+    thread = threading.Thread(target=lambda: module.launch("rotate", (1, 1, 1), 32, 0, 1, 1.0, None, None))
+    thread.start()
+    thread.join()
+    assert sum(call.startswith("current") for call in fake.calls) == 2
+
+
+def test_what_the_driver_refuses_is_told_by_its_name(fake: Fake, tmp_path: Path) -> None:
+    gpu = Gpu(0, Driver(fake.path), tmp_path)
+    with pytest.raises(DriverError, match="cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE"):
+        GpuModule(gpu, b"no cubin")
+    with pytest.raises(DriverError, match="cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"):
+        gpu.module("elements.cu", {"BF16": 1}).launch("missing", (1, 1, 1), 32, 0)
+
+
+def test_machines_without_a_gpu_that_serves_are_refused(fake: Fake, tmp_path: Path) -> None:
+    with pytest.raises(DriverError, match="driver was not found"):
+        Driver(str(tmp_path / "none.so"))
+    fake.set(0, 90)
+    with pytest.raises(DriverError, match="sees no GPU"):
+        Driver(fake.path)
+    fake.set(1, 70)
+    with pytest.raises(DriverError, match=r"\(7, 0\); at least \(7, 5\)"):
+        Gpu(0, Driver(fake.path))
+    with pytest.raises(DriverError, match="GPU 1 of 1"):
+        Gpu(1, Driver(fake.path))
+
+
+def test_the_device_is_chosen_by_name_and_refused_where_there_is_none(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("text_generation_server.kernels.cuda.driver.LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(ConfigError, match="--device cuda: the NVIDIA driver was not found"):
+        select_kernels("cuda")
+    monkeypatch.setattr("text_generation_server.kernels.cuda.driver.LIBRARY", fake.path)
+    assert select_kernels("cuda").device == torch.device("cuda", 0)
+    fake.set(1, 75)
+    with pytest.raises(ConfigError, match="bfloat16 needs compute capability"):
+        select_kernels("cuda").linear(torch.zeros(16, 16, dtype=torch.bfloat16))
+
+
+def test_dtypes_of_gpus() -> None:
+    assert compute_dtype("cuda", None, quantized=False) == "bfloat16"
+    assert compute_dtype("cuda", "float16", quantized=True) == "float16"
+    with pytest.raises(ConfigError, match="float32"):
+        compute_dtype("cuda", "float32", quantized=False)

@@ -1,0 +1,95 @@
+"""Runs the kernels of `sources` on a processor: the same text, compiled as C++ against `device.h`. For tests."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..backend import Argument, pack
+from ..compile import CompileError, kernels_of, text_of
+
+HERE = Path(__file__).parent
+FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DEMULATED")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one place in a source did to memory. units: passes of shared memory's banks, or sectors of 32 bytes."""
+
+    kind: str
+    file: str
+    line: int
+    requests: int
+    units: int
+    fewest: int
+
+
+class Emulator:
+    """A GPU of few multiprocessors. `order` (0 or 1) is that in which threads take turns."""
+
+    device = torch.device("cpu")
+    has_bfloat16 = True
+
+    def __init__(self, folder: Path, order: int = 0, num_processors: int = 2, compiler: str = "c++") -> None:
+        """folder: where libraries are kept, by the hash of what they are made from."""
+        self.order, self.num_processors = order, num_processors
+        self._folder, self._compiler = folder, compiler
+        self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], EmulatedModule] = {}
+
+    def module(self, source: str, defines: Mapping[str, int]) -> EmulatedModule:
+        key = (source, tuple(sorted(defines.items())))
+        if key not in self._modules:
+            self._modules[key] = EmulatedModule(self, self._build(source, defines))
+        return self._modules[key]
+
+    def _build(self, source: str, defines: Mapping[str, int]) -> Path:
+        exports = "".join(f"EXPORT_KERNEL({name})\n" for name in kernels_of(source))
+        # Lines keep the names of their files, for the report.
+        text = text_of(source, defines) + "\n" + exports
+        headers = "".join((HERE / name).read_text() for name in ("device.h", "ptx_emulated.h"))
+        digest = hashlib.sha256(repr((text, headers, FLAGS, self._compiler)).encode()).hexdigest()[:32]
+        library = self._folder / f"{Path(source).stem}-{digest}.so"
+        if library.exists():
+            return library
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            file, made = Path(folder) / source.replace(".cu", ".cpp"), Path(folder) / "made.so"
+            file.write_text(text)
+            command = [self._compiler, *FLAGS, f"-I{HERE}", "-o", str(made), str(file)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CompileError(f"{self._compiler} refuses {source}:\n{done.stderr}")
+            os.replace(made, library)
+        return library
+
+
+class EmulatedModule:
+    """A library that holds the kernels of a source and its own emulated device."""
+
+    def __init__(self, emulator: Emulator, library: Path) -> None:
+        self._emulator = emulator
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulation_report.restype = ctypes.c_char_p
+
+    def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, shared: int, *arguments: Argument) -> None:
+        pointers, _kept = pack(arguments)
+        shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, self._emulator.order)
+        getattr(self._library, f"emulate_{kernel}")(shape, ctypes.c_uint(shared), pointers)
+
+    def count(self, on: bool = True) -> None:
+        """Begins to count accesses to memory, from none."""
+        self._library.emulation_count(int(on))
+
+    def report(self) -> list[Place]:
+        """What was counted."""
+        lines = self._library.emulation_report().decode().splitlines()
+        rows = [line.split("\t") for line in lines]
+        return [Place(r[0], r[1], int(r[2]), int(r[3]), int(r[4]), int(r[5])) for r in rows]
