@@ -190,13 +190,22 @@ def _package(name: str) -> str:
         return "not installed"
 
 
-def processor() -> str:
-    """Return the processor's name and the vector instructions that matter here."""
+def _processor_fields() -> dict[str, str]:
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    flags = set(fields.get("flags", "").split())
+    return fields
+
+
+def processor_flags() -> set[str]:
+    """Return the names of what the processor can do."""
+    return set(_processor_fields().get("flags", "").split())
+
+
+def processor() -> str:
+    """Return the processor's name and the vector instructions that matter here."""
+    fields, flags = _processor_fields(), processor_flags()
     known = ["avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"]
     return f"{fields.get('model name', 'unknown')} ({', '.join(flag for flag in known if flag in flags)})"
 

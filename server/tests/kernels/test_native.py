@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ from torch import Tensor
 LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]
 each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def tolerance(library: Library, coding: Coding, dtype: torch.dtype) -> float:
+    """Where codes are multiplied by dot instructions, activations have 8 bits."""
+    return 1e-2 if library.dots and isinstance(coding, Integer) and dtype == torch.bfloat16 else TOLERANCE[dtype]
 
 
 def rows(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,7 +67,7 @@ def test_random_shapes_equal_float64(
 ) -> None:
     weight, matrix = make(coding, out, in_, min(group, in_), zeros and isinstance(coding, Integer), order, scales)
     x = rows(count, in_, dtype)
-    close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+    close(quantized_linear(library, weight, dtype)(x), x, matrix, tolerance(library, coding, dtype))
 
 
 @each_library
@@ -72,7 +78,7 @@ def test_long_rows_equal_float64(in_: int, coding: Coding, library: Library) -> 
         weight, matrix = make(coding, 40, in_, group, isinstance(coding, Integer), False, torch.float32)
         for dtype in (torch.float32, torch.bfloat16):
             x = rows(3, in_, dtype)
-            close(quantized_linear(library, weight, dtype)(x), x, matrix, TOLERANCE[dtype])
+            close(quantized_linear(library, weight, dtype)(x), x, matrix, tolerance(library, coding, dtype))
 
 
 @each_library
@@ -92,7 +98,8 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
 ) -> None:
     in_, out = 296, 333
     kept = torch.get_num_threads()
-    for group in (24, 296):
+    dtypes = [coding] if isinstance(coding, torch.dtype) else [torch.float32, torch.bfloat16]
+    for group, dtype in product((24, 296), dtypes):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -100,12 +107,10 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
                 matmul = dense_linear(library, rows(out, in_, coding))
             else:
                 zeros = isinstance(coding, Integer)
-                matmul = quantized_linear(
-                    library, make(coding, out, in_, group, zeros, True, torch.float16)[0], torch.float32
-                )
+                matmul = quantized_linear(library, make(coding, out, in_, group, zeros, True, torch.float16)[0], dtype)
             x = rows(300, in_, matmul.dtype)
             results.append(matmul(x))
-            for count in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 33, 64, 200, 256, 257):
+            for count in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 24, 33, 48, 49, 64, 200, 256, 257):
                 for first in (0, 1, 300 - count):
                     assert torch.equal(matmul(x[first : first + count]), results[-1][first : first + count])
         torch.set_num_threads(kept)
@@ -118,7 +123,9 @@ def test_values_at_the_edges_of_bfloat16_survive(library: Library) -> None:
     finfo = torch.finfo(torch.bfloat16)
     values = torch.tensor([finfo.max, -finfo.max, finfo.tiny, 2.0**-133, 1.0, 0.0]).bfloat16()
     one = torch.eye(6, dtype=torch.bfloat16)
-    assert torch.equal(dense_linear(library, one)(values[None]), values[None])
+    # Dot instructions take a subnormal for zero, as every library does that uses them.
+    kept = torch.where(values.abs() < finfo.tiny, 0, values) if library.dots else values
+    assert torch.equal(dense_linear(library, one)(values[None]), kept[None])
     x = torch.zeros(5, 6, dtype=torch.bfloat16)
     x[1, 0], x[3, 2] = float("inf"), float("nan")
     y = dense_linear(library, torch.ones(3, 6, dtype=torch.bfloat16))(x)
@@ -213,13 +220,13 @@ def test_the_library_is_built_once_and_without_a_compiler_says_so(
 
     assert build(str(compiler)).returncode == 0
     calls = (tmp_path / "compiler.log").read_text().splitlines()
-    assert sum("-c" in call.split() for call in calls) == 4
+    assert sum("-c" in call.split() for call in calls) == 5
     assert build(str(compiler)).returncode == 0
     again = (tmp_path / "compiler.log").read_text().splitlines()[len(calls) :]
     assert again == ["--version"]
     (tmp_path / "pool.h").write_text("// other\n")
     assert build(str(compiler)).returncode == 0
-    assert (tmp_path / "compiler.log").read_text().count("-c ") == 8
+    assert (tmp_path / "compiler.log").read_text().count("-c ") == 10
     missing = build("no-such-compiler")
     assert missing.returncode == 1
     assert "no-such-compiler was not found: install a C++ compiler" in missing.stderr

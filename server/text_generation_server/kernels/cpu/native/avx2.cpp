@@ -140,7 +140,7 @@ INLINE float highest_of(F value) {
 
 }  // namespace
 
-const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply};
+const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
 const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, attend};
 
 }  // namespace kernels

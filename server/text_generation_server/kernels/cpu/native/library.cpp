@@ -14,8 +14,11 @@ constexpr int64_t kRowsAtOnce = 256;
 // Multiplications that are worth a second thread.
 constexpr int64_t kWorthThreads = 1 << 17;
 
-const Variant *const kVariants[] = {&kAvx2, &kAvx512};
-const LayerVariant *const kLayerVariants[] = {&kLayerAvx2, &kLayerAvx512};
+// Of AVX-512, but for what dot instructions do.
+const Variant kAvx512Bf16{"avx512_bf16", kAvx512.table, kAvx512.spread, kAvx512.multiply, &kDotsAvx512};
+
+const Variant *const kVariants[] = {&kAvx2, &kAvx512, &kAvx512Bf16};
+const LayerVariant *const kLayerVariants[] = {&kLayerAvx2, &kLayerAvx512, &kLayerAvx512};
 
 // Elements that are worth a second thread.
 constexpr int64_t kWorthElements = 1 << 16;
@@ -44,8 +47,11 @@ bool supported(int variant) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (variant == 0) return avx2;
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (variant == 1) return avx512;
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
 }
 
 // Memory that grows, is not set to zero, and is kept: fresh pages cost more than the work on them.
@@ -59,6 +65,44 @@ struct Buffer {
 };
 
 int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
+
+// Parts of the panels: enough for a thread to be worth waking, few enough that no thread waits for the last one.
+int64_t panels_at_once(const Weight &weight, int64_t rows, int32_t threads) {
+    const int64_t work = rows * weight.steps * kStepPlaces * kColumns;
+    return std::max<int64_t>(std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work)), panels_of(weight) / (threads * 8));
+}
+
+// y = x W^T by dot instructions. x: [rows][in_features], y: [rows][out_features], of bfloat16.
+void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t rows,
+                      uint16_t *y, int32_t threads) {
+    static thread_local Buffer x_buffer, scales_buffer, offsets_buffer, sums_buffer;
+    for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, rows - begin);
+        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr};
+        to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units));
+        if (counts.eight) {
+            to.scales = scales_buffer.floats(count * counts.blocks);
+            to.offsets = reinterpret_cast<int32_t *>(offsets_buffer.floats(count * counts.blocks));
+            if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups);
+        }
+        const uint16_t *from = x + begin * weight.in_features;
+        struct Rows { int64_t first, count; };
+        std::vector<Rows> tiles;
+        each_tile_of(count, counts.tile, [&](int64_t row, int64_t size) { tiles.push_back({row, size}); });
+        Pool::shared().run(threads, int64_t(tiles.size()), 2, [&](int64_t first, int64_t last) {
+            static thread_local Buffer scratch;
+            float *own = scratch.floats(unit_scratch_floats(weight));
+            for (int64_t tile = first; tile < last; tile++)
+                dots.prepare(weight, from, tiles[tile].first, tiles[tile].count, own, to);
+        });
+        const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums,
+                          y + begin * weight.out_features};
+        Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count, threads), [&](int64_t first, int64_t last) {
+            static thread_local Buffer scratch;
+            dots.multiply(weight, units, first, last, scratch.floats(scratch_floats(count)));
+        });
+    }
+}
 
 uint32_t element(const void *source, int64_t size, int64_t at) {
     if (size == 1) return static_cast<const uint8_t *>(source)[at];
@@ -118,6 +162,9 @@ EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
     return kVariants[index]->name;
 }
 
+// Whether a variant has dot instructions for bfloat16 activations.
+EXPORT int32_t kernels_dots(int32_t variant) { return kVariants[variant]->dots != nullptr; }
+
 // The coding that a variant wants for codes of a table.
 EXPORT int32_t kernels_table_coding(int32_t variant) { return kVariants[variant]->table; }
 
@@ -153,6 +200,11 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
     static thread_local Buffer spread_buffer, sums_buffer;
     const Variant &use = *kVariants[variant];
     const Float type = Float(x_type);
+    UnitCounts counts;
+    if (type == kBf16 && use.dots && use.dots->counts(*weight, &counts)) {
+        multiply_by_dots(*weight, *use.dots, counts, static_cast<const uint16_t *>(x), rows, static_cast<uint16_t *>(y), threads);
+        return;
+    }
     const int64_t x_bytes = type == kF32 ? 4 : 2;
     // Rows one after another at a power of two would share few places of a cache.
     const int64_t stride = weight->steps * kStepPlaces + 16;
@@ -169,9 +221,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
         char *to = static_cast<char *>(y) + begin * weight->out_features * x_bytes;
         const Rows activations{count, stride, spread, sums, type == kF32 ? reinterpret_cast<float *>(to) : nullptr,
                                type == kF32 ? nullptr : reinterpret_cast<uint16_t *>(to)};
-        const int64_t panels = panels_of(*weight), work = count * weight->steps * kStepPlaces * kColumns;
-        const int64_t enough = std::max<int64_t>(1, kWorthThreads / work), even = panels / (threads * 8);
-        Pool::shared().run(threads, panels, std::max(enough, even), [&](int64_t first, int64_t last) {
+        Pool::shared().run(threads, panels_of(*weight), panels_at_once(*weight, count, threads), [&](int64_t first, int64_t last) {
             static thread_local Buffer scratch;
             use.multiply(*weight, activations, first, last, scratch.floats(scratch_floats(count)));
         });

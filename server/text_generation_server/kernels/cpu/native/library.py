@@ -71,6 +71,11 @@ class Library:
         """How the variant wants codes of a table laid out."""
         return int(self._library.kernels_table_coding(self.variant))
 
+    @property
+    def dots(self) -> bool:
+        """Whether bfloat16 is multiplied by dot instructions, with codes as 8-bit integers (see avx512_bf16.cpp)."""
+        return bool(self._library.kernels_dots(self.variant))
+
     def step_bytes(self, coding: int) -> int:
         return int(self._library.kernels_step_bytes(coding))
 

@@ -50,6 +50,58 @@ struct Rows {
     uint16_t *y16;
 };
 
+// Activations as products by dot instructions read them, in units of 4 bytes: 2 places in bfloat16 or 4 in 8 bits. Rows stand
+// in tiles; what a tile has for one unit, block or group lies together.
+struct UnitCounts {
+    int64_t units;   // of a row
+    int64_t blocks;  // of a row: each has a scale; none where units hold bfloat16
+    bool eight;      // whether units hold 8 bits
+    int64_t tile;    // rows of a tile, at most
+};
+
+constexpr int kTileOfEight = 6, kTileOfBrain = 12;
+
+// Rows of a step are cut into tiles of nearly the same size.
+template <class Function>
+void each_tile_of(int64_t count, int64_t most, Function &&function) {
+    const int64_t tiles = (count + most - 1) / most;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t row = tile * count / tiles;
+        function(row, (tile + 1) * count / tiles - row);
+    }
+}
+
+struct WritableUnits {
+    int64_t count;              // rows
+    int64_t units, blocks, groups;
+    uint32_t *x;                // [tiles][units][rows of the tile]
+    float *scales;              // [tiles][blocks][rows of the tile]
+    int32_t *offsets;           // the same: what the middle of the codes takes away from the sum of a block
+    float *sums;                // [tiles][groups][rows of the tile]; null where the middle is every zero point
+};
+
+struct Units {
+    int64_t count, tile;
+    int64_t units, blocks, groups;
+    const uint32_t *x;
+    const float *scales;
+    const int32_t *offsets;
+    const float *sums;
+    uint16_t *y;                // [count][out_features]
+
+    template <class Function>
+    void each_tile(Function &&function) const { each_tile_of(count, tile, function); }
+};
+
+// Products of bfloat16 activations by dot instructions, where a processor has them.
+struct Dots {
+    // Fills `counts`; false if weights of this coding are multiplied otherwise.
+    bool (*counts)(const Weight &, UnitCounts *counts);
+    // Makes units of the rows [row, row + count), which are a tile. `scratch`: this thread's own, of `unit_scratch_floats`.
+    void (*prepare)(const Weight &, const void *activations, int64_t row, int64_t count, float *scratch, const WritableUnits &);
+    void (*multiply)(const Weight &, const Units &, int64_t first, int64_t last, float *scratch);
+};
+
 // What one instruction set provides.
 struct Variant {
     const char *name;
@@ -59,6 +111,7 @@ struct Variant {
                    float *x, float *sums);
     // Panels [first, last) of the product. `scratch` is this thread's own, of `scratch_floats(rows)`.
     void (*multiply)(const Weight &, const Rows &, int64_t first, int64_t last, float *scratch);
+    const Dots *dots;  // or null
 };
 
 // Steps that are made into numbers at once, to stay in a core's first cache.
@@ -68,6 +121,9 @@ constexpr int64_t scratch_floats(int64_t rows) {
     return kChunkSteps * kStepPlaces * kColumns + 2 * rows * kColumns;
 }
 
+inline int64_t unit_scratch_floats(const Weight &weight) { return 2 * weight.steps * kStepPlaces + 256; }
+
 extern const Variant kAvx2, kAvx512;
+extern const Dots kDotsAvx512;
 
 }  // namespace kernels

@@ -57,28 +57,38 @@ def why_not(library: Library, kind: Coding | torch.dtype) -> str | None:
 
 # Of a product in float32, relative to the same in float64.
 _TOLERANCE = 1e-5
+# What rounding to bfloat16 may add, of results and of numbers in a table; and what 8 bits of activations may.
+_ROUNDING, _EIGHT_BITS = 2.0**-8, 1e-2
 
 
 def _error(library: Library, kind: Coding | torch.dtype) -> float:
-    """Of a small product of this kind, relative to float64; infinite if rows depend on each other."""
+    """Of small products, relative to float64, beyond what is tolerated; infinite if rows depend on each other."""
     generator = torch.Generator().manual_seed(7)
-    out, in_, group, rows = 40, 72, 24, 9
+    out, in_, group, rows = 40, 72, 24, 60
     x = torch.randn(rows, in_, generator=generator)
     if isinstance(kind, torch.dtype):
         dense = torch.randn(out, in_, generator=generator).to(kind)
-        numbers, x = dense, x.to(kind)
-        matmul = dense_linear(library, dense)
-        tolerated = 0.0 if kind == torch.float32 else 2.0**-8  # of the result's own rounding
-    else:
-        most = 120 if isinstance(kind, Float8) else 2**kind.bits  # of 8-bit floats, finite ones
-        codes = torch.randint(0, most, (out, in_), generator=generator, dtype=torch.uint8)
-        scales = torch.rand(out, in_ // group, generator=generator) + 0.5
-        zeros = None
-        if isinstance(kind, Integer):
-            zeros = torch.randint(0, 2**kind.bits, scales.shape, generator=generator, dtype=torch.uint8)
-        weight = QuantizedWeight(kind, in_, pack(codes, kind.bits), scales, zeros, group, None)
-        numbers, tolerated = weight.dequantize(), 0.0
-        matmul = quantized_linear(library, weight, torch.float32)
+        return _product_error(
+            dense_linear(library, dense), dense, x.to(kind), 0 if kind == torch.float32 else _ROUNDING
+        )
+    most = 120 if isinstance(kind, Float8) else 2**kind.bits  # of 8-bit floats, finite ones
+    codes = torch.randint(0, most, (out, in_), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(out, in_ // group, generator=generator) + 0.5
+    zeros = None
+    if isinstance(kind, Integer):
+        zeros = torch.randint(0, 2**kind.bits, scales.shape, generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(kind, in_, pack(codes, kind.bits), scales, zeros, group, None)
+    numbers = weight.dequantize()
+    error = _product_error(quantized_linear(library, weight, torch.float32), numbers, x, 0)
+    if library.dots:
+        tolerated = _EIGHT_BITS if isinstance(kind, Integer) else _ROUNDING
+        matmul = quantized_linear(library, weight, torch.bfloat16)
+        error = max(error, _product_error(matmul, numbers, x.bfloat16(), tolerated))
+    return error
+
+
+def _product_error(matmul: NativeLinear, numbers: Tensor, x: Tensor, tolerated: float) -> float:
+    """numbers: [out, in], what `matmul` multiplies x with."""
     y, wanted = matmul(x), x.double() @ numbers.double().T
     if any(not torch.equal(matmul(x[first : first + n]), y[first : first + n]) for n in (1, 2, 3) for first in (0, 5)):
         return float("inf")
@@ -112,7 +122,7 @@ def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
     """What speaks against our own product of dense weights."""
     if dtype not in _DENSE:
         return f"weights are {dtype}".replace("torch.", "")
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not library.dots and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "the processor multiplies bfloat16 itself"
     return why_not(library, dtype)
 
@@ -131,7 +141,10 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
     groups = weight.groups if isinstance(weight.groups, Tensor) else torch.arange(weight.in_features) // weight.groups
     order = torch.argsort(groups, stable=True)  # the place of each code; the groups follow each other
     sizes = torch.bincount(groups, minlength=weight.scales.shape[1]).tolist()
-    coding, scales = _coding(library, weight.coding), weight.scales
+    coding, scales, zeros = _coding(library, weight.coding), weight.scales, weight.zeros
+    middle = 2 ** (weight.coding.bits - 1) if isinstance(weight.coding, Integer) else 0
+    # Many formats store zero points that say nothing.
+    zeros = None if zeros is None or bool((zeros == middle).all()) else zeros
     places = sources = None
     if (
         weight.order is not None
@@ -143,8 +156,7 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
     if coding == E4M3:
         scales = scales.float() * 256  # numbers come out of float16 that much too small
     form = _Form(
-        coding, weight.out_features, weight.in_features, sizes, places, sources, scales, weight.zeros,
-        2 ** (weight.coding.bits - 1) if isinstance(weight.coding, Integer) else 0,
+        coding, weight.out_features, weight.in_features, sizes, places, sources, scales, zeros, middle,
         weight.coding.values if isinstance(weight.coding, Table) else None,
     )  # fmt: skip
     return _linear(library, form, weight.codes, dtype)

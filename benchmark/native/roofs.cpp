@@ -1,0 +1,63 @@
+// What a processor can do at most: bytes read and multiplications of each kind per second. Built by roofs.py.
+#include <chrono>
+#include <cstdint>
+#include <immintrin.h>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Independent chains, enough to hide the latency of each instruction.
+constexpr int kChains = 16;
+
+template <class Function>
+double seconds(int threads, Function &&function) {
+    std::vector<std::thread> workers;
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 1; i < threads; i++) workers.emplace_back(function, i);
+    function(0);
+    for (auto &worker : workers) worker.join();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+template <class V>
+void keep(V &value) { asm volatile("" : "+v"(value)); }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT __attribute__((target("avx2"))) double roof_read(const char *data, int64_t size, int threads) {
+    return seconds(threads, [=](int thread) __attribute__((target("avx2"))) {
+        const int64_t part = size / threads / 512 * 512;
+        const char *at = data + thread * part, *end = at + part;
+        __m256i sum[4] = {};
+        for (; at < end; at += 512) {
+            _mm_prefetch(at + 4096, _MM_HINT_T0);
+            for (int i = 0; i < 16; i++)
+                sum[i % 4] = _mm256_xor_si256(sum[i % 4], _mm256_loadu_si256((const __m256i *)(at + i * 32)));
+        }
+        for (auto &each : sum) keep(each);
+    });
+}
+
+// Seconds of `rounds` rounds of kChains instructions on each thread.
+#define ROOF(name, features, type, step)                                                    \
+    EXPORT __attribute__((target(features))) double roof_##name(int64_t rounds, int threads) { \
+        return seconds(threads, [=](int) __attribute__((target(features))) {                \
+            type sum[kChains] = {}, a = {}, b = {};                                         \
+            _Pragma("GCC unroll 16") for (int j = 0; j < kChains; j++) keep(sum[j]);        \
+            keep(a), keep(b);                                                               \
+            for (int64_t i = 0; i < rounds; i++) {                                          \
+                _Pragma("GCC unroll 16") for (int j = 0; j < kChains; j++) {                \
+                    sum[j] = step;                                                          \
+                    keep(sum[j]);                                                           \
+                }                                                                           \
+            }                                                                               \
+        });                                                                                 \
+    }
+
+ROOF(avx2, "avx2,fma", __m256, _mm256_fmadd_ps(a, b, sum[j]))
+ROOF(avx512, "avx512f", __m512, _mm512_fmadd_ps(a, b, sum[j]))
+ROOF(bf16, "avx512f,avx512bf16", __m512, _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b))
+ROOF(vnni, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum[j], a, b))
