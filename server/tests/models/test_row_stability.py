@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness import LLAMA, MODELS, QWEN2, Log, Shard, load, run_ranks
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.interface import Matmul
+from text_generation_server.kernels.interface import BlockParts, FusedBlock, Matmul
 from text_generation_server.loading import Alone, TensorParallel
 from torch import Tensor
 
@@ -203,6 +203,10 @@ class PlantedTail(CpuKernels):
         tail = y.view(-1)[-7:]
         tail.copy_(torch.nextafter(tail, torch.zeros_like(tail)))
         return y
+
+    def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
+        """None: a whole block would not ask for an activation."""
+        return None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,4 +111,52 @@ class Kernels(Protocol):
 
     def attention(self, q: Tensor, layer: int, batch: StepBatch, options: AttentionOptions) -> Tensor:
         """Causal attention of q [tokens, heads, head_dim] over the cache. Returns [tokens, heads * head_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x²) + eps) * weight; weight: [hidden]."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """x + attention(norm(x)), then x + mlp(norm(x)), on a single rank: rotated heads, silu(gate) * up.
+
+    qkv_bias: of q, k and v one after another. head_norm: of queries and keys, weight [heads + kv_heads, head_dim].
+    """
+
+    layer: int
+    attention_norm: Norm
+    qkv: Matmul
+    qkv_bias: Tensor | None
+    head_norm: Norm | None
+    output: Matmul
+    mlp_norm: Norm
+    gate_up: Matmul
+    down: Matmul
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    options: AttentionOptions
+
+
+class FusedBlock(Protocol):
+    """A block as one operation. x: [tokens, hidden], which may be overwritten; cos, sin: as for `rotate`.
+
+    None: the step's cache is laid out otherwise, and nothing was computed.
+    """
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None: ...
+
+
+@runtime_checkable
+class FusesBlocks(Protocol):
+    """Kernels that compute a whole block at once, which saves what every single operation costs."""
+
+    def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
+        """None: this block is computed by single operations."""
         ...

@@ -39,5 +39,8 @@ class Rotary:
 
     def __call__(self, x: Tensor, batch: StepBatch) -> Tensor:
         """x: [tokens, heads, head_dim]."""
-        cos, sin = batch.once(self, lambda: (self.cos[batch.positions], self.sin[batch.positions]))
-        return self.kernels.rotate(x, cos, sin)
+        return self.kernels.rotate(x, *self.factors(batch))
+
+    def factors(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the step's tokens: [tokens, head_dim] each."""
+        return batch.once(self, lambda: (self.cos[batch.positions], self.sin[batch.positions]))

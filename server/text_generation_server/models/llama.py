@@ -8,6 +8,7 @@ from ..batch import StepBatch
 from ..checkpoint.model_config import ModelSettings
 from ..kernels.interface import CacheSpec
 from ..layers.attention import Attention, Heads, Positions, separate_qkv
+from ..layers.block import fused_block
 from ..layers.embedding import VocabEmbedding, load_head, tied_head
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
@@ -27,8 +28,11 @@ class Block:
         )
         self.mlp_norm = RMSNorm(load / "post_attention_layernorm", settings.rms_norm_eps)
         self.mlp = GatedMLP(load / "mlp", settings.intermediate_size)
+        self.fused = fused_block(self.attention_norm, self.attention, self.mlp_norm, self.mlp)
 
     def __call__(self, x: Tensor, batch: StepBatch) -> Tensor:
+        if self.fused is not None and (y := self.fused(x, batch)) is not None:
+            return y
         x = x + self.attention(self.attention_norm(x), batch)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from ...batch import StepBatch
-from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
+from ..interface import AttentionOptions, BlockParts, CacheSpec, FusedBlock, KVCache, Matmul
 from ..weights import QuantizedWeight
 from .linear import LinearFactory
+from .native.block import fuse
 from .native.layer import NativeLayer
 from .native.library import load_library
 from .operators import TorchOperators
@@ -23,7 +24,7 @@ class CpuKernels:
     def __init__(self, instruction_set: str | None = None) -> None:
         """instruction_set: of our own kernels, or `none`; by default the best that the processor executes."""
         self.proofs = Proofs()
-        library = load_library(instruction_set)
+        library = self._library = load_library(instruction_set)
         self._linear = LinearFactory(self.proofs, library)
         self._quantized = QuantizedLinearFactory(self.proofs, library)
         self._torch = TorchOperators()
@@ -52,6 +53,9 @@ class CpuKernels:
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
         return self._quantized(weight, dtype, label)
+
+    def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
+        return None if self._library is None else fuse(self._library, parts)
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

@@ -141,6 +141,6 @@ INLINE float highest_of(F value) {
 }  // namespace
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
-const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, attend};
+const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend};
 
 }  // namespace kernels

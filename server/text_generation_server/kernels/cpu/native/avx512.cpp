@@ -8,6 +8,6 @@
 }  // namespace
 
 const Variant kAvx512{"avx512", kTable4, spread, multiply, nullptr};
-const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, attend};
+const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, add, attend};
 
 }  // namespace kernels

@@ -4,7 +4,7 @@
 // A unit is 4 bytes of one column: 2 places in bfloat16, or 4 in 8 bits; an instruction adds the products of a unit of
 // weights and a unit of activations, for 16 columns. Two kinds of weights:
 //
-//   numbers  (bfloat16, tables): a chain over the units of a group, in float32, as the processor's instruction adds.
+//   numbers  (bfloat16, tables, 8-bit floats): a chain over the units of a group, in float32, as the processor's instruction adds.
 //   codes    (2, 3, 4, 8 bits): activations become 8-bit integers, a block of at most kBlockSteps at a time, each block with
 //            a scale of its own, which follows from the row alone. Sums within a block are exact; then a chain over the
 //            blocks of a group, in float32.
@@ -76,6 +76,23 @@ struct Brain {
     static INLINE Words load(const uint8_t *step, int vector, I) { return step + vector * kWidth * 4; }
     template <int U>
     static INLINE I unit(Words at) { return load_integers(at + U * kColumns * 4); }
+    static constexpr int place(int u, int k) { return 2 * u + k; }
+};
+
+// 8-bit floats have fewer digits than bfloat16: the upper half of a float32 is all of it.
+template <bool E5m2>
+struct Float8 {
+    static constexpr int kUnits = 4, kStep = kColumns * 8;
+    static constexpr bool kExact = false, kInMemory = false;
+    using Sum = F;
+    using Words = const uint8_t *;
+    static INLINE Words load(const uint8_t *step, int vector, I) { return step + vector * kWidth; }
+    template <int U>
+    static INLINE I unit(Words at) {
+        const __m512i low = _mm512_castps_si512(widen_float8<E5m2>(at + 2 * U * kColumns));
+        const __m512i high = _mm512_castps_si512(widen_float8<E5m2>(at + (2 * U + 1) * kColumns));
+        return {_mm512_mask_mov_epi16(_mm512_srli_epi32(low, 16), 0xAAAAAAAA, high)};
+    }
     static constexpr int place(int u, int k) { return 2 * u + k; }
 };
 
@@ -428,6 +445,8 @@ bool with_units(int32_t coding, Function &&function) {
         case kInt4: function(Codes<4>{}); return true;
         case kInt8: function(Codes<8>{}); return true;
         case kTable4: function(TableOfBrain{}); return true;
+        case kE4m3: function(Float8<false>{}); return true;
+        case kE5m2: function(Float8<true>{}); return true;
         default: return false;
     }
 }

@@ -39,6 +39,7 @@ AVX512 = (
 AVX512_BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi", "-O2")
 SOURCES = {
     "library.cpp": (),
+    "block.cpp": (),
     "pool.cpp": (),
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,

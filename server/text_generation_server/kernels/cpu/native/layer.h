@@ -48,6 +48,8 @@ struct LayerVariant {
     // Tokens [first, last) of [tokens][heads][dim], `stride` elements from one token to the next; y is dense.
     void (*rotate)(const void *x, const float *cos, const float *sin, void *y, int32_t type, int64_t heads, int64_t dim,
                    int64_t stride, int64_t first, int64_t last);
+    // x += y, elements [first, last), rounded to the type.
+    void (*add)(void *x, const void *y, int32_t type, int64_t first, int64_t last);
     // `scratch`: of `rows` rows, which are enough for every tile.
     void (*attend)(const Attention &, const AttentionTile &, float *scratch, int64_t rows);
 };

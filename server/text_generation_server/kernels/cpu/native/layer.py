@@ -111,7 +111,7 @@ class NativeLayer:
         keys, values = batch.kv_cache.layers[layer]
         q = _tokens_apart(q)
         tokens, heads, dim = q.shape
-        starts, lengths, tables = batch.once("rows", lambda: _rows(batch))
+        starts, lengths, tables = batch.once("rows", lambda: step_rows(batch))
         y = q.new_empty(tokens, heads * dim)
         step = _Attention(
             q.data_ptr(), y.data_ptr(), keys.data_ptr(), values.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
@@ -122,7 +122,7 @@ class NativeLayer:
         return y
 
 
-def _rows(batch: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
+def step_rows(batch: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Starts, lengths and block tables as int64 in memory of their own."""
     return torch.tensor(batch.starts), torch.tensor(batch.context_lengths), batch.block_tables.contiguous()
 

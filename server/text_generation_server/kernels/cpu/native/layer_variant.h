@@ -89,6 +89,12 @@ void silu_and_mul(const void *x, void *y, int32_t type, int64_t size, int64_t fi
         });
 }
 
+void add(void *x, const void *y, int32_t type, int64_t first, int64_t last) {
+    each_vector(last - first, [&](int64_t at, auto load, auto store) {
+        store(x, type, first + at, load(x, type, first + at) + load(y, type, first + at));
+    });
+}
+
 void rotate(const void *x, const float *cos, const float *sin, void *y, int32_t type, int64_t heads, int64_t dim,
             int64_t stride, int64_t first, int64_t last) {
     const int64_t half = dim / 2;

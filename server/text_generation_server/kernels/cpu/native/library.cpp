@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "layer.h"
+#include "block.h"
 #include "pool.h"
 
 namespace kernels {
@@ -53,16 +53,6 @@ bool supported(int variant) {
     return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
            __builtin_cpu_supports("avx512vbmi");
 }
-
-// Memory that grows, is not set to zero, and is kept: fresh pages cost more than the work on them.
-struct Buffer {
-    std::vector<char> bytes;
-    float *floats(int64_t count) {
-        const size_t wanted = size_t(count) * sizeof(float) + 64;
-        if (bytes.size() < wanted) bytes = std::vector<char>(wanted);
-        return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
-    }
-};
 
 int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
 
@@ -144,11 +134,12 @@ void put_codes(int32_t coding, const uint32_t *codes, int column, uint8_t *to) {
 }
 
 }  // namespace
+
+const LayerVariant *layer_variant(int32_t variant) { return kLayerVariants[variant]; }
+
 }  // namespace kernels
 
 using namespace kernels;
-
-#define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
 

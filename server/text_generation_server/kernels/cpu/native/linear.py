@@ -108,6 +108,11 @@ class NativeLinear:
         self._threads = torch.get_num_threads()
         self._multiply = library.function("multiply", "pipilpi")
 
+    @property
+    def address(self) -> int:
+        """Of the weight, as the library knows it."""
+        return self._address
+
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype or x.ndim != 2 or x.shape[1] != self._in or x.device.type != "cpu":
             found = f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -1,0 +1,86 @@
+"""A block of a decoder as one call: the bits of the single operations, whatever the step is made of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import INSTRUCTION_SETS, kernels_of
+from harness import MODELS, Log, Shard, load
+from text_generation_server.kernels.cpu.kernels import CpuKernels
+from text_generation_server.kernels.interface import FusesBlocks
+from text_generation_server.loading import Alone, TensorParallel
+from text_generation_server.models.decoder import Decoder
+
+ALONE = TensorParallel(0, 1, Alone())
+
+
+def decoder(path: Path, kernels: CpuKernels, dtype: str, fused: bool) -> Decoder:
+    model = load(path, ALONE, kernels, dtype)
+    for block in model.blocks:
+        assert block.fused is not None  # type: ignore[attr-defined]
+        if not fused:
+            block.fused = None  # type: ignore[attr-defined]
+    return model
+
+
+def logits(model: Decoder, block_size: int) -> list[torch.Tensor]:
+    """Of two sequences: one in chunks, one whole, then both token by token, then a long one alone."""
+    shard = Shard(model, num_blocks=120, block_size=block_size)
+    ids = [(7 * i + 3) % 500 for i in range(400)]
+    a, b, c = Log(ids[:50], list(range(40))), Log(ids[9:30], list(range(40, 80))), Log(ids, list(range(80, 120)))
+    shard.step([(a, 13), (b, 20)], sample_all=True)
+    shard.step([(a, 30)], sample_all=True)
+    shard.step([(a, 1), (b, 1)], sample_all=True)
+    shard.step([(c, 300)], sample_all=True)
+    shard.step([(c, 1), (a, 6)], sample_all=True)
+    return [log.logits[length] for log in (a, b, c) for length in sorted(log.logits)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["docs-llama-7m", "docs-llama-7m-gptq-4bit-g128", "docs-llama-7m-bnb-nf4"])
+@pytest.mark.parametrize("instruction_set", [name for name in INSTRUCTION_SETS if name != "none"])
+def test_a_whole_block_has_the_bits_of_its_operations(
+    instruction_set: str, name: str, dtype: str, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    kernels = kernels_of(instruction_set)
+    if name == "docs-llama-7m" and dtype == "bfloat16" and not kernels._library.dots:  # type: ignore[union-attr]
+        pytest.skip("oneDNN multiplies, and blocks are not fused")
+    whole, single = (logits(decoder(MODELS / name, kernels, dtype, fused), 16) for fused in (True, False))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+
+
+def test_a_cache_of_another_layout_is_left_to_single_operations() -> None:
+    torch.set_num_threads(1)
+    kernels = CpuKernels()
+    whole, single = (logits(decoder(MODELS / "docs-llama-7m", kernels, "float32", f), 10) for f in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+
+
+def test_blocks_with_biases_and_norms_of_heads_have_the_bits_of_their_operations(tmp_path: Path) -> None:
+    """Qwen2 has biases of q, k and v, Qwen3 norms of heads. The shipped Qwen2 and a random Qwen3."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=512, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1, 0.3)
+    model.save_pretrained(tmp_path)
+    kernels = CpuKernels()
+    for path in (MODELS / "docs-qwen2-4m", tmp_path):
+        for dtype in ("float32", "bfloat16") if kernels._library.dots else ("float32",):  # type: ignore[union-attr]
+            whole, single = (logits(decoder(path, kernels, dtype, fused), 16) for fused in (True, False))
+            assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+
+
+def test_without_kernels_of_our_own_no_block_is_fused() -> None:
+    kernels = CpuKernels("none")
+    assert isinstance(kernels, FusesBlocks)
+    model = load(MODELS / "docs-llama-7m", ALONE, kernels)
+    assert all(block.fused is None for block in model.blocks)  # type: ignore[attr-defined]

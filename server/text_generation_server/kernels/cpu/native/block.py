@@ -1,0 +1,115 @@
+"""A block of a decoder in one call (see block.h)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ....batch import StepBatch
+from ...interface import BlockParts
+from .layer import TILE_KEYS, NativeLayer, step_rows
+from .library import FLOATS, Library
+from .linear import NativeLinear
+
+
+class _Block(ctypes.Structure):
+    """`Block` of block.h."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("qkv_bias", ctypes.c_void_p),
+        ("head_norm", ctypes.c_void_p),
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("attention_eps", ctypes.c_float),
+        ("mlp_eps", ctypes.c_float),
+        ("head_eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _BlockStep(ctypes.Structure):
+    """`BlockStep` of block.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
+class NativeBlock:
+    """A `FusedBlock`: the bits are those of the single operations."""
+
+    def __init__(self, library: Library, parts: BlockParts, matmuls: tuple[NativeLinear, ...]):
+        """matmuls: of `parts`: qkv, output, gate and up, down."""
+        self._library, self._parts, self._matmuls = library, parts, matmuls
+        self._call = library.function("block", "ppii")
+        norms, hidden = (parts.attention_norm, parts.mlp_norm), len(parts.attention_norm.weight)
+        bias, heads = parts.qkv_bias, parts.head_norm
+        self._block = _Block(
+            *(matmul.address for matmul in matmuls), *(norm.weight.data_ptr() for norm in norms),
+            None if bias is None else bias.data_ptr(), None if heads is None else heads.weight.data_ptr(), hidden,
+            parts.num_heads, parts.num_kv_heads, parts.head_dim, parts.options.window or 0,
+            *(norm.eps for norm in norms), 0 if heads is None else heads.eps, parts.options.scale,
+        )  # fmt: skip
+        self._address, self._hidden = ctypes.addressof(self._block), hidden
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
+        if not NativeLayer.attends(self._parts.head_dim, batch.kv_cache.block_size):
+            return None
+        dtype = self._matmuls[0].dtype
+        if x.shape != (len(batch.positions), self._hidden) or x.dtype != dtype:
+            raise ValueError(
+                f"activations are {x.dtype} {list(x.shape)}; expected {dtype} {[len(batch.positions), self._hidden]}"
+            )
+        x = x.contiguous()
+        keys, values = batch.kv_cache.layers[self._parts.layer]
+        step = batch.once("block", lambda: _step(cos, sin, dtype, batch))
+        step.x, step.keys, step.values = x.data_ptr(), keys.data_ptr(), values.data_ptr()
+        self._call(self._address, ctypes.addressof(step), self._library.variant, torch.get_num_threads())
+        return x
+
+
+def _step(cos: Tensor, sin: Tensor, dtype: torch.dtype, batch: StepBatch) -> _BlockStep:
+    """What all layers of a step share. The tensors live as long as the batch."""
+    starts, lengths, tables = batch.once("rows", lambda: step_rows(batch))
+    return _BlockStep(
+        None, None, None, cos.data_ptr(), sin.data_ptr(), batch.slots.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
+        tables.data_ptr(), len(batch.positions), len(lengths), tables.shape[1], batch.kv_cache.block_size,
+        FLOATS[dtype],
+    )  # fmt: skip
+
+
+def fuse(library: Library, parts: BlockParts) -> NativeBlock | None:
+    """The block, if everything in it is ours."""
+    matmuls = (parts.qkv, parts.output, parts.gate_up, parts.down)
+    native = tuple(matmul for matmul in matmuls if isinstance(matmul, NativeLinear))
+    norms = (parts.attention_norm, parts.mlp_norm, parts.head_norm)
+    weights = [parts.qkv_bias, *(norm.weight for norm in norms if norm is not None)]
+    if len(native) < len(matmuls) or any(
+        weight is not None and (weight.dtype != native[0].dtype or not weight.is_contiguous()) for weight in weights
+    ):
+        return None
+    return NativeBlock(library, parts, native) if NativeLayer.attends(parts.head_dim, TILE_KEYS) else None
