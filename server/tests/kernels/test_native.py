@@ -66,8 +66,8 @@ def test_random_shapes_equal_float64(
     scales: torch.dtype,
 ) -> None:
     weight, matrix = make(coding, out, in_, min(group, in_), zeros and isinstance(coding, Integer), order, scales)
-    # `count` rows at a time, but several in all: where weights are alike, how large one row's result is beside what it is summed
-    # from, and so beside its error, is a matter of chance.
+    # `count` rows at a time, but several in all: where weights are alike, how large one row's result is beside what it
+    # is summed from, and so beside its error, is a matter of chance.
     x = rows(count * -(-16 // count), in_, dtype)
     product = quantized_linear(library, weight, dtype)
     y = torch.cat([product(part) for part in x.split(count)])
