@@ -361,7 +361,6 @@ def quantize(
     except ShardError as error:
         refuse(error, error.exit_code)
     except KeyboardInterrupt:
-        # Before the run itself began, which says how many blocks are stored.
         refuse("stopped; nothing was changed; give the same command again to begin, or to go on", 130)
     typer.echo(json.dumps({"model_dir": str(outcome.folder), "proof": outcome.proof}))
     if outcome.too_bad:

@@ -109,8 +109,10 @@ class Options:
             raise ConfigError(f"--dtype is {resources.dtype!r}; expected float32 or bfloat16")
         if resources.num_threads is not None and not 1 <= resources.num_threads <= 1024:
             raise ConfigError(f"--num-threads is {resources.num_threads}; expected 1 to 1024")
-        if resources.max_device_memory is not None and resources.device == "cpu":
-            raise ConfigError("--max-device-memory has no meaning for --device cpu; leave it out, or see --max-memory")
+        if resources.max_device_memory is not None and resources.device == Resources.device:
+            raise ConfigError(
+                f"--max-device-memory has no meaning for --device {resources.device}; leave it out, or see --max-memory"
+            )
         if self.max_ppl_increase is not None and not 0 <= self.max_ppl_increase < 1e9:
             raise ConfigError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a number of at least 0")
 
