@@ -12,7 +12,7 @@ from pathlib import Path
 
 SCRIPTS = [
     "load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "constrained", "quantized", "quantize_quality",
-    "quantize_speed", "side_by_side",
+    "quantize_speed", "gpu_kernels", "side_by_side",
 ]  # fmt: skip
 TIMEOUT_S = 3600
 
