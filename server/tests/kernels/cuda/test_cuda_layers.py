@@ -150,3 +150,13 @@ def test_a_quantized_model_computes_what_the_reference_does_and_the_same_bits_ho
     wanted, plain = logits(REFERENCE, "float32", [24]), logits(REFERENCE, "bfloat16", [24])
     assert error(whole, wanted.double()) <= 1.2 * error(plain, wanted.double())
     assert torch.equal(logits(kernels, "bfloat16", [10, 1, 1, 9, 1, 1, 1]), whole)
+
+
+def test_a_batch_goes_to_the_models_device_whole(kernels: CudaKernels) -> None:
+    cache = kernels.new_kv_cache(CacheSpec(1, 2, 32, torch.bfloat16), 8, 16)
+    batch = step([(20, 2), (3, 1)], 16, cache)
+    assert batch.on(torch.device("cpu")) is batch
+    moved = batch.on(torch.device("meta"))
+    tensors = [moved.token_ids, moved.positions, moved.slots, moved.block_tables, moved.sample_rows]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert (moved.starts, moved.context_lengths) == (batch.starts, batch.context_lengths)
