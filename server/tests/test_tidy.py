@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "shard": {
         "config", "runner", "sequences", "batch", "distributed", "meeting", "loading", "planning", "models", "kernels",
         "sampling.grammar",
+        "sampling.processors",
     },
     "runner": {"sequences", "batch", "sampling", "distributed", "kernels.interface"},
     "sequences": {"sampling"},

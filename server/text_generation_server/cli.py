@@ -95,6 +95,12 @@ def serve(
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    watermark_gamma: Annotated[
+        float, typer.Option(envvar="WATERMARK_GAMMA", help="The share of the vocabulary that the watermark favours.")
+    ] = 0.5,
+    watermark_delta: Annotated[
+        float, typer.Option(envvar="WATERMARK_DELTA", help="What the watermark adds to the logits of that share.")
+    ] = 2.0,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
     exit_with_stdin: Annotated[
@@ -134,6 +140,8 @@ def serve(
             exit_with_stdin=exit_with_stdin,
             logits_digest_dir=logits_digest_dir,
             fault_file=fault_file,
+            watermark_gamma=watermark_gamma,
+            watermark_delta=watermark_delta,
         )
         run(config)
     except ShardError as error:

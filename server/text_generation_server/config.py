@@ -1,5 +1,6 @@
 """Settings of a shard: what the command line says, checked once and passed down as one frozen value."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class ServeConfig:
     exit_with_stdin: bool
     logits_digest_dir: Path | None
     fault_file: Path | None
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
@@ -40,6 +43,10 @@ class ServeConfig:
             raise ConfigError(f"--memory-bytes is {self.memory_bytes}, a positive number is needed")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if not 0 < self.watermark_gamma <= 1:
+            raise ConfigError(f"--watermark-gamma is {self.watermark_gamma}, expected a share above 0 and up to 1")
+        if not math.isfinite(self.watermark_delta):
+            raise ConfigError(f"--watermark-delta is {self.watermark_delta}, expected a number")
         if self.device not in DEVICES:
             raise ConfigError(f"--device is {self.device!r}, expected one of {', '.join(DEVICES)}")
         if len(str(self.uds_path).encode()) > 107:

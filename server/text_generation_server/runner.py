@@ -3,7 +3,7 @@
 import hashlib
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from .distributed import Group
 from .faults import Faults
 from .kernels.interface import KVCache
 from .sampling import processors
-from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
+from .sampling.constraint import Automaton, Constraint, GrammarError
 from .sampling.grammar import Grammar, Grammars, Masks
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
@@ -142,10 +142,14 @@ class Runner:
         faults: Faults,
         digests: LogitsDigests | None = None,
         grammars: Grammars | None = None,
+        mark: processors.Watermark | None = None,
     ) -> None:
         self.grammars = grammars or Grammars(None, table.vocab_size, eos_token_ids)
         self.model, self.group, self.cache, self.table = model, group, cache, table
         self.eos_token_ids, self.faults, self.digests = eos_token_ids, faults, digests
+        self.mark = mark or processors.Watermark()
+        # Of rows that are constrained: the constraint, and where its mask is being found out.
+        self.begun: dict[int, tuple[Constraint, Masks, int]] = {}
 
     def step(self, plan: Plan) -> Result:
         """Computes a plan. Raises ProtocolError if it does not fit what this rank holds."""
@@ -162,17 +166,18 @@ class Runner:
         alive = [work for work in plan.work if work.row not in self.table.faults]
         sampling = [work.row for work in alive if work.max_ids > 0]
         logits, forwarded, scoring = None, started, Scoring(self.table)
-        masks = self.begin_masks(sampling)
+        self.begin_masks(sampling)
         if alive:
             logits = self.model(make_batch(self.table, alive, self.cache, scoring))
             forwarded = time.monotonic_ns()
             advance(self.table, alive)
-        drawn = self.sample(sampling, logits, masks)
+        drawn = self.sample(sampling, logits)
         sampled = time.monotonic_ns()
         rows = self.results(plan.work, sampling, drawn, scoring) if self.group.rank == 0 else []
         digest = self.digest(plan)
         for row in plan.release:
             self.table.release(row)
+            self.begun.pop(row, None)
         ended = time.monotonic_ns()
         micros = [(b - a) // 1000 for a, b in ((started, forwarded), (forwarded, sampled), (started, ended))]
         return Result(plan.epoch, plan.step, digest, rows, *micros)
@@ -205,12 +210,37 @@ class Runner:
             constraint.advance(token_id)
         return constraint
 
-    def begin_masks(self, rows: list[int]) -> Masks | None:
-        """Begins to find out which ids may come next in the rows that are constrained. Only rank 0 has to know."""
-        constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
-        return self.grammars.begin(constraints) if constraints and self.group.rank == 0 else None
+    def begin_masks(self, rows: Sequence[int]) -> None:
+        """Begins to find out which ids may come next in those rows that are constrained, if that was not done.
 
-    def sample(self, rows: list[int], logits: Tensor | None, masks: Masks | None = None) -> Draw | None:
+        Only rank 0 has to know.
+        """
+        if self.group.rank > 0:
+            return
+        constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
+        missing = {row: c for row, c in constraints.items() if row not in self.begun or self.begun[row][0] is not c}
+        if missing:
+            masks = self.grammars.begin(missing)
+            self.begun.update({row: (c, masks, i) for i, (row, c) in enumerate(missing.items())})
+
+    def take_masks(self, rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32], dict[int, str]]:
+        """What was begun for these rows: those that are constrained, by place; what to add to their logits; errors.
+
+        To add: [rows that are constrained, vocab], 0 or -inf.
+        """
+        bound = [i for i, row in enumerate(rows) if row in self.begun]
+        taken = [self.begun.pop(rows[i]) for i in bound]
+        sources = {id(masks): masks for _, masks, _ in taken}
+        found = {key: masks.wait() for key, masks in sources.items()}
+        errors = {row: cause for masks in sources.values() for row, cause in masks.errors.items()}
+        if len(found) == 1 and len(taken) == len(taken[0][1].rows):
+            (added,) = found.values()
+            if [i for _, _, i in taken] == list(range(len(added))):
+                return bound, added, errors
+        each = [found[id(masks)][i] for _, masks, i in taken]
+        return bound, np.stack(each) if each else np.empty((0, 0), np.float32), errors
+
+    def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
         if not rows:
             return None
@@ -221,14 +251,15 @@ class Runner:
             assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
-            allowed, errors = masks.wait() if masks is not None else ({}, {})
-            drawn = self.draw(rows, logits, allowed)
+            bound, added, errors = self.take_masks(rows)
+            drawn = self.draw(rows, logits, bound, added)
             told[:, 0] = torch.from_numpy(drawn.ids)
             told[:, 1] = torch.from_numpy(np.where(drawn.is_finite, DRAWN, BROKEN))
             for i, row in enumerate(rows):
                 if row in errors:
                     told[i, 1] = OUT_OF_FORM
         self.group.broadcast(told)
+        moved: list[int] = []
         for row, (token_id, state) in zip(rows, told.tolist(), strict=True):
             if state == OUT_OF_FORM:
                 self.table.faults[row] = RowFault(GRAMMAR, errors.get(row, "rank 0 says what is wrong"))
@@ -240,12 +271,15 @@ class Runner:
             constraint = self.table.states[row].constraint
             if constraint is not None:
                 constraint.advance(token_id)
+                moved.append(row)
+        # Now, while this thread does what only one thread can do: during the forward pass every core is taken.
+        self.begin_masks(moved)
         return drawn
 
-    def draw(self, rows: list[int], raw: Tensor, allowed: Mapping[int, NDArray[np.int32]]) -> Draw:
+    def draw(self, rows: list[int], raw: Tensor, bound: Sequence[int], added: NDArray[np.float32]) -> Draw:
         """Processes a copy of the logits of those rows that ask for it, and draws.
 
-        allowed: [ceil(vocab / 32)], the masks of the rows that are constrained.
+        bound: those of `rows`, by place, that are constrained; added: [bound, vocab], to their logits.
         """
         states = [self.table.states[row] for row in rows]
         params = [state.params for state in states]
@@ -258,39 +292,42 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
-        if allowed:
-            self.constrain(processed, rows, allowed)
+        if bound:
+            processed = self.constrain(processed, rows, bound, added)
         return draw(raw, processed, params, self.table.length[rows])
 
     def is_processed(self, row: int, state: RowState) -> bool:
-        """Whether a row's logits are changed before an id is drawn."""
+        """Whether a row's logits are changed before its constraint is looked at."""
         p = state.params
-        return bool(p.counts_ids or p.logit_bias or p.watermark or state.constraint or self.is_too_short(row, state))
+        is_held = state.constraint is None and self.is_too_short(row, state)
+        return bool(p.counts_ids or p.logit_bias or p.watermark or is_held)
 
     def is_too_short(self, row: int, state: RowState) -> bool:
         """Whether a row may not end yet."""
-        generated = int(self.table.length[row] - self.table.num_prompt[row])
-        return generated < state.params.min_new_tokens
+        least = state.params.min_new_tokens
+        return least > 0 and int(self.table.length[row] - self.table.num_prompt[row]) < least
 
-    def constrain(self, logits: Tensor, rows: list[int], allowed: Mapping[int, NDArray[np.int32]]) -> None:
-        """Leaves the rows that are constrained what their masks allow, in place. All of them at once."""
-        bound = [i for i, row in enumerate(rows) if row in allowed]
-        words = np.stack([allowed[rows[i]] for i in bound])
-        ends = np.zeros_like(words[0])
-        set_bits(ends, self.eos_token_ids)
+    def constrain(self, logits: Tensor, rows: list[int], bound: Sequence[int], added: NDArray[np.float32]) -> Tensor:
+        """The logits, with what the rows that are constrained may not have made impossible. See `draw`."""
+        ends = list(self.eos_token_ids)
         for at, i in enumerate(bound):
-            # A constraint that has come to its end counts more than a least length.
-            if self.is_too_short(rows[i], self.table.states[rows[i]]) and (words[at] & ~ends).any():
-                words[at] &= ~ends
-        part = logits[bound]
-        processors.constrain(part, words)
-        logits[bound] = part
+            if self.is_too_short(rows[i], self.table.states[rows[i]]):
+                goes_on = added[at].copy()
+                goes_on[ends] = -np.inf
+                # A constraint that has come to its end counts more than a least length.
+                if goes_on.max() == 0:
+                    added[at] = goes_on
+        if len(bound) == len(logits):
+            return logits + torch.from_numpy(added)
+        constrained = logits.clone()
+        constrained[bound] += torch.from_numpy(added)
+        return constrained
 
     def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
         """Watermarks, penalties, biases and least lengths of the `special` rows of `logits`, in place."""
         for i in special:
             if states[i].params.watermark:
-                processors.watermark(logits[i], int(self.table.log(rows[i])[-1]))
+                processors.watermark(logits[i], int(self.table.log(rows[i])[-1]), self.mark)
         counting = [i for i in special if states[i].params.counts_ids]
         if counting:
             counts = torch.stack([c for i in counting if (c := states[i].counts) is not None])  # [rows, 2, vocab]

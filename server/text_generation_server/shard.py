@@ -27,6 +27,7 @@ from .models.registry import load_model
 from .planning import ModelPlan
 from .runner import LogitsDigests, Plan, Result, Runner, Scoring, Work, make_batch
 from .sampling.grammar import Grammars
+from .sampling.processors import Watermark
 from .sequences import SequenceTable
 
 # The probe of the warm-up runs at most so many tokens; what it needs is scaled to the real size of a step.
@@ -164,6 +165,7 @@ class Shard:
             self.faults,
             self.digests,
             self.grammars,
+            Watermark(self.config.watermark_gamma, self.config.watermark_delta),
         )
         self.health.enter(Phase.SERVING, "serving")
 

@@ -217,9 +217,37 @@ def test_masks_are_found_beside_the_caller_and_an_error_is_its_rows_alone(gramma
     started = time.monotonic()
     masks = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
     assert time.monotonic() - started < 0.4
-    words, errors = masks.wait()
-    assert errors == {5: "too bad"}
-    assert [int(words[row][0]) for row in (3, 5, 9)] == [1, -1, 1]
+    added = masks.wait()
+    assert masks.errors == {5: "too bad"}
+    assert (added == 0).sum(axis=1).tolist() == [1, VOCAB, 1]
+    assert added[0, 0] == 0
+    assert added[0, 1] == -np.inf
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 70])
+def test_masks_of_many_rows_are_those_of_each_alone(vocab):
+    grammars = Grammars(MODEL / "tokenizer.json", vocab, [EOS])
+    forms = [Grammar(REGEX, "(.|\n)+[.]")]
+    rows: list[tuple[Grammar, list[int]]] = [(form, log) for form in forms for log in ([], [EOS])]
+    if vocab == VOCAB:
+        forms += [of_schema(SCHEMAS["object"]), Grammar(REGEX, "[0-9]{3}")]
+        rows = [(form, log) for form in forms for log in ([], written(grammars.constraint(form, []), 4)[:-1], [EOS])]
+    masks = grammars.begin({7 + i: grammars.constraint(*row) for i, row in enumerate(rows)})
+    assert masks.rows == list(range(7, 7 + len(rows)))
+    for added, row in zip(masks.wait(), rows, strict=True):
+        assert np.nonzero(added == 0)[0].tolist() == allowed(grammars.constraint(*row), vocab)
+        assert set(np.unique(added)) <= {0, -np.inf}
+    assert not masks.errors
+    grammars.close()
+
+
+def test_an_id_that_does_not_follow_is_the_error_of_its_row(grammars):
+    digits = Grammar(REGEX, "[0-9]+")
+    masks = grammars.begin({1: grammars.constraint(digits, []), 2: grammars.constraint(digits, [300])})
+    added = masks.wait()
+    assert list(masks.errors) == [2]
+    assert "does not follow" in masks.errors[2]
+    assert np.nonzero(added[0] == 0)[0].tolist() == allowed(grammars.constraint(digits, []))
 
 
 def test_a_compilation_does_not_hold_up_who_asks(grammars):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from text_generation_server.sampling import processors
 from text_generation_server.sampling.params import SamplingParams
+from text_generation_server.sampling.processors import Watermark
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
@@ -58,9 +59,10 @@ def test_ids_that_end_are_forbidden_as_in_transformers() -> None:
     assert torch.equal(row, processor(torch.tensor([[1, 2, 3]]), logits()[None].clone())[0])
 
 
+@pytest.mark.parametrize("mark", [Watermark(), Watermark(0.25, 3.5), Watermark(0.9, -1.0)], ids=str)
 @pytest.mark.parametrize("previous", [0, 1, 77, 199])
-def test_the_watermark_is_that_of_transformers(previous: int) -> None:
+def test_the_watermark_is_that_of_transformers(previous: int, mark: Watermark) -> None:
     row = logits()
-    processors.watermark(row, previous)
-    processor = WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.5, bias=2.0)
+    processors.watermark(row, previous, mark)
+    processor = WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=mark.gamma, bias=mark.delta)
     assert torch.equal(row, processor(torch.tensor([[5, previous]]), logits()[None].clone())[0])

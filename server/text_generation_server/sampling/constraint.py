@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# The bits of the number in float32.
+MINUS_INFINITY = np.float32(-np.inf).view(np.int32)
+
 
 class GrammarError(ValueError):
     """A grammar that cannot be used, or ids that do not follow it."""
@@ -40,6 +43,15 @@ def set_bits(words: NDArray[np.int32], token_ids: Sequence[int]) -> None:
     ids = np.asarray(token_ids, np.int64)
     octets = words.view(np.uint8)
     np.bitwise_or.at(octets, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
+
+
+def biases(words: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
+    """What masks [rows, words] add to logits [rows, vocab_size]: 0, and -inf where an id is not allowed.
+
+    Adding is many times as fast as filling in where a mask says so: nothing branches.
+    """
+    forbidden = np.unpackbits(np.invert(words).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    return (forbidden.astype(np.int32) * MINUS_INFINITY).view(np.float32)
 
 
 class Automaton:

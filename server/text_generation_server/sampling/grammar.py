@@ -18,7 +18,7 @@ import numpy as np
 from loguru import logger
 from numpy.typing import NDArray
 
-from .constraint import Constraint, GrammarError, set_bits
+from .constraint import Constraint, GrammarError, biases, set_bits
 
 T = TypeVar("T")
 
@@ -72,8 +72,8 @@ class Grammars:
     ) -> None:
         self._tokenizer_file, self._vocab_size, self._eos = tokenizer_file, vocab_size, sorted(set(eos_token_ids))
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar", initializer=give_way)
-        self._fillers = ThreadPoolExecutor(num_threads, thread_name_prefix="mask")
-        self._num_threads = num_threads
+        self._fillers = ThreadPoolExecutor(1, thread_name_prefix="mask")
+        self._executor = llguidance.LLExecutor(num_threads)
         self._tokens: Future[llguidance.LLTokenizer] | None = None
         self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class Grammars:
 
     def begin(self, constraints: Mapping[int, Constraint]) -> "Masks":
         """Begins to find out which ids may come next, for each row."""
-        return Masks(constraints, self._vocab_size, self._fillers, self._num_threads)
+        return Masks(constraints, self._vocab_size, self._fillers, self._executor)
 
     def close(self) -> None:
         """Ends the threads; what they have begun is finished."""
@@ -170,14 +170,14 @@ class Guided:
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
         self._compiled, self._eos = compiled, list(eos_token_ids)
         self._matcher: llguidance.LLMatcher | None = None
-        self._mask = np.empty(0, np.int32)
+        self.num_words = 0  # of its masks, once it has followed something
         self._pending: list[int] = []
         self._ended = False
         for token_id in generated:
             self.advance(token_id)
 
     def advance(self, token_id: int) -> None:
-        """See `Constraint`. What it leads to is for the next `fill` to find out."""
+        """See `Constraint`. What it leads to is found out when it is needed."""
         if self._ended or token_id in self._eos:
             self._ended = True
         else:
@@ -185,51 +185,95 @@ class Guided:
 
     def fill(self, words: NDArray[np.int32]) -> None:
         """See `Constraint`. Waits for the grammar to be compiled."""
-        if self._ended:
+        matcher = self.follow()
+        if matcher is None:
             set_bits(words, self._eos)
             return
+        mask = np.zeros(self.num_words, np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self.check()
+        copy_words(mask, words)
+
+    def follow(self) -> llguidance.LLMatcher | None:
+        """Follows the ids of which note was taken. What the mask is to be had of; None: the end is all that is left."""
+        if self._ended:
+            return None
         if self._matcher is None:
             compiled = self._compiled.result(COMPILE_TIMEOUT_S)
-            self._matcher, self._mask = compiled.matcher.deep_copy(), np.zeros(compiled.num_words, np.int32)
+            self._matcher, self.num_words = compiled.matcher.deep_copy(), compiled.num_words
         if self._pending:
             followed = self._matcher.try_consume_tokens(self._pending)
             if followed < len(self._pending) and not self._matcher.is_error():
                 raise GrammarError(f"id {self._pending[followed]} does not follow the grammar")
             self._pending.clear()
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
+        return self._matcher
+
+    def check(self) -> None:
+        """Raises GrammarError if the matcher has come to grief."""
+        if self._matcher is not None and self._matcher.is_error():
             raise GrammarError(first_line(self._matcher.get_error()))
-        shared = min(len(words), len(self._mask))
-        words[:shared], words[shared:] = self._mask[:shared], 0
+
+
+def copy_words(mask: NDArray[np.int32], words: NDArray[np.int32]) -> None:
+    """A mask of as many ids as the tokenizer has, for as many as there are logits."""
+    shared = min(mask.shape[-1], words.shape[-1])
+    words[..., :shared], words[..., shared:] = mask[..., :shared], 0
 
 
 class Masks:
-    """Which ids may come next in some rows, one bit for each, found out while the forward pass runs."""
+    """Which ids may come next in some `rows`, found out beside the caller."""
 
     def __init__(
-        self, constraints: Mapping[int, Constraint], vocab_size: int, pool: ThreadPoolExecutor, num_threads: int
+        self,
+        constraints: Mapping[int, Constraint],
+        vocab_size: int,
+        pool: ThreadPoolExecutor,
+        executor: llguidance.LLExecutor,
     ) -> None:
-        self._rows, self._constraints = list(constraints), list(constraints.values())
-        self._words = np.zeros((len(self._rows), -(-vocab_size // 32)), np.int32)
-        self._errors: dict[int, str] = {}
-        width = min(num_threads, len(self._rows))
-        self._parts = [submit(pool, self._fill, range(i, len(self._rows), width)) for i in range(width)]
+        self.rows, self._constraints, self._executor = list(constraints), list(constraints.values()), executor
+        self._words = np.zeros((len(self.rows), -(-vocab_size // 32)), np.int32)
+        self._vocab_size = vocab_size
+        self.errors: dict[int, str] = {}
+        self._filled = submit(pool, self._fill)
 
-    def _fill(self, indices: range) -> None:
-        for i in indices:
+    def wait(self) -> NDArray[np.float32]:
+        """What to add to logits: [rows, vocab], -inf where an id may not come. Zeros to rows that `errors` names."""
+        return self._filled.result()
+
+    def _fill(self) -> NDArray[np.float32]:
+        guided: list[tuple[int, Guided, llguidance.LLMatcher]] = []
+        for i, constraint in enumerate(self._constraints):
             try:
-                self._constraints[i].fill(self._words[i])
-                if not self._words[i].any():
-                    raise GrammarError("the grammar leaves no id to go on with")
+                if isinstance(constraint, Guided) and (matcher := constraint.follow()) is not None:
+                    guided.append((i, constraint, matcher))
+                else:
+                    constraint.fill(self._words[i])
             except (GrammarError, TimeoutError) as error:
-                self._errors[self._rows[i]] = str(error) or "the grammar was not compiled in time"
-                self._words[i] = -1
+                self._fail(i, str(error) or "the grammar was not compiled in time")
+        if guided:
+            self._compute(guided)
+        for i in np.nonzero(~self._words.any(axis=1))[0].tolist():
+            self._fail(i, "the grammar leaves no id to go on with")
+        return biases(self._words, self._vocab_size)
 
-    def wait(self) -> tuple[dict[int, NDArray[np.int32]], dict[int, str]]:
-        """The masks, [ceil(vocab / 32)] int32 for each row, and what is wrong with those that have none."""
-        for part in self._parts:
-            part.result()
-        return dict(zip(self._rows, self._words, strict=True)), self._errors
+    def _compute(self, guided: Sequence[tuple[int, Guided, llguidance.LLMatcher]]) -> None:
+        """By one call for all: Python's lock, for which this thread vies with that of the steps, is let go but once."""
+        width = guided[0][1].num_words  # of all: they are masks of one tokenizer
+        is_whole = width == self._words.shape[1]
+        masks = self._words if is_whole else np.zeros((len(self.rows), width), np.int32)
+        matchers = [(matcher, i) for i, _, matcher in guided]
+        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, 4 * width, len(masks))
+        for i, constraint, _ in guided:
+            if not is_whole:
+                copy_words(masks[i], self._words[i])
+            try:
+                constraint.check()
+            except GrammarError as error:
+                self._fail(i, str(error))
+
+    def _fail(self, i: int, cause: str) -> None:
+        self.errors[self.rows[i]] = cause
+        self._words[i] = -1
 
 
 def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> "Future[T]":

@@ -6,17 +6,22 @@ top_k, top_p and typical_p follow in `sampler.py`, since they need the most prob
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .params import SamplingParams
 
 WATERMARK_KEY = 15485863
-WATERMARK_GAMMA = 0.5
-WATERMARK_DELTA = 2.0
+
+
+@dataclass(frozen=True)
+class Watermark:
+    """How a text is marked: `gamma`, the share of ids that are raised, and `delta`, by how much. Defaults are TGI's."""
+
+    gamma: float = 0.5
+    delta: float = 2.0
 
 
 def penalize(
@@ -57,21 +62,11 @@ def forbid(logits: Tensor, token_ids: Sequence[int]) -> None:
     logits[torch.tensor(list(token_ids), dtype=torch.int64)] = float("-inf")
 
 
-def watermark(logits: Tensor, previous_id: int) -> None:
-    """Raises the logits of the green half of one row's `logits` [vocab], in place; the id before chooses which half.
+def watermark(logits: Tensor, previous_id: int, mark: Watermark) -> None:
+    """Raises the logits of the green share of one row's `logits` [vocab], in place; the id before chooses which.
 
-    Kirchenbauer et al. 2023, arXiv:2301.10226, with the seed and the numbers of TGI.
+    Kirchenbauer et al. 2023, arXiv:2301.10226, with the seed of TGI.
     """
     generator = torch.Generator().manual_seed(WATERMARK_KEY * previous_id)
-    green = torch.randperm(len(logits), generator=generator)[: int(WATERMARK_GAMMA * len(logits))]
-    logits[green] += WATERMARK_DELTA
-
-
-def constrain(logits: Tensor, words: NDArray[np.int32]) -> None:
-    """Makes all ids impossible that the masks do not allow, in place.
-
-    logits: [rows, vocab]; words: [rows, ceil(vocab / 32)], a bit for each id, lowest first.
-    """
-    octets = np.ascontiguousarray(words).view(np.uint8)
-    allowed = np.unpackbits(octets, axis=1, count=logits.shape[1], bitorder="little")
-    logits.masked_fill_(torch.from_numpy(allowed == 0), float("-inf"))
+    green = torch.randperm(len(logits), generator=generator)[: int(mark.gamma * len(logits))]
+    logits[green] += mark.delta

@@ -56,7 +56,7 @@ def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], posit
     if processed is not raw:
         # Biases and a constraint may together forbid every id; a penalty may overflow.
         is_finite &= torch.isfinite(processed.amax(-1)).numpy()
-    ids = processed.argmax(-1).numpy()
+    ids = processed.numpy().argmax(-1)
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
         ids = ids.copy()
