@@ -66,6 +66,12 @@ pub struct Args {
     #[arg(long, env, default_value = "0.5", value_parser = fraction, allow_negative_numbers = true,
           help_heading = SHARDS)]
     pub memory_fraction: f64,
+    /// The share of the vocabulary that the watermark favours, where a request asks for one. By default 0.5.
+    #[arg(long, env, value_parser = fraction, allow_negative_numbers = true, help_heading = SHARDS)]
+    pub watermark_gamma: Option<f64>,
+    /// How much the watermark adds to the logits of that share. By default 2.
+    #[arg(long, env, value_parser = finite, allow_negative_numbers = true, help_heading = SHARDS)]
+    pub watermark_delta: Option<f64>,
     /// Where the run directory goes that holds the sockets: this, followed by a suffix of its own for each start.
     #[arg(long, env, default_value = "/tmp/text-generation-server", help_heading = SHARDS)]
     pub shard_uds_path: String,
@@ -328,8 +334,6 @@ const FOREIGN: &[Foreign] = &[
     refused("rope-factor", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
     refused("weights-cache-override", ANY, "give a directory as --model-id, or use --huggingface-hub-cache"),
     refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
-    refused("watermark-gamma", ANY, "leave it out"),
-    refused("watermark-delta", ANY, "leave it out"),
     refused_unless(&["false"], "ngrok", SWITCH, "leave it out"),
     refused("ngrok-authtoken", ANY, "leave it out"),
     refused("ngrok-edge", ANY, "leave it out"),
@@ -368,6 +372,10 @@ fn fraction(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => Err("expected a number above 0 and at most 1".into()),
     }
+}
+
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse::<f64>().ok().filter(|value| value.is_finite()).ok_or_else(|| "expected a number".into())
 }
 
 /// The environment's names of `FOREIGN`, in order: clap keeps a reference to them.

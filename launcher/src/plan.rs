@@ -250,6 +250,7 @@ pub fn launch(
     shard.flag("--num-threads", threads_per_rank).flag("--memory-bytes", memory_bytes_per_rank);
     with_weights(&mut shard, args);
     shard.optional("--revision", args.revision.as_deref()).switch("--trust-remote-code", args.trust_remote_code);
+    shard.optional("--watermark-gamma", args.watermark_gamma).optional("--watermark-delta", args.watermark_delta);
     shard.flag("--device", "cpu").flag("--logger-level", logger_level(&args.log_level));
     shard.switch("--json-output", args.json_output).word("--exit-with-stdin");
 
@@ -443,13 +444,14 @@ mod tests {
     #[test]
     fn every_flag_of_the_shards_reaches_them() {
         let plan =
-            planned("--dtype bfloat16 --quantize bitsandbytes-nf4 --revision main --trust-remote-code --json-output --log-level debug").unwrap();
+            planned("--dtype bfloat16 --quantize bitsandbytes-nf4 --revision main --trust-remote-code --json-output --log-level debug \
+                     --watermark-gamma 0.25 --watermark-delta -1.5").unwrap();
         assert_eq!(
             plan.shard(0, Path::new("/s")).args,
             words(
                 "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --dtype bfloat16 --quantize bitsandbytes-nf4 \
-                 --revision main --trust-remote-code --device cpu --logger-level DEBUG --json-output --exit-with-stdin --rank 0 \
-                 --uds-path /s"
+                 --revision main --trust-remote-code --watermark-gamma 0.25 --watermark-delta -1.5 --device cpu --logger-level DEBUG \
+                 --json-output --exit-with-stdin --rank 0 --uds-path /s"
             )
         );
     }
