@@ -16,10 +16,9 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::routing::post;
 use futures::stream;
-use text_generation_router::chat::ChatTemplate;
 use text_generation_router::engine::{Engine, FinishReason, Finished, ModelFacts, Output, Status, Submission, Token};
 use text_generation_router::http::auth::ApiKeys;
-use text_generation_router::http::{self, Config, Deadlines};
+use text_generation_router::http::{self, Config};
 use text_generation_router::telemetry::metrics::Exporter;
 use text_generation_router::telemetry::traces::Traces;
 use text_generation_router::text::tokenizer::Tokenizer;
@@ -64,25 +63,12 @@ async fn server() -> SocketAddr {
     metrics.install();
     tokio::spawn(metrics.clone().upkeep());
     let config = Config {
-        model_id: "m".into(),
-        revision: None,
-        commit: None,
-        compute_type: None,
         max_concurrent_requests: 1024,
-        max_best_of: 2,
-        max_client_batch_size: 4,
-        max_stop_sequences: 4,
-        max_top_n_tokens: 5,
-        has_grammars: true,
-        validation_workers: 2,
-        payload_limit: 2_000_000,
-        cors_allow_origin: vec![],
-        deadlines: Deadlines::default(),
         metrics,
         // Nobody listens there: spans are made and batched, and dropped.
         traces: Traces::to("http://127.0.0.1:9", "cost").unwrap(),
-        template: ChatTemplate::new(vec![], serde_json::Map::new()).unwrap(),
         api_keys: ApiKeys::new(["secret".into()]),
+        ..Config::of("m")
     };
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m/tokenizer.json");
     let tokenizer = Arc::new(Tokenizer::from_file(&file).unwrap());

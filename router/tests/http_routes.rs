@@ -295,6 +295,26 @@ async fn the_description_has_every_route_and_all_that_tgis_has() {
             assert!(schemas[name]["properties"].get(property).is_some(), "{name}.{property}: {}", schemas[name]);
         }
     }
-    let page = ask(server.address, &get("/docs")).await;
-    assert!(page.status == 200 && page.headers["content-type"].starts_with("text/html"));
+}
+
+#[tokio::test]
+async fn the_description_is_shown_by_swagger_ui_which_loads_nothing_from_elsewhere() {
+    let server = start().await;
+    let moved = ask(server.address, &get("/docs")).await;
+    assert_eq!((moved.status, moved.headers["location"].as_str()), (303, "docs/"));
+    let page = ask(server.address, &get("/docs/")).await;
+    assert!(page.status == 200 && page.headers["content-type"].starts_with("text/html"), "{:?}", page.headers);
+    assert!(page.headers["content-security-policy"].contains("default-src 'none'"));
+    assert!(!page.body.contains("http://") && !page.body.contains("https://"), "no address of another host");
+    let places = page.body.split(['"', '\'']).filter(|part| part.ends_with(".js") || part.ends_with(".css"));
+    let names: BTreeSet<&str> = places.map(|place| place.trim_start_matches("./")).collect();
+    assert!(names.contains("swagger-ui-bundle.js"), "{names:?}");
+    for name in names {
+        let file = ask(server.address, &get(&format!("/docs/{name}"))).await;
+        assert_eq!(file.status, 200, "{name}");
+        if name == "swagger-initializer.js" {
+            assert!(file.body.contains("../api-doc/openapi.json"), "{}", file.body);
+        }
+    }
+    ask(server.address, &get("/docs/absent.js")).await.check_error(404, "not_found");
 }

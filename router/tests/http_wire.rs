@@ -9,12 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use text_generation_router::chat::ChatTemplate;
 use text_generation_router::engine::{Engine, FinishReason, Finished, ModelFacts, Output, Status, Submission, Token};
-use text_generation_router::http::auth::ApiKeys;
 use text_generation_router::http::{Config, Deadlines, serve};
-use text_generation_router::telemetry::metrics::Exporter;
-use text_generation_router::telemetry::traces::Traces;
 use text_generation_router::text::tokenizer::Tokenizer;
 use tokio::sync::{mpsc, watch};
 
@@ -68,26 +64,8 @@ fn rig() -> Rig {
     let (sender, receiver) = watch::channel(status());
     let engine = Engine::new(submissions, 8, receiver);
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m/tokenizer.json");
-    let config = Config {
-        model_id: "m".into(),
-        revision: None,
-        commit: None,
-        compute_type: None,
-        max_concurrent_requests: 8,
-        max_best_of: 2,
-        max_client_batch_size: 4,
-        max_stop_sequences: 4,
-        max_top_n_tokens: 5,
-        has_grammars: true,
-        validation_workers: 1,
-        payload_limit: 2_000_000,
-        cors_allow_origin: vec![],
-        deadlines: Deadlines { head: Duration::from_secs(1), body: Duration::from_secs(1), ..Deadlines::default() },
-        metrics: Exporter::default(),
-        traces: Traces::default(),
-        template: ChatTemplate::new(vec![], serde_json::Map::new()).unwrap(),
-        api_keys: ApiKeys::default(),
-    };
+    let deadlines = Deadlines { head: Duration::from_secs(1), body: Duration::from_secs(1), ..Deadlines::default() };
+    let config = Config { max_concurrent_requests: 8, validation_workers: 1, deadlines, ..Config::of("m") };
     let (submitted, aborted) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (count, aborts) = (Arc::clone(&submitted), Arc::clone(&aborted));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -1,30 +1,8 @@
 //! An answer as its reader sees it: what was thought, what is said, which tools are called.
 
+pub use super::piece::Piece;
 use super::reasoning::{Marks, Part, Splitter};
-use super::tools::{Event, Format, Parser};
-
-/// More of an answer.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Piece {
-    /// What the model thinks.
-    Reasoning(String),
-    /// What it says.
-    Content(String),
-    /// A call of a tool begins.
-    Call {
-        /// Counts the calls of the answer, from 0 on.
-        index: usize,
-        /// Of the tool.
-        name: String,
-    },
-    /// More of a call's arguments.
-    Arguments {
-        /// Of the call.
-        index: usize,
-        /// As the model wrote them.
-        text: String,
-    },
-}
+use super::tools::{Format, Parser};
 
 /// Reads one answer, token by token.
 #[derive(Debug)]
@@ -62,8 +40,8 @@ impl Reader {
         let rest = self.splitter.finish();
         let mut pieces = self.read(rest);
         if let Some(parser) = &mut self.parser {
-            let events = parser.finish();
-            pieces.extend(self.pieces(events));
+            let last = parser.finish();
+            pieces.extend(self.told(last));
         }
         pieces
     }
@@ -80,20 +58,20 @@ impl Reader {
                 (Part::Reasoning(text), _) => pieces.push(Piece::Reasoning(text)),
                 (Part::Content(text), None) => pieces.push(Piece::Content(text)),
                 (Part::Content(text), Some(parser)) => {
-                    let events = parser.push(&text);
-                    pieces.extend(self.pieces(events));
+                    let found = parser.push(&text);
+                    pieces.extend(self.told(found));
                 }
             }
         }
         pieces
     }
 
-    fn pieces(&self, events: Vec<Event>) -> impl Iterator<Item = Piece> + use<> {
+    /// Those of a parser's that are told.
+    fn told(&self, pieces: Vec<Piece>) -> impl Iterator<Item = Piece> + use<> {
         let most = if self.takes_one_call { 1 } else { usize::MAX };
-        events.into_iter().filter_map(move |event| match event {
-            Event::Content(text) => Some(Piece::Content(text)),
-            Event::Call { index, name } => (index < most).then_some(Piece::Call { index, name }),
-            Event::Arguments { index, text } => (index < most).then_some(Piece::Arguments { index, text }),
+        pieces.into_iter().filter(move |piece| match piece {
+            Piece::Reasoning(_) | Piece::Content(_) => true,
+            Piece::Call { index, .. } | Piece::Arguments { index, .. } => *index < most,
         })
     }
 }

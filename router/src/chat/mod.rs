@@ -4,6 +4,7 @@
 pub mod answer;
 pub mod files;
 mod held;
+mod piece;
 pub mod prompt;
 mod python;
 pub mod reasoning;

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::held::{Found, find};
+use super::piece::Piece;
 use super::scanner::{Call, Extent, Known};
 
 /// How a family of models writes its calls.
@@ -47,27 +48,6 @@ impl Format {
     }
 }
 
-/// What was found.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Event {
-    /// Text that is no call.
-    Content(String),
-    /// A call begins.
-    Call {
-        /// Counts the calls of the answer, from 0 on.
-        index: usize,
-        /// Of the tool.
-        name: String,
-    },
-    /// More of a call's arguments: all of them, put together, are JSON if the model wrote JSON.
-    Arguments {
-        /// Of the call.
-        index: usize,
-        /// As the model wrote them.
-        text: String,
-    },
-}
-
 #[derive(Debug)]
 enum Mode {
     /// The answer may be a call.
@@ -95,7 +75,7 @@ pub struct Parser {
     opened: String,
     is_list: bool,
     num_calls: usize,
-    events: Vec<Event>,
+    pieces: Vec<Piece>,
 }
 
 impl Parser {
@@ -110,7 +90,7 @@ impl Parser {
             opened: String::new(),
             is_list: false,
             num_calls: 0,
-            events: vec![],
+            pieces: vec![],
         }
     }
 
@@ -125,14 +105,14 @@ impl Parser {
     }
 
     /// Takes more of the answer.
-    pub fn push(&mut self, text: &str) -> Vec<Event> {
+    pub fn push(&mut self, text: &str) -> Vec<Piece> {
         self.held.push_str(text);
         while self.step() {}
-        std::mem::take(&mut self.events)
+        std::mem::take(&mut self.pieces)
     }
 
     /// What was held back, at the end.
-    pub fn finish(&mut self) -> Vec<Event> {
+    pub fn finish(&mut self) -> Vec<Piece> {
         match std::mem::replace(&mut self.mode, Mode::Text) {
             Mode::Call(call) if call.is_named() => self.held.clear(),
             Mode::Arguments(_) => self.held.clear(),
@@ -144,14 +124,14 @@ impl Parser {
         if self.num_calls == 0 || !rest.trim().is_empty() {
             self.content(rest);
         }
-        std::mem::take(&mut self.events)
+        std::mem::take(&mut self.pieces)
     }
 
     fn content(&mut self, text: String) {
-        match self.events.last_mut() {
+        match self.pieces.last_mut() {
             _ if text.is_empty() => {}
-            Some(Event::Content(before)) => before.push_str(&text),
-            _ => self.events.push(Event::Content(text)),
+            Some(Piece::Content(before)) => before.push_str(&text),
+            _ => self.pieces.push(Piece::Content(text)),
         }
     }
 
@@ -265,9 +245,9 @@ impl Parser {
         }
         for known in known {
             let index = self.num_calls.saturating_sub(1);
-            self.events.push(match known {
-                Known::Name(name) => Event::Call { index, name },
-                Known::Arguments(text) => Event::Arguments { index, text },
+            self.pieces.push(match known {
+                Known::Name(name) => Piece::Call { index, name },
+                Known::Arguments(text) => Piece::Arguments { index, text },
             });
         }
     }
@@ -363,12 +343,13 @@ mod tests {
         let (mut content, mut calls) = (String::new(), vec![]);
         for event in events {
             match event {
-                Event::Content(text) => content.push_str(&text),
-                Event::Call { index, name } => {
+                Piece::Content(text) => content.push_str(&text),
+                Piece::Call { index, name } => {
                     assert_eq!(index, calls.len());
                     calls.push((name, String::new()));
                 }
-                Event::Arguments { index, text } => calls[index].1.push_str(&text),
+                Piece::Arguments { index, text } => calls[index].1.push_str(&text),
+                Piece::Reasoning(text) => panic!("no parser of calls knows thoughts: {text:?}"),
             }
         }
         (content, calls)
@@ -424,7 +405,7 @@ mod tests {
     #[test]
     fn nothing_is_held_back_that_cannot_be_a_call() {
         let mut parser = Parser::new(Format::Hermes, []);
-        assert_eq!(parser.push("Hello <"), [Event::Content("Hello".into())]);
-        assert_eq!(parser.push("b> you"), [Event::Content(" <b> you".into())]);
+        assert_eq!(parser.push("Hello <"), [Piece::Content("Hello".into())]);
+        assert_eq!(parser.push("b> you"), [Piece::Content(" <b> you".into())]);
     }
 }

@@ -1,11 +1,14 @@
-//! The description of all routes, generated from their types, and a page that shows it.
+//! The description of all routes, generated from their types, and Swagger UI to look at it.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::extract::Path;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Redirect, Response};
 use utoipa::OpenApi;
+use utoipa_swagger_ui::Config;
 
+use super::error::ApiError;
 use super::openai::{chat, completions, models};
 use super::{generate, health, page, platforms, tokenize};
 
@@ -58,7 +61,33 @@ pub(super) async fn json() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], JSON.as_str()).into_response()
 }
 
-/// GET `/docs`.
-pub(super) async fn page() -> Response {
-    page::html(include_str!("docs.html"))
+/// The description's place is told from the page's, so that a proxy may have both under any path. No other host is asked
+/// whether the description is valid.
+static SWAGGER: LazyLock<Arc<Config<'static>>> =
+    LazyLock::new(|| Arc::new(Config::from("../api-doc/openapi.json").validator_url("none")));
+
+/// It loads its own files, talks to this server, and nothing else.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \
+                      img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// GET `/docs`: the page's files lie beside it, as seen from `/docs/`.
+pub(super) async fn redirect() -> Redirect {
+    Redirect::to("docs/")
+}
+
+/// GET `/docs/`.
+pub(super) async fn page() -> Result<Response, ApiError> {
+    file(Path("index.html".into())).await
+}
+
+/// GET `/docs/{file}`: Swagger UI, which this program holds.
+pub(super) async fn file(Path(name): Path<String>) -> Result<Response, ApiError> {
+    let file = utoipa_swagger_ui::serve(&name, Arc::clone(&SWAGGER)).ok().flatten();
+    let file = file.ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such file"))?;
+    let headers = [
+        (header::CONTENT_TYPE, file.content_type),
+        (header::CONTENT_SECURITY_POLICY, POLICY.into()),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".into()),
+    ];
+    Ok((headers, file.bytes.into_owned()).into_response())
 }

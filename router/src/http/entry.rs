@@ -7,6 +7,7 @@ use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue};
+use futures::future::BoxFuture;
 use metrics::histogram;
 
 use super::State;
@@ -56,15 +57,28 @@ impl FromRequestParts<State> for Entry {
 }
 
 impl Entry {
+    /// The whole of a request that wants tokens: admitted, answered, settled.
+    pub async fn run<T>(
+        mut self,
+        body: Body,
+        answer: impl for<'a> FnOnce(&'a mut Self, &'a Admitted) -> BoxFuture<'a, Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        let result = match self.admit(body).await {
+            Ok(admitted) => answer(&mut self, &admitted).await,
+            Err(error) => Err(error),
+        };
+        self.settle(result)
+    }
+
     /// The request is judged before its body is read: a server that is not ready needs none.
-    pub async fn admit(&self, body: Body) -> Result<Admitted, ApiError> {
+    async fn admit(&self, body: Body) -> Result<Admitted, ApiError> {
         let model = admit(&self.state)?;
         let body = json_body(&self.state, &self.headers, body).await?;
         Ok(Admitted { limits: limits(&self.state, &model), model, body })
     }
 
     /// Settles the account of a request that is not on its way.
-    pub fn settle<T>(mut self, result: Result<T, ApiError>) -> Result<T, ApiError> {
+    fn settle<T>(mut self, result: Result<T, ApiError>) -> Result<T, ApiError> {
         match (&result, self.ticket.take()) {
             (_, None) => {}
             (Ok(_), Some(ticket)) => ticket.done(),

@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
+use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -134,12 +135,8 @@ pub(super) async fn compat_generate(entry: Entry, body: Body) -> Result<Response
     respond(entry, body, Delivery::AsAsked).await
 }
 
-async fn respond(mut entry: Entry, body: Body, delivery: Delivery) -> Result<Response, ApiError> {
-    let result = match entry.admit(body).await {
-        Ok(admitted) => answer(&mut entry, &admitted, delivery).await,
-        Err(error) => Err(error),
-    };
-    entry.settle(result)
+async fn respond(entry: Entry, body: Body, delivery: Delivery) -> Result<Response, ApiError> {
+    entry.run(body, |entry, admitted| answer(entry, admitted, delivery).boxed()).await
 }
 
 /// Answers a body that was read.

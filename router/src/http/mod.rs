@@ -76,6 +76,34 @@ pub struct Config {
     pub api_keys: auth::ApiKeys,
 }
 
+impl Config {
+    /// A server of this name with the limits that TGI has by default, open to anybody, for a model without a template.
+    pub fn of(model_id: &str) -> Self {
+        let template =
+            ChatTemplate::new(vec![], serde_json::Map::new()).expect("there is no template that could be wrong");
+        Self {
+            model_id: model_id.into(),
+            revision: None,
+            commit: None,
+            compute_type: None,
+            max_concurrent_requests: 128,
+            max_best_of: 2,
+            max_client_batch_size: 4,
+            max_stop_sequences: 4,
+            max_top_n_tokens: 5,
+            has_grammars: true,
+            validation_workers: 2,
+            payload_limit: 2_000_000,
+            cors_allow_origin: vec![],
+            deadlines: Deadlines::default(),
+            metrics: Exporter::default(),
+            traces: Traces::default(),
+            template,
+            api_keys: auth::ApiKeys::default(),
+        }
+    }
+}
+
 /// How long clients may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {

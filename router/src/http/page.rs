@@ -33,16 +33,11 @@ pub(super) async fn root(state: extract::State<State>, headers: HeaderMap) -> Re
     if !takes_html(&headers) {
         return health::health(state).await.map(IntoResponse::into_response);
     }
-    Ok(html(PAGE))
-}
-
-/// A page that loads nothing from anywhere else.
-pub(super) fn html(page: &'static str) -> Response {
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         (header::VARY, HeaderValue::from_static("accept")),
     ];
-    (headers, page).into_response()
+    Ok((headers, PAGE).into_response())
 }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::{self, Path};
 use axum::response::{IntoResponse, Response};
+use futures::FutureExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -22,19 +23,16 @@ use crate::request::small::{
 #[utoipa::path(post, path = "/invocations", tag = super::docs::TAG, request_body = CompatGenerateRequest,
     responses((status = 200, description = "As for the route that it is", body = Value), (status = 422, body = ErrorBody),
         (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub(super) async fn invocations(mut entry: Entry, body: Body) -> Result<Response, ApiError> {
-    let result = async {
-        let admitted = entry.admit(body).await?;
-        match kind_of_invocation(&admitted.body)? {
-            Invocation::Generate => generate::answer(&mut entry, &admitted, Delivery::AsAsked).await,
-            Invocation::Chat => openai::chat::answer(&mut entry, &admitted).await.map_err(ApiError::for_openai),
-            Invocation::Completion => {
-                openai::completions::answer(&mut entry, &admitted).await.map_err(ApiError::for_openai)
-            }
-        }
+pub(super) async fn invocations(entry: Entry, body: Body) -> Result<Response, ApiError> {
+    entry.run(body, |entry, admitted| invoke(entry, admitted).boxed()).await
+}
+
+async fn invoke(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
+    match kind_of_invocation(&admitted.body)? {
+        Invocation::Generate => generate::answer(entry, admitted, Delivery::AsAsked).await,
+        Invocation::Chat => openai::chat::answer(entry, admitted).await.map_err(ApiError::for_openai),
+        Invocation::Completion => openai::completions::answer(entry, admitted).await.map_err(ApiError::for_openai),
     }
-    .await;
-    entry.settle(result)
 }
 
 /// Vertex AI's answer.
@@ -47,18 +45,16 @@ pub(super) struct VertexResponse {
 #[utoipa::path(post, path = "/vertex", tag = super::docs::TAG, request_body = VertexRequest,
     responses((status = 200, description = "Generated texts", body = VertexResponse), (status = 422, body = ErrorBody),
         (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub(super) async fn vertex(mut entry: Entry, body: Body) -> Result<Response, ApiError> {
-    let result = async {
-        let admitted = entry.admit(body).await?;
-        let instances = parse_vertex(&admitted.body, &admitted.limits)?;
-        let mut predictions = vec![];
-        for instance in instances {
-            predictions.push(text_of(&mut entry, &admitted, instance).await?);
-        }
-        Ok(Json(VertexResponse { predictions }).into_response())
+pub(super) async fn vertex(entry: Entry, body: Body) -> Result<Response, ApiError> {
+    entry.run(body, |entry, admitted| predict(entry, admitted).boxed()).await
+}
+
+async fn predict(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
+    let mut predictions = vec![];
+    for instance in parse_vertex(&admitted.body, &admitted.limits)? {
+        predictions.push(text_of(entry, admitted, instance).await?);
     }
-    .await;
-    entry.settle(result)
+    Ok(Json(VertexResponse { predictions }).into_response())
 }
 
 /// The text that answers one instance.
@@ -104,19 +100,18 @@ pub(super) struct OutputTensor {
     params(("model_name" = String, Path), ("model_version" = String, Path)), request_body = InferenceRequest,
     responses((status = 200, description = "Generated texts", body = InferenceResponse), (status = 422, body = ErrorBody),
         (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub(super) async fn infer(mut entry: Entry, body: Body) -> Result<Response, ApiError> {
-    let result = async {
-        let admitted = entry.admit(body).await?;
-        let inference = parse_inference(&admitted.body, &admitted.limits)?;
-        let mut outputs = vec![];
-        for (name, wire) in inference.requests {
-            let data = text_of(&mut entry, &admitted, Instance::Generate(Box::new(wire))).await?.into_bytes();
-            outputs.push(OutputTensor { name, shape: [1, data.len()], datatype: "BYTES", data });
-        }
-        Ok(Json(InferenceResponse { id: inference.id, outputs }).into_response())
+pub(super) async fn infer(entry: Entry, body: Body) -> Result<Response, ApiError> {
+    entry.run(body, |entry, admitted| infer_all(entry, admitted).boxed()).await
+}
+
+async fn infer_all(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
+    let inference = parse_inference(&admitted.body, &admitted.limits)?;
+    let mut outputs = vec![];
+    for (name, wire) in inference.requests {
+        let data = text_of(entry, admitted, Instance::Generate(Box::new(wire))).await?.into_bytes();
+        outputs.push(OutputTensor { name, shape: [1, data.len()], datatype: "BYTES", data });
     }
-    .await;
-    entry.settle(result)
+    Ok(Json(InferenceResponse { id: inference.id, outputs }).into_response())
 }
 
 /// Whether it lives.

@@ -2,10 +2,11 @@
 
 use axum::Json;
 use axum::body::Body;
+use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::entry::Entry;
+use super::entry::{Admitted, Entry};
 use super::error::{ApiError, ErrorBody};
 use crate::request::chat::{self, ChatRequest};
 use crate::request::native::GenerateRequest;
@@ -48,14 +49,13 @@ pub(super) struct ChatTokenizeResponse {
     responses((status = 200, description = "Its tokens", body = Vec<SimpleToken>), (status = 422, body = ErrorBody),
         (status = 429, body = ErrorBody)))]
 pub(super) async fn tokenize(entry: Entry, body: Body) -> Result<Json<Vec<SimpleToken>>, ApiError> {
-    let result = async {
-        let admitted = entry.admit(body).await?;
-        let text = parse_tokenize(&admitted.body)?;
-        let _permit = entry.permits(1)?;
-        Ok(Json(places(&entry, text, true).await?.1))
-    }
-    .await;
-    entry.settle(result)
+    entry.run(body, |entry, admitted| tokens_of(entry, admitted).boxed()).await
+}
+
+async fn tokens_of(entry: &Entry, admitted: &Admitted) -> Result<Json<Vec<SimpleToken>>, ApiError> {
+    let text = parse_tokenize(&admitted.body)?;
+    let _permit = entry.permits(1)?;
+    Ok(Json(places(entry, text, true).await?.1))
 }
 
 /// Apply the chat template and tokenize what comes of it
@@ -63,14 +63,13 @@ pub(super) async fn tokenize(entry: Entry, body: Body) -> Result<Json<Vec<Simple
     responses((status = 200, description = "The prompt and its tokens", body = ChatTokenizeResponse),
         (status = 422, body = ErrorBody), (status = 429, body = ErrorBody)))]
 pub(super) async fn chat_tokenize(entry: Entry, body: Body) -> Result<Json<ChatTokenizeResponse>, ApiError> {
-    let result = async {
-        let admitted = entry.admit(body).await?;
-        let request = chat::parse(&admitted.body, &admitted.limits)?;
-        let _permit = entry.permits(1)?;
-        let (text, _) = entry.render(request.prompting, &request.options, &admitted.limits).await?;
-        let (text, tokens) = places(&entry, text, false).await?;
-        Ok(Json(ChatTokenizeResponse { tokenize_response: tokens, templated_text: text }))
-    }
-    .await;
-    entry.settle(result)
+    entry.run(body, |entry, admitted| tokens_of_chat(entry, admitted).boxed()).await
+}
+
+async fn tokens_of_chat(entry: &Entry, admitted: &Admitted) -> Result<Json<ChatTokenizeResponse>, ApiError> {
+    let request = chat::parse(&admitted.body, &admitted.limits)?;
+    let _permit = entry.permits(1)?;
+    let (text, _) = entry.render(request.prompting, &request.options, &admitted.limits).await?;
+    let (text, tokens) = places(entry, text, false).await?;
+    Ok(Json(ChatTokenizeResponse { tokenize_response: tokens, templated_text: text }))
 }

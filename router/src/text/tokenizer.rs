@@ -19,6 +19,9 @@ const MAX_WAITING: usize = 64;
 /// Texts up to so many bytes do not wait for longer ones. They take some milliseconds; the longest take a second.
 const SHORT: usize = 32 << 10;
 
+/// Texts up to so many bytes are encoded where they are: that takes less than to wake a thread, and wait for it.
+const AT_ONCE: usize = 512;
+
 /// Why a tokenizer, or a text, cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -226,6 +229,7 @@ type Job = Box<dyn FnOnce(&dyn Encode) + Send>;
 /// library panic fails alone.
 #[derive(Clone, Debug)]
 pub struct TokenizerPool {
+    encoder: Arc<dyn Encode>,
     short: mpsc::Sender<Job>,
     long: mpsc::Sender<Job>,
 }
@@ -235,11 +239,16 @@ impl TokenizerPool {
     /// last clone of the pool is dropped.
     pub fn new(encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<Self> {
         let long = (num_threads / 2).max(1);
-        Ok(Self { short: lane("tokenize", encoder, num_threads)?, long: lane("tokenize-long", encoder, long)? })
+        let (short, long) = (lane("tokenize", encoder, num_threads)?, lane("tokenize-long", encoder, long)?);
+        Ok(Self { encoder: Arc::clone(encoder), short, long })
     }
 
     /// The ids of a text, with the special tokens around it if `add_special`.
     pub async fn encode(&self, text: String, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        if text.len() <= AT_ONCE {
+            let encoded = catch_unwind(AssertUnwindSafe(|| self.encoder.encode(&text, add_special)));
+            return encoded.map_err(|_| TokenizerError::Panicked)?;
+        }
         self.run(text.len(), move |encoder| encoder.encode(&text, add_special)).await?
     }
 

@@ -13,10 +13,7 @@ use text_generation_router::chat::template::{ChatTemplate, Source};
 use text_generation_router::engine::{
     Engine, FinishReason, Finished, GenerateError, ModelFacts, Output, Status, Submission, Token, TopToken,
 };
-use text_generation_router::http::auth::ApiKeys;
-use text_generation_router::http::{self, Config, Deadlines};
-use text_generation_router::telemetry::metrics::Exporter;
-use text_generation_router::telemetry::traces::Traces;
+use text_generation_router::http::{self, Config};
 use text_generation_router::text::tokenizer::{Encode, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -69,26 +66,7 @@ pub fn template(text: &str) -> ChatTemplate {
 }
 
 pub fn config() -> Config {
-    Config {
-        model_id: "docs".into(),
-        revision: None,
-        commit: None,
-        compute_type: None,
-        max_concurrent_requests: 4,
-        max_best_of: 2,
-        max_client_batch_size: 4,
-        max_stop_sequences: 4,
-        max_top_n_tokens: 5,
-        has_grammars: true,
-        validation_workers: 2,
-        payload_limit: 2_000_000,
-        cors_allow_origin: vec![],
-        deadlines: Deadlines::default(),
-        metrics: Exporter::default(),
-        traces: Traces::default(),
-        template: template(CHATML),
-        api_keys: ApiKeys::default(),
-    }
+    Config { max_concurrent_requests: 4, template: template(CHATML), ..Config::of("docs") }
 }
 
 /// A server whose engine is the test.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
+use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -144,12 +145,8 @@ pub(in crate::http) struct DeltaFunction {
             (ChatCompletion = "application/json"), (ChatCompletionChunk = "text/event-stream"))),
         (status = 404, body = ErrorBody), (status = 422, body = ErrorBody), (status = 424, body = ErrorBody),
         (status = 429, body = ErrorBody)))]
-pub(in crate::http) async fn completions(mut entry: Entry, body: Body) -> Result<Response, ApiError> {
-    let result = match entry.admit(body).await {
-        Ok(admitted) => answer(&mut entry, &admitted).await,
-        Err(error) => Err(error),
-    };
-    entry.settle(result)
+pub(in crate::http) async fn completions(entry: Entry, body: Body) -> Result<Response, ApiError> {
+    entry.run(body, |entry, admitted| answer(entry, admitted).boxed()).await
 }
 
 /// Answers a body that was read.
