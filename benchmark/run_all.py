@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = [
-    "load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "constrained", "quantized", "quantize_quality",
+    "load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "http_cost", "text_cost", "constrained", "quantized", "quantize_quality",
     "quantize_speed", "side_by_side",
 ]  # fmt: skip
 TIMEOUT_S = 3600
