@@ -81,12 +81,16 @@ def assert_refused_or_answered(found: tuple[int, str, bytes], path: str, what: s
     return status
 
 
-def test_no_request_that_the_description_allows_or_forbids_is_a_fault_of_the_server(server: Server) -> None:
+def test_no_request_that_the_description_allows_or_forbids_is_a_fault_of_the_server(
+    server: Server, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/api-doc/openapi.json"]
     command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--mode", "all"]
     command += ["--max-examples", str(EXAMPLES), "--max-time", str(SECONDS), "--seed", "1", "--request-timeout", "30"]
     command += ["--generation-database", "none", "--no-color", "--warnings", "off"]
-    searched = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 90, check=False)
+    # What it finds it writes down where it runs.
+    timeout = SECONDS + 90
+    searched = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=tmp_path)
     output = searched.stdout + searched.stderr
     assert searched.returncode == 0, output[-6000:]
     tested = re.search(r"(\d+) generated", output)
