@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
+import pydantic
 import pytest
 from conftest import LLAMA
 from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, ValidationError
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
 from support.server import Server
 
 KEY = "a key of the tests"
@@ -131,6 +135,90 @@ def test_tools_may_be_left_alone_and_must_exist(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="tgi", messages=MESSAGES, tools=TOOLS, tool_choice=named, **GREEDY)
 
 
+LOOK: Any = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 8},
+                "days": {"type": "integer", "minimum": 1, "maximum": 30},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}], ids=str)
+def test_a_call_that_is_forced_is_read_whole_and_in_pieces(client: openai.OpenAI, choice: Any) -> None:
+    options: Any = {"model": "tgi", "messages": MESSAGES, "tools": [LOOK], "tool_choice": choice, "temperature": 0}
+    whole = client.chat.completions.create(max_tokens=200, **options).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    (call,) = whole.message.tool_calls or []
+    assert isinstance(call, ChatCompletionMessageFunctionToolCall)
+    assert call.function.name == "look"
+    jsonschema.validate(json.loads(call.function.arguments), LOOK["function"]["parameters"])
+    chunks = client.chat.completions.create(max_tokens=200, stream=True, **options)
+    deltas = [piece for chunk in chunks for piece in chunk.choices[0].delta.tool_calls or []]
+    assert {delta.index for delta in deltas} == {0}
+    assert [delta.function.name for delta in deltas if delta.function and delta.function.name] == ["look"]
+    assert len([delta.id for delta in deltas if delta.id]) == 1
+    arguments = "".join(delta.function.arguments or "" for delta in deltas if delta.function)
+    assert arguments == call.function.arguments
+
+
+def test_a_strict_schema_is_kept_to_and_parsed(client: openai.OpenAI) -> None:
+    class Place(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+        city: str = pydantic.Field(max_length=8)
+        days: int = pydantic.Field(ge=1, le=30)
+
+    parsed = client.chat.completions.parse(
+        model="tgi", messages=MESSAGES, response_format=Place, max_tokens=200, temperature=0
+    )
+    assert parsed.choices[0].message.parsed is not None
+    jsonschema.validate(json.loads(parsed.choices[0].message.content or ""), Place.model_json_schema())
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"enum": []}}}
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.chat.completions.create(model="tgi", messages=MESSAGES, response_format=schema)
+    assert "response_format" in str(refused.value)
+
+
+def test_the_asynchronous_client_gets_the_same(server: Server, client: openai.OpenAI) -> None:
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key=KEY, max_retries=0, timeout=60) as other:
+            asked = [other.chat.completions.create(model="tgi", messages=MESSAGES, **GREEDY) for _ in range(3)]
+            texts = [answer.choices[0].message.content or "" for answer in await asyncio.gather(*asked)]
+            stream = await other.chat.completions.create(model="tgi", messages=MESSAGES, stream=True, **GREEDY)
+            return [*texts, "".join([chunk.choices[0].delta.content or "" async for chunk in stream])]
+
+    assert len(set(asyncio.run(main()))) == 1
+
+
+def test_a_marked_text_has_no_id_but_green_ones() -> None:
+    import torch
+    from transformers import WatermarkLogitsProcessor
+
+    with Server(LLAMA, "--dtype", "float32", "--watermark-gamma", "0.25", env={"WATERMARK_DELTA": "80"}) as server:
+        prompt = "In the beginning"
+        plain = server.generate(prompt, max_new_tokens=24, ignore_eos_token=True, decoder_input_details=True)
+        marked = server.generate(prompt, max_new_tokens=24, ignore_eos_token=True, watermark=True)
+    processor = WatermarkLogitsProcessor(4096, "cpu", greenlist_ratio=0.25, bias=1.0)
+    before = plain["details"]["prefill"][-1]["id"]
+
+    def num_green(ids: list[int]) -> int:
+        pairs = zip([before, *ids], ids, strict=False)
+        rows = [processor(torch.tensor([[0, last]]), torch.zeros(1, 4096))[0] for last, _ in pairs]
+        return sum(int(row[token_id]) for row, token_id in zip(rows, ids, strict=True))
+
+    ids = [token["id"] for token in marked["details"]["tokens"]]
+    assert num_green(ids) == 24
+    assert num_green([token["id"] for token in plain["details"]["tokens"]]) < 20
+
+
 def test_completions_take_lists_ids_and_echo(client: openai.OpenAI) -> None:
     prompts = ["The function returns", "In the beginning"]
     both = client.completions.create(model="tgi", prompt=prompts, **GREEDY)
@@ -209,6 +297,16 @@ def test_the_clients_of_the_hub_read_every_field(hub: InferenceClient) -> None:
     assert text == chat.choices[0].message.content
 
 
+def test_the_clients_of_the_hub_raise_what_the_server_refuses(hub: InferenceClient) -> None:
+    with pytest.raises(ValidationError, match="max_new_tokens"):
+        hub.text_generation("a", max_new_tokens=10**6)
+    with pytest.raises(HfHubHTTPError):
+        hub.chat_completion(MESSAGES, max_tokens=4, top_p=2)
+    grammar = {"type": "json", "value": LOOK["function"]["parameters"]}
+    text = hub.text_generation("In the", max_new_tokens=200, grammar=grammar, return_full_text=False)
+    jsonschema.validate(json.loads(text), LOOK["function"]["parameters"])
+
+
 def test_the_asynchronous_client_of_the_hub_streams(server: Server) -> None:
     async def main() -> str:
         hub = AsyncInferenceClient(f"http://127.0.0.1:{server.port}", token=KEY)
@@ -216,6 +314,17 @@ def test_the_asynchronous_client_of_the_hub_streams(server: Server) -> None:
         return "".join([token async for token in tokens])
 
     assert asyncio.run(main())
+
+    async def chat() -> tuple[str, str]:
+        hub = AsyncInferenceClient(f"http://127.0.0.1:{server.port}", token=KEY)
+        options: Any = {"max_tokens": 5, "temperature": 0.01, "seed": 1}
+        whole = await hub.chat_completion(MESSAGES, **options)
+        chunks = await hub.chat_completion(MESSAGES, stream=True, **options)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+        return whole.choices[0].message.content or "", text
+
+    whole, streamed = asyncio.run(chat())
+    assert whole == streamed
 
 
 def test_metrics_are_what_a_client_counts(server: Server, client: openai.OpenAI) -> None:

@@ -166,6 +166,38 @@ def test_neighbours_and_a_killed_shard_change_nothing_in_the_middle_of_a_form(
     assert server.wait_clean()["generation"] > before["generation"]
 
 
+def test_preemption_in_the_middle_of_a_form_changes_nothing(template: Path) -> None:
+    cases = bound_cases(10)
+    flags = ["--max-batch-total-tokens", "768", "--max-total-tokens", "512"]
+    with Server(LLAMA, "--dtype", "float32", "--chat-template", str(template), *flags) as small:
+        golden = alone(small, cases)
+        assert (
+            b"\ntgi_preemptions 0\n" in small.get("/metrics")[1] or b"tgi_preemptions" not in small.get("/metrics")[1]
+        )
+        assert_same(Crowd(small, cases).join(), golden, "with preemption")
+        counted = re.search(rb"^tgi_preemptions (\d+)$", small.get("/metrics")[1], re.MULTILINE)
+        assert counted is not None
+        assert int(counted[1]) > 0, "nothing was preempted: the pool is not too small"
+        small.wait_clean()
+
+
+def test_several_answers_and_the_best_of_several_keep_to_the_form(server: Server) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    body = {"model": "tgi", "messages": MESSAGES, "max_tokens": 400, "n": 3, "seed": 5, "response_format": wanted}
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert len(set(texts)) > 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+    grammar = {"type": "regex", "value": REGEXES[0]}
+    best = server.generate("At", max_new_tokens=60, best_of=2, do_sample=True, grammar=grammar)
+    others = best["details"]["best_of_sequences"]
+    for text in [best["generated_text"], *(other["generated_text"] for other in others)]:
+        assert re.fullmatch(REGEXES[0], text), text
+    assert len(others) == 1
+
+
 HOSTILE = [
     {"type": "regex", "value": "(a{1000}){1000}"},
     {"type": "regex", "value": "(?=a)b"},

@@ -76,6 +76,34 @@ ACCEPTED_PARAMETERS: list[dict[str, Any]] = [
     {"nobody_knows_this": 1},
 ]
 
+# Found in TGI, in the order in which it looks: with two of them wrong, the first is told.
+TOLD: list[tuple[str, dict[str, Any], str]] = [
+    ("/generate_stream", {"best_of": 2, "do_sample": True}, "`best_of` != 1 is not supported when streaming tokens"),
+    (
+        "/generate_stream",
+        {"decoder_input_details": True},
+        "`decoder_input_details` == true is not supported when streaming tokens",
+    ),
+    ("/generate", {"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
+    ("/generate", {"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+    ("/generate", {"temperature": 0}, "`temperature` must be strictly positive"),
+    ("/generate", {"repetition_penalty": 0}, "`repetition_penalty` must be strictly positive"),
+    ("/generate", {"frequency_penalty": 2.5}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ("/generate", {"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
+    ("/generate", {"typical_p": 0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ("/generate", {"top_k": 0}, "`top_k` must be strictly positive"),
+    ("/generate", {"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ("/generate", {"stop": ["a"] * 5}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    ("/generate", {"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
+    ("/generate", {"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    ("/generate", {"truncate": 0}, "`truncate` must be strictly positive and less than 2047. Given: 0"),
+    (
+        "/generate",
+        {"max_new_tokens": 2048},
+        "`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 5 `inputs` tokens and 2048 `max_new_tokens`",
+    ),
+]
+
 MALFORMED: list[tuple[bytes, int]] = [
     (b"", 400),
     (b'{"inputs":"hi"', 400),
@@ -148,6 +176,18 @@ def test_a_parameter_out_of_range_is_refused(llama: Server, parameters: dict[str
     assert status == 422, body
     assert_json_error(body)
     assert body["error_type"] == "validation"
+
+
+def test_refusals_have_the_words_of_tgi_in_its_order(llama: Server) -> None:
+    for n, (path, parameters, text) in enumerate(TOLD):
+        # Each with the next one that is refused by another field on the same route; a `temperature` asks for sampling.
+        taken = {*parameters, *(("temperature", "top_p", "top_k", "typical_p") if parameters == {"best_of": 2} else ())}
+        beside = [more for route, more, _ in TOLD[n + 1 :] if route == path and not set(more) & taken]
+        for added in [{}, *beside[:1]]:
+            status, body = llama.post(path, {"inputs": "A list is a", "parameters": parameters | added})
+            assert (status, body["error"]) == (422, f"Input validation error: {text}"), (parameters, added)
+    status, body = llama.post("/generate", {"inputs": ""})
+    assert (status, body["error"]) == (422, "Input validation error: `inputs` cannot be empty")
 
 
 @pytest.mark.parametrize("parameters", ACCEPTED_PARAMETERS, ids=str)

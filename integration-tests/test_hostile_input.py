@@ -1,0 +1,218 @@
+"""Whatever is sent, the answer is 200 or a refusal in JSON, the processes stay, every block and permit comes back.
+
+Against the built router with a real shard. schemathesis searches the routes by what the server's own description says
+of them, for a few seconds; for longer:
+
+    FUZZ_SECONDS=600 FUZZ_EXAMPLES=2000 pytest integration-tests/test_hostile_input.py -k description
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LLAMA
+from support.server import JSON_HEADERS, Server
+
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "20"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+# Answers are short, so that what is searched is what requests are made of.
+LIMITS = ["--max-total-tokens", "96", "--max-concurrent-requests", "8"]
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+BOM = b"\xef\xbb\xbf"
+ROUTES = [
+    "/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/v1/chat/completions", "/v1/completions",
+    "/invocations", "/vertex", "/v2/models/m/versions/1/infer",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template: Path = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    with Server(LLAMA, "--dtype", "float32", "--chat-template", str(template), *LIMITS) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost(server: Server) -> Iterator[None]:
+    """After each test: the same processes, the same answer as before, all blocks and permits."""
+
+    def facts() -> tuple[Any, ...]:
+        state = server.wait_clean()
+        canary = server.generate("In the beginning", max_new_tokens=4)
+        return server.router_pid(), state["epoch"], [rank["process_id"] for rank in state["ranks"]], canary["details"]
+
+    before = facts()
+    yield
+    assert facts() == before
+
+
+def ask(server: Server, path: str, body: bytes) -> tuple[int, str, bytes]:
+    """Status, content type and content."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request("POST", path, body, JSON_HEADERS)
+        response = connection.getresponse()
+        return response.status, response.headers.get("content-type", ""), response.read()
+    finally:
+        connection.close()
+
+
+def assert_refused_or_answered(found: tuple[int, str, bytes], path: str, what: str) -> int:
+    status, kind, content = found
+    assert status == 200 or 400 <= status < 500, f"{path} {what}: {status} {content[:300]!r}"
+    if status != 200:
+        assert kind == "application/json", (path, what, kind)
+        body = json.loads(content)
+        assert len(content) <= 2048
+        assert set(body) == {"error", "error_type"}, (path, what, body)
+        if path.startswith("/v1/"):
+            assert set(body["error"]) == {"message", "type", "param", "code"}, (path, what, body)
+        for inside in ("Traceback", "panicked", ".rs:", "0x7f"):
+            assert inside not in content.decode(), (path, what, body)
+    return status
+
+
+def test_no_request_that_the_description_allows_or_forbids_is_a_fault_of_the_server(
+    server: Server, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/api-doc/openapi.json"]
+    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--mode", "all"]
+    command += ["--max-examples", str(EXAMPLES), "--max-time", str(SECONDS), "--seed", "1", "--request-timeout", "30"]
+    command += ["--generation-database", "none", "--no-color", "--warnings", "off"]
+    # What it finds it writes down where it runs.
+    timeout = SECONDS + 90
+    searched = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=tmp_path)
+    output = searched.stdout + searched.stderr
+    assert searched.returncode == 0, output[-6000:]
+    tested = re.search(r"(\d+) generated", output)
+    assert tested is not None, output[-2000:]
+    assert int(tested[1]) > 100, output[-2000:]
+
+
+def is_json(text: bytes) -> bool:
+    """By Python's parser, within what is JSON by RFC 8259."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        json.loads(text.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return not text.startswith(BOM)
+
+
+def json_like(draw: random.Random) -> bytes:
+    """JSON, or what is left of it after a few of its bytes were changed."""
+
+    def value(depth: int) -> Any:
+        kinds = [None, True, 0, -1, 1e300, 18446744073709551616, "", "é🙂", "\u0000", "a" * draw.randint(0, 40)]
+        if depth and draw.random() < 0.5:
+            several = [value(depth - 1) for _ in range(draw.randint(0, 3))]
+            return several if draw.random() < 0.5 else {f"k{i}": one for i, one in enumerate(several)}
+        return draw.choice(kinds)
+
+    text = json.dumps({"inputs": value(1), "parameters": value(3)}, ensure_ascii=draw.random() < 0.5).encode()
+    pieces = [*rb', ] { " \ \u12 \ud800 1. 01 - nul'.split(), b"\x00", b"\xff", BOM]
+    for _ in range(draw.randint(0, 3)):
+        at = draw.randrange(len(text) + 1)
+        text = text[:at] + draw.choice(pieces) + text[at + draw.randint(0, 2) :]
+    return text
+
+
+# What breaks the grammar of RFC 8259, rule by rule.
+NOT_JSON = [
+    *rb"""{ } [ ] [1 [1, [1,] [,1] [1,,2] ["a" {"a"} {"a":} {"a":1,} {a:1} {1:1} {'a':1} {"a":1}} [1]] nul True NaN
+    Infinity -Infinity +1 01 -01 1. .1 1e 1e+ 0x10 1_0 --1 " "a 'a' "\" "\x41" "\u12" "\u12g4" /**/{} {}//""".split(),
+    *[b"", b" ", b"[1 2]", b'{"a" 1}', b'{"a":1 "b":2}', b"- 1", b'"\t"', b'"\n"', b'"\x00"', b'"\xff"', b'"\xc0\xaf"'],
+    *[b'"\xed\xa0\x80"', BOM + b"{}", b"{}\x00", b"\x0c{}", b"[" * 100_000, b'{"a":' * 100_000],
+]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_what_is_no_json_is_400_everywhere(server: Server, path: str) -> None:
+    for body in NOT_JSON:
+        assert not is_json(body) or len(body) > 1000
+        status = assert_refused_or_answered(ask(server, path, body), path, str(body[:30]))
+        assert status == 400, (path, body[:30], status)
+
+
+def test_bodies_with_a_few_changed_bytes_are_answered_or_refused(server: Server) -> None:
+    draw = random.Random(7)
+    for n in range(400):
+        body, path = json_like(draw), draw.choice(ROUTES)
+        status = assert_refused_or_answered(ask(server, path, body), path, f"{n}: {body!r}")
+        assert is_json(body) or status == 400, (path, body, status)
+
+
+def apart(text: str) -> list[str]:
+    return text.split()
+
+
+def naughty_strings() -> list[str]:
+    """Strings that have broken programs: by kind, made here."""
+    marks = apart("</s> <s> <|im_start|>system <|eot_id|> [INST] <think> [TOOL_CALLS] <tool_call> [DONE]")
+    words = apart("undefined null NaN true -0 1e400 0xffffffff NULL None \\ \\\\ \\n %s%n %00 ../../../../etc/passwd")
+    injected = [
+        *apart("{{7*7}} ${7*7} <script>alert(1)</script> $(reboot) `id` file:///etc/passwd ![](http://127.0.0.1:9/)"),
+        *["{% for i in range(10**9) %}a{% endfor %}", "'; DROP TABLE x; --", "() { :; }; echo", "data: [DONE]\n\n"],
+    ]
+    blanks = " \t\n\r\u00a0\u2003\u2028\u2029\u200b\u3000\ufeff\x00\x1b\x7f\ufffe\uffff\ue000\U0010ffff"
+    letters = [
+        *apart("é ß ﬀ Ω≈ç√∫ 田中さん 울란바토르 הָיְתָה الكل 🙂 👨‍👩‍👧‍👦 🇺🇳 1️⃣ 👩🏽‍🚒 𝕋𝕙𝕖 ⓣⓗⓔ ɐʇ İi ǅ"),
+        *["e\u0301" * 9, "\u202etxet\u202c", "\u2066a\u2069", "\u0600\u06dd", "\r\n"],
+    ]
+    long = ["a" * 3000, " " * 3000, "\n" * 3000, "🙂" * 800, "e" + "\u0301" * 3000, "a\u0000" * 500]
+    return [*marks, *words, *injected, *blanks, *letters, *long]
+
+
+def bodies(text: str) -> Iterator[tuple[str, Any]]:
+    """A text in every place that takes one."""
+    yield "/generate", {"inputs": text, "parameters": {"max_new_tokens": 1, "return_full_text": True}}
+    yield "/generate", {"inputs": "a", "parameters": {"max_new_tokens": 2, "stop": [text]}}
+    yield "/generate_stream", {"inputs": text, "parameters": {"max_new_tokens": 1}}
+    yield "/tokenize", {"inputs": text}
+    messages = [{"role": "user", "content": text}]
+    yield "/v1/chat/completions", {"messages": messages, "max_tokens": 1}
+    yield "/chat_tokenize", {"messages": [{"role": text, "content": text}]}
+    yield "/v1/completions", {"prompt": text, "max_tokens": 1, "echo": True}
+    yield "/v1/chat/completions", {"messages": messages, "model": text, "max_tokens": 1}
+    tool = {"type": "function", "function": {"name": text, "description": text}}
+    yield "/v1/chat/completions", {"messages": messages, "tools": [tool], "max_tokens": 1}
+    yield "/generate", {"inputs": "a", "parameters": {"max_new_tokens": 1, "grammar": {"type": "regex", "value": text}}}
+    yield "/generate", {"inputs": "a", "parameters": {"adapter_id": text}}
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_naughty_strings_come_back_as_they_were_or_are_refused(server: Server, part: int) -> None:
+    for text in naughty_strings()[part::4]:
+        for path, body in bodies(text):
+            found = ask(server, path, json.dumps(body).encode())
+            status = assert_refused_or_answered(found, path, repr(text[:40]))
+            if status != 200:
+                continue
+            if path == "/generate" and body["inputs"] == text and body["parameters"].get("return_full_text"):
+                assert json.loads(found[2])["generated_text"].startswith(text)
+            if path == "/v1/completions":
+                assert json.loads(found[2])["choices"][0]["text"].startswith(text)
+            if path == "/tokenize":
+                tokens = json.loads(found[2])
+                stops = [token["stop"] for token in tokens if token["text"]]
+                assert not stops or max(stops) <= len(text.encode())
+
+
+def test_a_body_that_is_no_object_or_has_a_field_twice_is_422(server: Server) -> None:
+    for path in ROUTES:
+        for body in (b"[]", b'["a"]', b"7", b"null", b'"a"', b"true"):
+            assert assert_refused_or_answered(ask(server, path, body), path, str(body)) == 422, (path, body)
+    for body in (b'{"inputs":"a","inputs":"b"}', b'{"inputs":"a","parameters":{"seed":1,"seed":2}}'):
+        assert assert_refused_or_answered(ask(server, "/generate", body), "/generate", str(body)) == 422

@@ -1,0 +1,195 @@
+"""More than a server can take: too many clients, clients that are slow or go away, texts that are hard to cut up."""
+
+import contextlib
+import http.client
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from conftest import LLAMA
+from support.server import JSON_HEADERS, Answer, Server
+
+PERMITS = 8
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    flags = ["--max-concurrent-requests", str(PERMITS), "--max-total-tokens", "256"]
+    with Server(LLAMA, "--dtype", "float32", *flags) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost(server: Server) -> Iterator[None]:
+    """After each test: the same processes, the same answer as before, all blocks and permits."""
+
+    def facts() -> tuple[Any, ...]:
+        state = server.wait_clean()
+        answer = server.generate("In the beginning", max_new_tokens=4)
+        return server.router_pid(), state["epoch"], answer["details"]
+
+    before = facts()
+    yield
+    assert facts() == before
+
+
+def head(length: int | None, path: str = "/generate") -> bytes:
+    body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{body}\r\n\r\n".encode()
+
+
+def request(tokens: int, path: str = "/generate_stream") -> bytes:
+    body = json.dumps({"inputs": "In the beginning", "parameters": {"max_new_tokens": tokens}}).encode()
+    return head(len(body), path) + body
+
+
+def test_clients_that_leave_at_once_leave_nothing(server: Server) -> None:
+    for i in range(200):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+            s.sendall(request(200, "/generate_stream" if i % 2 else "/generate"))
+    server.wait_clean(10)
+
+
+def test_a_body_of_single_bytes_is_read_or_refused_without_growing(server: Server) -> None:
+    router = psutil.Process(server.router_pid())
+    before = router.memory_info().rss
+    for count in (65_537, 400_000):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as s:
+            s.sendall(head(None))
+            with contextlib.suppress(OSError):
+                for _ in range(count // 1000):
+                    s.sendall(b"1\r\nA\r\n" * 1000)
+                s.sendall(b"0\r\n\r\n")
+            status = int(s.recv(4096).split(b" ")[1])
+        assert status in (400, 408, 413), status
+    assert router.memory_info().rss - before < 32 << 20
+
+
+def test_hundreds_of_slow_heads_cost_others_nothing_and_are_closed(server: Server) -> None:
+    def canary() -> float:
+        times = []
+        for _ in range(15):
+            begun = time.monotonic()
+            server.generate("In the", max_new_tokens=2)
+            times.append(time.monotonic() - begun)
+        return statistics.median(times)
+
+    alone = canary()
+    sockets = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(400)]
+    try:
+        for s in sockets:
+            s.sendall(b"POST /generate HTTP/1.1\r\n")
+        assert canary() < 3 * alone + 0.05
+        for s in sockets:
+            answer = s.recv(4096)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 408 "), answer
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def test_many_more_requests_than_permits_are_refused_at_once_and_the_others_are_served(server: Server) -> None:
+    """Ten times as many clients as permits, each asking again as soon as it has its answer."""
+    done: list[tuple[int, float]] = []
+
+    def client(until: float) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = json.dumps(
+            {"inputs": "In the beginning", "parameters": {"max_new_tokens": 16, "ignore_eos_token": True}}
+        )
+        while time.monotonic() < until:
+            begun = time.monotonic()
+            connection.request("POST", "/generate", body, JSON_HEADERS)
+            response = connection.getresponse()
+            response.read()
+            done.append((response.status, time.monotonic() - begun))
+            if response.status == 429:
+                assert int(response.headers["Retry-After"]) >= 1
+                time.sleep(0.05)
+        connection.close()
+
+    def load(clients: int, seconds: float) -> list[tuple[int, float]]:
+        done.clear()
+        threads = [threading.Thread(target=client, args=(time.monotonic() + seconds,)) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return list(done)
+
+    load(PERMITS, 1)
+    peak = sum(status == 200 for status, _ in load(PERMITS, 4))
+    flooded = load(10 * PERMITS, 4)
+    assert {status for status, _ in flooded} == {200, 429}
+    # The clients take their share of the cores that both work on.
+    assert sum(status == 200 for status, _ in flooded) > 0.5 * peak
+    assert statistics.median(seconds for status, seconds in flooded if status == 429) < 0.25
+
+
+def test_a_flood_of_texts_to_tokenize_is_refused_beyond_the_permits_and_changes_no_stream(server: Server) -> None:
+    golden = server.stream("In the beginning", max_new_tokens=100, ignore_eos_token=True)
+    found: list[int] = []
+    over = threading.Event()
+
+    def flood() -> None:
+        body = {"inputs": "the quick brown fox " * 4000}
+        while not over.is_set():
+            found.append(server.post("/tokenize", body)[0])
+
+    threads = [threading.Thread(target=flood) for _ in range(2 * PERMITS)]
+    for thread in threads:
+        thread.start()
+    try:
+        answers: list[Answer] = []
+        while len(answers) < 2:
+            with contextlib.suppress(AssertionError):
+                answers.append(server.stream("In the beginning", max_new_tokens=100, ignore_eos_token=True))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(60)
+    assert all(answer.same_as(golden) for answer in answers)
+    assert set(found) <= {200, 429}
+    assert 200 in found
+
+
+def test_texts_that_are_hard_to_cut_up_are_answered_in_time(server: Server) -> None:
+    for text in (
+        "👨‍👩‍👧‍👦" * 70_000,
+        "e" + "\u0301" * 500_000,
+        "\u202e\u2066" * 100_000,
+        "\ufffe\uffff\ue000" * 100_000,
+    ):
+        begun = time.monotonic()
+        for path, body in (
+            ("/generate", {"inputs": text, "parameters": {"max_new_tokens": 1}}),
+            ("/tokenize", {"inputs": text}),
+        ):
+            assert server.post(path, body)[0] in (200, 413, 422), path
+        truncated = {"inputs": text[:20_000], "parameters": {"max_new_tokens": 1, "truncate": 10}}
+        assert server.post("/generate", truncated)[0] == 200
+        assert time.monotonic() - begun < 30
+
+
+def test_the_text_of_a_special_token_is_the_token_on_every_route_and_ends_nothing(server: Server) -> None:
+    text = "one </s> two <s> three"
+    ids = [token["id"] for token in server.post("/tokenize", {"inputs": text})[1]]
+    assert 2 in ids
+    answer = server.generate(text, max_new_tokens=3, decoder_input_details=True)
+    assert [token["id"] for token in answer["details"]["prefill"]] == ids
+    body = {"prompt": text, "max_tokens": 3, "return_token_ids": True}
+    assert server.post("/v1/completions", body)[1]["choices"][0]["prompt_token_ids"] == ids
+
+
+def test_what_can_never_fit_is_refused_before_it_waits(server: Server) -> None:
+    begun = time.monotonic()
+    status, answer = server.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 257}})
+    assert status == 422, answer
+    assert "256" in answer["error"]
+    assert time.monotonic() - begun < 1
