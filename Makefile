@@ -43,10 +43,10 @@ run: install
 check: install
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --release --workspace --all-targets --all-features -- -D warnings
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	cd server && ../$(VENV)/bin/mypy
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	cd server && ../$(PYTHON) -m mypy
+	$(PYTHON) -m mkdocs build --strict --quiet
 	$(PYTHON) -m pytest -q server/tests/test_tidy.py
 	$(PYTHON) -m pytest -q integration-tests/test_tidy.py
 
@@ -86,7 +86,7 @@ wheel:
 	@scripts/wheel.sh
 
 docs: install
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(PYTHON) -m mkdocs build --strict --quiet
 
 # Nothing is ever written outside of this folder, but for packages of the system and the Rust toolchain.
 uninstall: clean

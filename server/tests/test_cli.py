@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_served_ends_with_one_line_that_names_it(tmp_path
         (["--memory-bytes", 0], "--memory-bytes is 0"),
         (["--dtype", "int3"], "--dtype is 'int3'"),
         (["--device", "tpu"], "--device is 'tpu'"),
-        (["--device", "cuda"], "--device cuda is not served yet"),
+        (["--device", "cuda", "--dtype", "float32"], "--dtype float32 is not served on cuda"),
         (["--quantize", "gptq"], "--quantize gptq: the weights in"),
         (["--logger-level", "LOUD"], "--logger-level is 'LOUD', expected one of TRACE"),
         (["--uds-path", "/tmp/" + "x" * 110], "longer than the 107 bytes"),

@@ -55,7 +55,7 @@ def test_planning_does_not_import_torch() -> None:
         ({"quantize": "gptq"}, "--quantize gptq: the weights in .* are not quantized .*leave the flag out"),
         ({"dtype": "float16"}, "--dtype float16 is not served on cpu"),
         ({"dtype": "int7"}, "--dtype int7 is unknown"),
-        ({"device": "cuda"}, "--device cuda is not served yet; use --device cpu"),
+        ({"device": "cuda", "dtype": "float32"}, "--dtype float32 is not served on cuda"),
         ({"device": "tpu"}, "--device tpu is unknown"),
     ],
 )
