@@ -450,7 +450,7 @@ mod tests {
             plan.shard(0, Path::new("/s")).args,
             words(
                 "serve /m --world-size 1 --num-threads 8 --memory-bytes 8000000 --dtype bfloat16 --quantize bitsandbytes-nf4 \
-                 --revision main --trust-remote-code --watermark-gamma 0.25 --watermark-delta -1.5 --device cpu --logger-level DEBUG \
+                 --revision main --trust-remote-code --watermark-gamma 0.25 --watermark-delta=-1.5 --device cpu --logger-level DEBUG \
                  --json-output --exit-with-stdin --rank 0 --uds-path /s"
             )
         );
