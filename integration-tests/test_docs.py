@@ -22,7 +22,11 @@ ELSEWHERE = {
     r"(python3 -m venv )?server-environment\b": ("deploy/tests/wheel.sh", "pip"),
     r"docker (build|run)\b": ("deploy/tests/image.sh", "buildah bud"),
     r"(\w+=\S+ )*docker compose": ("integration-tests/test_deploy.py", "compose"),
-    r"python -m venv target/": ("benchmark/README.md", "environment of its own"),
+    r"pip install 'lm_eval|lm_eval run|python integration-tests/support/lm_eval_tasks.py": (
+        "integration-tests/support/lm_eval_tasks.py",
+        "lm-eval",
+    ),
+    r"python -m venv target/|target/\w+/bin/pip install": ("benchmark/README.md", "environment of its own"),
 }
 
 
