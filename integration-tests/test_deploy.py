@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from support.server import BINARIES
+from conftest import LLAMA, ROOT
+from support.server import BINARIES, Server
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENTRY = ROOT / "deploy" / "entrypoint-sagemaker.sh"
@@ -49,6 +49,20 @@ def test_an_empty_variable_is_one_left_out() -> None:
     empty = {"QUANTIZE": "", "NUM_SHARD": "", "PORT": "", "API_KEY_FILE": "", "DTYPE": "", "JSON_OUTPUT": ""}
     done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1 and "there is no such directory" in done.stdout + done.stderr, done
+
+
+def test_a_server_starts_whatever_is_empty() -> None:
+    names = [
+        "QUANTIZE",
+        "MAX_INPUT_TOKENS",
+        "MAX_BATCH_SIZE",
+        "API_KEY_FILE",
+        "CHAT_TEMPLATE",
+        "OTLP_ENDPOINT",
+        "REVISION",
+    ]
+    with Server(LLAMA, env=dict.fromkeys(names, "")) as server:
+        assert server.generate("In the beginning", max_new_tokens=2)["details"]["generated_tokens"] == 2
 
 
 def test_all_programs_have_one_version() -> None:

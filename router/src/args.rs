@@ -217,10 +217,16 @@ pub fn version(commit: Option<&str>) -> &'static str {
     }
 }
 
+/// Container templates set variables to nothing where they mean to leave them out.
+fn without_empty_variable(arg: clap::Arg) -> clap::Arg {
+    let is_empty = arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    if is_empty { arg.env(None::<&str>) } else { arg }
+}
+
 impl Args {
     /// Reads command line and environment, or ends the process with what clap says.
     pub fn parse_with(commit: Option<&'static str>) -> Self {
-        let matches = Self::command().version(version(commit)).get_matches();
+        let matches = Self::command().version(version(commit)).mut_args(without_empty_variable).get_matches();
         Self { commit, ..Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()) }
     }
 
