@@ -2,7 +2,7 @@
 
 The router runs with a stub shard. After warm-up its resident set is read after every batch of requests; the slope is
 that of the least-squares line, per 10,000 requests. The KV cache is small enough that its index is full after the
-warm-up: a cache that is still filling is no leak. Nor are buffers of samples and the allocator, which take some 20,000 requests
+warm-up: a cache that is still filling is no leak. Nor are buffers of samples and the allocator, which take some 35,000 requests
 to reach their size.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Send the requests, write the result, and exit with 1 if the limit is not held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--warmup", type=int, default=25_000)
+    parser.add_argument("--warmup", type=int, default=60_000)
     parser.add_argument("--batch", type=int, default=500, help="requests between two readings")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--port", type=int, default=18312)
