@@ -461,10 +461,6 @@ fn judge_foreign(matches: &ArgMatches) -> (Vec<String>, Vec<String>) {
     for (foreign, environment_name) in FOREIGN.iter().zip(ENVIRONMENT_NAMES.iter()) {
         let Some(value) = matches.get_one::<String>(foreign.flag) else { continue };
         let from_environment = matches.value_source(foreign.flag) == Some(ValueSource::EnvVariable);
-        // Container templates set variables to nothing where they mean to leave them out.
-        if from_environment && value.is_empty() {
-            continue;
-        }
         // The value stays out of the message: it may be a secret.
         let name =
             if from_environment { format!("{environment_name} (environment)") } else { format!("--{}", foreign.flag) };

@@ -13,7 +13,10 @@ import pytest
 import tiny
 from standin_hub import Hub
 
-FEW = ["--num-samples", "2", "--sequence-length", "32", "--num-threads", "1", "--method", "rtn"]
+QUANTIZE = [
+    "-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"),
+    "--num-samples", "2", "--sequence-length", "32", "--num-threads", "1", "--method", "rtn",
+]  # fmt: skip
 
 
 def python(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,20 +78,24 @@ def test_a_result_that_is_too_bad_is_kept_but_not_uploaded(finished: Path, monke
     assert sent == ["me/model"] and (finished / "config.json").exists()
 
 
-def test_the_command_takes_text_from_the_hub_and_pushes_its_result(tmp_path: Path) -> None:
+def wikitext() -> bytes:
+    """A file of the hub's, as parquet."""
     table = io.BytesIO()
     text = [f"Sentence {i} of a text that is long enough to be cut into pieces." for i in range(200)]
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), table)
-    command = ["-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"), *FEW]
+    return table.getvalue()
+
+
+def test_the_command_takes_text_from_the_hub_and_pushes_its_result(tmp_path: Path) -> None:
     with Hub() as hub:
-        hub.datasets["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = table.getvalue()
+        hub.datasets["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = wikitext()
         output = tmp_path / "out"
         more = ["--dataset", "wikitext2", "--upload-to-model-id", "me/model"]
-        done = python(hub, tmp_path, *command, str(output), *more)
+        done = python(hub, tmp_path, *QUANTIZE, str(output), *more)
         assert done.returncode == 0, done.stderr
         assert hub.files == {p.name: p.read_bytes() for p in output.iterdir()}
         assert tiny.report(output, "run")[0]["text"]["source"].startswith("wikitext2 (Salesforce/wikitext")
-        failed = python(hub, tmp_path, *command, str(tmp_path / "other"), "--dataset", "ptb")
+        failed = python(hub, tmp_path, *QUANTIZE, str(tmp_path / "other"), "--dataset", "ptb")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "--dataset ptb: ptb-text-only/ptb_text_only cannot be fetched from the hub" in failed.stderr
     assert "the set that is bundled" in failed.stderr
@@ -98,8 +105,7 @@ def test_a_hub_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
     with Hub() as hub:
         pass
     begun = time.monotonic()
-    command = ["-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"), *FEW]
-    failed = python(hub, tmp_path, *command, str(tmp_path / "out"), "--dataset", "wikitext2")
+    failed = python(hub, tmp_path, *QUANTIZE, str(tmp_path / "out"), "--dataset", "wikitext2")
     # The library itself would ask for 25 seconds.
     assert time.monotonic() - begun < 15
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1
@@ -108,14 +114,10 @@ def test_a_hub_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
 
 
 def test_text_that_was_fetched_before_needs_no_hub(tmp_path: Path) -> None:
-    table = io.BytesIO()
-    text = [f"Sentence {i} of a text that is long enough to be cut into pieces." for i in range(200)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": text}), table)
-    command = ["-m", "text_generation_server.cli", "quantize", str(tiny.MODELS / "docs-qwen2-4m"), *FEW]
     with Hub() as hub:
-        hub.datasets["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = table.getvalue()
-        first = python(hub, tmp_path, *command, str(tmp_path / "first"), "--dataset", "wikitext2")
+        hub.datasets["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = wikitext()
+        first = python(hub, tmp_path, *QUANTIZE, str(tmp_path / "first"), "--dataset", "wikitext2")
     assert first.returncode == 0, first.stderr
-    second = python(hub, tmp_path, *command, str(tmp_path / "second"), "--dataset", "wikitext2")
+    second = python(hub, tmp_path, *QUANTIZE, str(tmp_path / "second"), "--dataset", "wikitext2")
     assert second.returncode == 0, second.stderr
     assert tiny.files(tmp_path / "first") == tiny.files(tmp_path / "second")
