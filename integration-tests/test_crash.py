@@ -12,11 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import LLAMA
-from support.load import Crowd, alone, assert_same, mixed_cases
+from support.load import Crowd, alone, assert_same, midway, mixed_cases
 from support.server import Server, wait_until
 
-# Long enough that a stream still has 64 tokens to go when a kill strikes: on a busy machine the first of them is a
-# hundred ahead when the last begins.
+# Long enough that each stream has 64 tokens to go when a kill strikes, though some are ahead of others.
 LENGTH = 320
 CASES = mixed_cases(32, max_new_tokens=LENGTH)
 
@@ -28,14 +27,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     flags = ("--dtype", "float32", "--num-shard", str(request.param))
     with Server(LLAMA, *flags, env={"FAULT_FILE": str(faults)}) as server:
         yield server, Crowd(server, CASES).join()
-
-
-def wait_midway(crowd: Crowd, least: int = 1) -> list[int]:
-    """Waits until every stream has emitted, and asserts that each has at least 64 tokens left."""
-    wait_until(lambda: min(crowd.num_emitted()) >= least, 60, f"all streams emitted {least}")
-    emitted = crowd.num_emitted()
-    assert max(emitted) <= LENGTH - 64, f"too late to strike: {emitted}"
-    return emitted
 
 
 def assert_recovered(server: Server, crowd: Crowd, golden: list, before: dict, emitted: list[int], what: str) -> dict:
@@ -55,8 +46,7 @@ def test_a_killed_shard_is_replaced_and_every_stream_goes_on(served: tuple[Serve
     before = server.wait_clean()
     if rank >= len(before["ranks"]):
         return  # Of one rank, one kill is as good as another.
-    crowd = Crowd(server, CASES)
-    wait_midway(crowd, least=1 + rng.randrange(20))
+    crowd, _ = midway(server, CASES, LENGTH - 64, least=1 + rng.randrange(20))
     time.sleep(rng.random() * 0.05)
     victim = before["ranks"][rank]
     emitted = crowd.num_emitted()
@@ -74,8 +64,7 @@ def test_a_shard_that_dies_at_a_given_point_changes_nothing(served: tuple[Server
     if point == "all_reduce" and len(before["ranks"]) == 1:
         return  # One rank reduces nothing.
     rank = len(before["ranks"]) - 1 if point != "sample" else 0
-    crowd = Crowd(server, CASES)
-    emitted = wait_midway(crowd)
+    crowd, emitted = midway(server, CASES, LENGTH - 64)
     fault = Path(server.env["FAULT_FILE"])
     fault.with_suffix(".new").write_text(f"rank={rank} point={point} count=7 action=kill\n")
     fault.with_suffix(".new").rename(fault)
@@ -87,8 +76,7 @@ def test_a_shard_that_hangs_is_replaced_even_if_it_wakes_up_later(served: tuple[
     server, golden = served
     before = server.wait_clean()
     victim = before["ranks"][-1]
-    crowd = Crowd(server, CASES)
-    emitted = wait_midway(crowd)
+    crowd, emitted = midway(server, CASES, LENGTH - 64)
     process = psutil.Process(victim["process_id"])
     process.suspend()
     wait_until(lambda: not server.is_ready(), 15, "the hang is noticed")
@@ -101,8 +89,7 @@ def test_a_shard_that_hangs_is_replaced_even_if_it_wakes_up_later(served: tuple[
 def test_a_pause_of_a_second_is_not_a_hang(served: tuple[Server, list]) -> None:
     server, golden = served
     before = server.wait_clean()
-    crowd = Crowd(server, CASES)
-    wait_midway(crowd)
+    crowd, _ = midway(server, CASES, LENGTH - 64)
     process = psutil.Process(before["ranks"][0]["process_id"])
     process.suspend()
     time.sleep(1)
@@ -114,8 +101,7 @@ def test_a_pause_of_a_second_is_not_a_hang(served: tuple[Server, list]) -> None:
 def test_two_deaths_in_one_answer_change_nothing(served: tuple[Server, list]) -> None:
     server, golden = served
     before = server.wait_clean()
-    crowd = Crowd(server, CASES)
-    emitted = wait_midway(crowd)
+    crowd, emitted = midway(server, CASES, LENGTH - 64)
     os.kill(server.rank_pid(0), signal.SIGKILL)
     wait_until(lambda: server.state()["generation"] > before["generation"] and server.is_ready(), 60, "recovered once")
     grown = crowd.num_emitted()
@@ -209,9 +195,7 @@ def test_the_logits_of_a_row_have_the_same_bits_in_all_circumstances(
         take("alone", server)
         assert_same(alone(server, few), golden, "after a prefix hit")
         take("hit", server)
-        crowd = Crowd(server, cases)
-        wait_until(lambda: min(crowd.num_emitted()) >= 4, 60, "all streams emitted")
-        assert max(crowd.num_emitted()) <= BITS_LENGTH - 64
+        crowd, _ = midway(server, cases, BITS_LENGTH - 64, least=4)
         os.kill(server.rank_pid(num_shard - 1), signal.SIGKILL)
         assert_same(crowd.join()[: len(few)], golden, "killed")
         take("killed", server)

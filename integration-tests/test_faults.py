@@ -72,7 +72,7 @@ def test_a_killed_rank_is_no_error_of_the_router_and_told_in_words() -> None:
 
 
 def test_answers_that_are_cut_off_are_counted_and_startupz_says_that_the_server_drains() -> None:
-    with Server(LLAMA, "--dtype", "float32", "--graceful-termination-timeout", "2") as server:
+    with Server(LLAMA, "--dtype", "float32", "--graceful-termination-timeout", "1") as server:
         crowd = Crowd(server, mixed_cases(3, 1900))
         wait_until(lambda: min(crowd.num_emitted()) >= 1, 60, "all streams emitted")
         assert server.process is not None
@@ -84,7 +84,7 @@ def test_answers_that_are_cut_off_are_counted_and_startupz_says_that_the_server_
         answers = crowd.join(20)
         assert server.process.wait(20) == 0
         cut = [answer for answer in answers if answer.error is not None]
-        assert cut and all("cut off after the 2 s" in answer.error["error"] for answer in cut if answer.error)
+        assert cut and all("cut off after the 1 s" in answer.error["error"] for answer in cut if answer.error)
         warnings = [line for line in server.log().splitlines() if "requests are cut off" in line and "WARN" in line]
         assert len(warnings) == 1 and f"requests={len(cut)}" in warnings[0], warnings
         assert "CutOff" in server.log()

@@ -15,8 +15,8 @@ import jsonschema
 import psutil
 import pytest
 from conftest import LLAMA
-from support.load import Case, Crowd, alone, assert_same, mixed_cases
-from support.server import Server, wait_until
+from support.load import Case, Crowd, alone, assert_same, midway, mixed_cases
+from support.server import Server
 
 # Short texts, so that a model that knows nothing of JSON comes to an end.
 WORD = {"type": "string", "maxLength": 8}
@@ -158,9 +158,7 @@ def test_neighbours_and_a_killed_shard_change_nothing_in_the_middle_of_a_form(
     cases = bound_cases(6)
     golden = alone(server, cases)
     before = server.wait_clean()
-    crowd = Crowd(server, cases)
-    wait_until(lambda: min(crowd.num_emitted()) >= 9, 60, "all streams are in the middle")
-    assert max(crowd.num_emitted()) < 90, "too late to strike"
+    crowd, _ = midway(server, cases, most=90, least=9)
     os.kill(before["ranks"][0]["process_id"], signal.SIGKILL)
     assert_same(crowd.join(), golden, "together, and a kill")
     assert server.wait_clean()["generation"] > before["generation"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import LLAMA, ROOT
-from support.load import Case, Crowd, assert_same, mixed_cases
-from support.server import Server, wait_until
+from support.load import Case, Crowd, assert_same, midway, mixed_cases
+from support.server import Server
 
 FULL = bool(os.environ.get("FULL"))
 # The shipped checkpoints, and what `--quantize` calls their method.
@@ -100,10 +100,7 @@ def test_a_killed_shard_of_a_quantized_model_changes_nothing() -> None:
     with Server(ROOT / "models" / "docs-llama-7m-gptq-4bit-g128", "--num-shard", "2") as server:
         golden = Crowd(server, cases).join()
         before = server.wait_clean()
-        crowd = Crowd(server, cases)
-        wait_until(lambda: min(crowd.num_emitted()) >= 5, 60, "all streams emitted 5")
-        emitted = crowd.num_emitted()
-        assert max(emitted) < length - 20
+        crowd, _ = midway(server, cases, most=length - 20, least=5)
         os.kill(before["ranks"][1]["process_id"], signal.SIGKILL)
         assert_same(crowd.join(), golden, "rank 1 killed")
         assert server.wait_clean()["generation"] > before["generation"]

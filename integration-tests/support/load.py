@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from support.server import Answer, Server
+from support.server import Answer, Server, wait_until
 
 TEXTS = (
     "In the beginning God created",
@@ -48,11 +48,15 @@ def mixed_cases(count: int, max_new_tokens: int) -> list[Case]:
 
 
 class Crowd:
-    """Streams all cases at once, each in a thread; `answers` grow while it runs."""
+    """Streams all cases at once, each in a thread; `answers` grow while it runs.
+
+    No thread asks before all have started: the first would be hundreds of tokens ahead of the last on a busy machine.
+    """
 
     def __init__(self, server: Server, cases: list[Case]) -> None:
         self.answers = [Answer() for _ in cases]
         self.failures: list[str] = []
+        self.started = threading.Barrier(len(cases))
         self.threads = [
             threading.Thread(target=self._run, args=(server, i, case), daemon=True) for i, case in enumerate(cases)
         ]
@@ -60,6 +64,7 @@ class Crowd:
             thread.start()
 
     def _run(self, server: Server, i: int, case: Case) -> None:
+        self.started.wait()
         try:
             self.answers[i] = server.stream(case.inputs, on_event=lambda a: self._note(i, a), **dict(case.parameters))
         except Exception as error:
@@ -77,6 +82,22 @@ class Crowd:
             assert not thread.is_alive(), f"a stream hangs; emitted {self.num_emitted()}"
         assert not self.failures, self.failures
         return self.answers
+
+
+def midway(server: Server, cases: list[Case], most: int, least: int = 1) -> tuple[Crowd, list[int]]:
+    """A crowd of which every stream has emitted at least `least` and at most `most` tokens, and what each has emitted.
+
+    A crowd whose fastest stream is too far before its slowest, as a busy machine makes it, is run to its end, and
+    another one starts.
+    """
+    for _ in range(5):
+        crowd = Crowd(server, cases)
+        wait_until(lambda crowd=crowd: min(crowd.num_emitted()) >= least, 60, f"all streams emitted {least}")
+        emitted = crowd.num_emitted()
+        if max(emitted) <= most:
+            return crowd, emitted
+        crowd.join()
+    raise AssertionError(f"five times too late to strike, the last time with {emitted}")
 
 
 def alone(server: Server, cases: list[Case]) -> list[Answer]:
