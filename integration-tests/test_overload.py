@@ -120,22 +120,21 @@ def test_many_more_requests_than_permits_are_refused_at_once_and_the_others_are_
                 time.sleep(0.05)
         connection.close()
 
-    def load(clients: int, seconds: float) -> list[tuple[int, float]]:
-        done.clear()
-        threads = [threading.Thread(target=client, args=(time.monotonic() + seconds,)) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return list(done)
-
-    load(PERMITS, 1)
-    peak = sum(status == 200 for status, _ in load(PERMITS, 4))
-    flooded = load(10 * PERMITS, 4)
-    assert {status for status, _ in flooded} == {200, 429}
-    # The clients take their share of the cores that both work on.
-    assert sum(status == 200 for status, _ in flooded) > 0.5 * peak
-    assert statistics.median(seconds for status, seconds in flooded if status == 429) < 0.25
+    until = time.monotonic() + 4
+    threads = [threading.Thread(target=client, args=(until,)) for _ in range(10 * PERMITS)]
+    for thread in threads:
+        thread.start()
+    held = []
+    while time.monotonic() < until:
+        held.append(PERMITS - server.state()["permits"]["free"])
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(60)
+    assert {status for status, _ in done} == {200, 429}
+    # How many are served in this time is for the cores to say, which the clients work on too.
+    assert statistics.median(held) >= PERMITS / 2, "refusing others keeps the server from its work"
+    assert sum(status == 200 for status, _ in done) > PERMITS
+    assert statistics.median(seconds for status, seconds in done if status == 429) < 1
 
 
 def test_a_flood_of_texts_to_tokenize_is_refused_beyond_the_permits_and_changes_no_stream(server: Server) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "runner": {"sequences", "batch", "sampling", "distributed", "kernels.interface"},
     "sequences": {"sampling"},
     "batch": {"kernels.interface"},
-    "sampling": {"sampling"},
+    "sampling": {"sampling", "kernels.interface"},
     "planning": {"checkpoint", "kernels.select", "quantization", "loading"},
     "models": {
         "models", "layers", "batch", "loading", "planning", "checkpoint", "kernels.interface",

@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import StepBatch
 from .distributed import Group
 from .faults import Faults
-from .kernels.interface import KVCache
+from .kernels.interface import DrawsIds, KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError
 from .sampling.grammar import Grammar, Grammars, Masks
@@ -143,11 +143,12 @@ class Runner:
         digests: LogitsDigests | None = None,
         grammars: Grammars | None = None,
         mark: processors.Watermark | None = None,
+        drawing: DrawsIds | None = None,
     ) -> None:
         self.grammars = grammars or Grammars(None, table.vocab_size, eos_token_ids)
         self.model, self.group, self.cache, self.table = model, group, cache, table
         self.eos_token_ids, self.faults, self.digests = eos_token_ids, faults, digests
-        self.mark = mark or processors.Watermark()
+        self.mark, self.drawing = mark or processors.Watermark(), drawing
         # Of rows that are constrained: the constraint, and where its mask is being found out.
         self.begun: dict[int, tuple[Constraint, Masks, int]] = {}
 
@@ -294,7 +295,7 @@ class Runner:
             self.process(processed, rows, states, special)
         if bound:
             processed = self.constrain(processed, rows, bound, added)
-        return draw(raw, processed, params, self.table.length[rows])
+        return draw(raw, processed, params, self.table.length[rows], self.drawing)
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""

@@ -19,7 +19,7 @@ from .distributed import Group
 from .errors import ConfigError
 from .faults import Faults
 from .health import Health, Phase
-from .kernels.interface import KVCache
+from .kernels.interface import DrawsIds, KVCache
 from .kernels.select import select_kernels
 from .loading import TensorParallel
 from .meeting import meet, part
@@ -166,6 +166,7 @@ class Shard:
             self.digests,
             self.grammars,
             Watermark(self.config.watermark_gamma, self.config.watermark_delta),
+            self.kernels if isinstance(self.kernels, DrawsIds) else None,
         )
         self.health.enter(Phase.SERVING, "serving")
 

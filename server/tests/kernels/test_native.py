@@ -224,13 +224,14 @@ def test_the_library_is_built_once_and_without_a_compiler_says_so(
 
     assert build(str(compiler)).returncode == 0
     calls = (tmp_path / "compiler.log").read_text().splitlines()
-    assert sum("-c" in call.split() for call in calls) == 6
+    sources = len(list(folder.glob("*.cpp")))
+    assert sum("-c" in call.split() for call in calls) == sources
     assert build(str(compiler)).returncode == 0
     again = (tmp_path / "compiler.log").read_text().splitlines()[len(calls) :]
     assert again == ["--version"]
     (tmp_path / "pool.h").write_text("// other\n")
     assert build(str(compiler)).returncode == 0
-    assert (tmp_path / "compiler.log").read_text().count("-c ") == 12
+    assert (tmp_path / "compiler.log").read_text().count("-c ") == 2 * sources
     missing = build("no-such-compiler")
     assert missing.returncode == 1
     assert "no-such-compiler was not found: install a C++ compiler" in missing.stderr

@@ -5,10 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS
+from text_generation_server.kernels.cpu.native.library import Library
+from text_generation_server.kernels.cpu.native.sampling import NativeSampling
+from text_generation_server.kernels.interface import Drawn, DrawRequests
 from text_generation_server.sampling import processors
 from text_generation_server.sampling.constraint import Automaton, biases
 from text_generation_server.sampling.params import SamplingParams
-from text_generation_server.sampling.sampler import FIRST_LOOK, Draw, candidates_of, draw
+from text_generation_server.sampling.sampler import FIRST_LOOK, Draw, candidates_of, requests_of
+from text_generation_server.sampling.sampler import draw as draw_with
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -18,6 +23,27 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+
+
+class Native:
+    """Our own kernels of one instruction set."""
+
+    def __init__(self, name: str) -> None:
+        self.sampling = NativeSampling(Library(name))
+
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn:
+        return self.sampling.draw(raw, processed, requests)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, scope="module")
+def kernels(request) -> Native | None:
+    """Who draws; `none`: torch."""
+    return None if request.param == "none" else Native(request.param)
+
+
+@pytest.fixture
+def draw(kernels):
+    return lambda *arguments: draw_with(*arguments, kernels)
 
 
 def random_logits(vocab: int, *, scale: float, rows: int = 1, seed: int = 0) -> Tensor:
@@ -34,12 +60,21 @@ def scaled(logits: Tensor, params: SamplingParams) -> Tensor:
     return (logits - logits.max()) / torch.tensor(params.temperature, dtype=torch.float32)
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities of one row [1, vocab]."""
-    row = scaled(logits[0], params)
-    look = row.topk(min(FIRST_LOOK, len(row)))
-    ids, weights = candidates_of(row, params, (look.values.numpy(), look.indices.numpy()))
-    return ids[weights > 0], weights[weights > 0] / weights.sum()
+@pytest.fixture
+def candidates(kernels):
+    """Ids and probabilities of one row [1, vocab] that may be drawn."""
+
+    def find(logits: Tensor, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+        if kernels is not None:
+            ids, weights = kernels.sampling.candidates(logits, requests_of([params], np.zeros(1, np.int64)))
+            weights = weights.astype(np.float64)
+        else:
+            row = scaled(logits[0], params)
+            look = row.topk(min(FIRST_LOOK, len(row)))
+            ids, weights = candidates_of(row, params, (look.values.numpy(), look.indices.numpy()))
+        return ids[weights > 0], weights[weights > 0] / weights.sum()
+
+    return find
 
 
 def warped(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -80,7 +115,7 @@ FILTERS = [
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize("vocab", [50, 4096, 32000])
-def test_the_possible_ids_and_their_probabilities_are_those_of_transformers(vocab, scale, options):
+def test_the_possible_ids_and_their_probabilities_are_those_of_transformers(candidates, vocab, scale, options):
     params = SamplingParams(do_sample=True, **options)
     logits = random_logits(vocab, scale=scale, seed=vocab)
     expected = warped(logits, params)
@@ -91,7 +126,7 @@ def test_the_possible_ids_and_their_probabilities_are_those_of_transformers(voca
 
 @pytest.mark.parametrize("options", [f for f in FILTERS if "temperature" not in f], ids=str)
 @pytest.mark.parametrize("vocab", [50, 4096])
-def test_ids_that_tie_are_kept_as_transformers_keeps_them(vocab, options):
+def test_ids_that_tie_are_kept_as_transformers_keeps_them(candidates, vocab, options):
     params = SamplingParams(do_sample=True, **options)
     logits = tied_logits(vocab)
     expected = warped(logits, params)
@@ -103,7 +138,7 @@ def test_ids_that_tie_are_kept_as_transformers_keeps_them(vocab, options):
     np.testing.assert_allclose(np.sort(probabilities), expected[kept].sort().values.numpy(), rtol=1e-6)
 
 
-def test_the_first_of_equal_ids_are_kept_by_top_p():
+def test_the_first_of_equal_ids_are_kept_by_top_p(candidates):
     ids, _ = candidates(torch.zeros(1, 1000), SamplingParams(do_sample=True, top_p=0.25))
     assert ids.tolist() == list(range(250))
 
@@ -111,7 +146,7 @@ def test_the_first_of_equal_ids_are_kept_by_top_p():
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"typical_p": 0.8}, {"temperature": 0.5}], ids=str
 )
-def test_drawn_frequencies_are_the_probabilities(options):
+def test_drawn_frequencies_are_the_probabilities(draw, options):
     count, vocab = 20_000, 50
     logits = random_logits(vocab, scale=1.5, seed=3)
     params = SamplingParams(do_sample=True, seed=11, **options)
@@ -126,18 +161,18 @@ def test_drawn_frequencies_are_the_probabilities(options):
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, float(np.float32(1e-40))])
-def test_a_tiny_temperature_takes_the_most_probable_id(temperature):
+def test_a_tiny_temperature_takes_the_most_probable_id(draw, temperature):
     logits = random_logits(4096, scale=1.0, rows=20)
     params = [SamplingParams(do_sample=True, temperature=temperature, seed=seed) for seed in range(20)]
     assert draw(logits, logits, params, np.arange(20)).ids.tolist() == logits.argmax(-1).tolist()
 
 
-def test_without_sampling_the_first_most_probable_id_is_taken():
+def test_without_sampling_the_first_most_probable_id_is_taken(draw):
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     assert draw(logits, logits, [SamplingParams()], np.array([5])).ids.tolist() == [1]
 
 
-def test_logprobs_are_of_the_raw_distribution():
+def test_logprobs_are_of_the_raw_distribution(draw):
     raw = random_logits(4096, scale=4.0, rows=9)
     processed = raw / 3
     result = draw(raw, processed, [SamplingParams(do_sample=i % 2 == 0, seed=i) for i in range(9)], np.arange(9))
@@ -209,7 +244,7 @@ def test_a_constraint_leaves_the_allowed_ids_alone_and_no_other():
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"typical_p": 0.9}, {"temperature": 1e-3}], ids=str
 )
-def test_an_impossible_id_is_never_drawn(options):
+def test_an_impossible_id_is_never_drawn(draw, options):
     raw = random_logits(4096, scale=1.0, rows=200)
     processed = torch.full_like(raw, float("-inf"))
     processed[:, [17, 400, 4095]] = raw[:, [17, 400, 4095]]
@@ -243,7 +278,7 @@ def bits(result: Draw, row: int) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("vocab", [4096, 32000, 50257])
 @pytest.mark.usefixtures("num_threads")
-def test_a_row_is_bit_equal_alone_and_among_others(vocab):
+def test_a_row_is_bit_equal_alone_and_among_others(draw, vocab):
     raw = random_logits(vocab, scale=3.0, rows=40, seed=vocab)
     params = [MANY[i % len(MANY)] for i in range(40)]
     positions = np.arange(40) * 3
@@ -256,7 +291,7 @@ def test_a_row_is_bit_equal_alone_and_among_others(vocab):
 
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
-def test_the_number_of_threads_changes_no_bit(vocab):
+def test_the_number_of_threads_changes_no_bit(draw, vocab):
     raw = random_logits(vocab, scale=3.0, rows=33, seed=vocab)
     params, results, before = [MANY[i % len(MANY)] for i in range(33)], [], torch.get_num_threads()
     for count in (1, 2):
@@ -268,7 +303,7 @@ def test_the_number_of_threads_changes_no_bit(vocab):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 77, 4095])
-def test_a_row_that_is_not_finite_is_told_and_its_neighbours_are_as_ever(bad, place):
+def test_a_row_that_is_not_finite_is_told_and_its_neighbours_are_as_ever(draw, bad, place):
     logits = random_logits(4096, scale=2.0, rows=9)
     params = [MANY[i % len(MANY)] for i in range(9)]
     before = draw(logits, logits, params, np.arange(9))
@@ -284,28 +319,37 @@ def test_a_row_that_is_not_finite_is_told_and_its_neighbours_are_as_ever(bad, pl
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("params", MANY, ids=str)
-def test_a_row_of_which_processors_leave_no_id_is_told_like_one_that_is_not_finite(params, bad):
+def test_a_row_of_which_processors_leave_no_id_is_told_like_one_that_is_not_finite(draw, params, bad):
     raw = random_logits(4096, scale=2.0, rows=3)
     processed = raw.clone()
     processed[1] = bad
     assert draw(raw, processed, [params] * 3, np.arange(3)).is_finite.tolist() == [True, False, True]
 
 
-def test_the_most_probable_ids_come_with_their_ties_in_order():
+def test_the_most_probable_ids_come_with_their_ties_in_order(draw):
     logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, 1.0, 1.0, -4.0]])
     (ids, logprobs), *_ = draw(logits, logits, [SamplingParams(top_n=3)], np.array([1])).top
     assert ids == [3, 1, 2, 4, 5]
     np.testing.assert_allclose(logprobs, logits[0].double().log_softmax(-1)[ids].numpy(), atol=1e-6)
 
 
-def test_more_most_probable_ids_than_there_are_is_all_of_them():
+def test_more_most_probable_ids_than_there_are_is_all_of_them(draw):
     logits = random_logits(10, scale=1.0)
     (ids, _), *_ = draw(logits, logits, [SamplingParams(top_n=50)], np.array([1])).top
     assert ids == logits[0].argsort(descending=True).tolist()
 
 
-def test_most_probable_ids_are_told_only_to_rows_that_ask():
+def test_most_probable_ids_are_told_only_to_rows_that_ask(draw):
     logits = random_logits(10, scale=1.0, rows=2)
     assert [
         len(ids) for ids, _ in draw(logits, logits, [SamplingParams(), SamplingParams(top_n=2)], np.array([1, 1])).top
     ] == [0, 2]
+
+
+def test_logits_of_another_kind_are_refused_with_their_shape(kernels):
+    if kernels is None:
+        pytest.skip("torch says so in its own words")
+    requests = requests_of([SamplingParams()] * 2, np.zeros(2, np.int64))
+    for logits in (torch.zeros(2, 9).bfloat16(), torch.zeros(3, 9), torch.zeros(2, 0), torch.zeros(18)):
+        with pytest.raises(ValueError, match=r"expected float32 \[2, vocab\]"):
+            kernels.draw_ids(logits, logits, requests)

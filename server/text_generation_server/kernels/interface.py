@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -159,4 +161,44 @@ class FusesBlocks(Protocol):
 
     def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
         """None: this block is computed by single operations."""
+        ...
+
+
+@dataclass(frozen=True)
+class DrawRequests:
+    """How the id of each row is drawn; all are [rows].
+
+    top_k: 0 for all. numbers: uniform in [0, 1); temperatures: above 0, and of no account where `do_sample` is not set.
+    """
+
+    do_sample: NDArray[np.bool_]
+    temperatures: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    typical_p: NDArray[np.float64]
+    numbers: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came of it; all are [rows]. logprobs and normalizers (log of the sum of exponentials) are of raw logits.
+
+    is_finite: whether the raw logits are, and the processed ones leave an id to draw; else nothing else means anything.
+    """
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    normalizers: NDArray[np.float32]
+    is_finite: NDArray[np.bool_]
+
+
+@runtime_checkable
+class DrawsIds(Protocol):
+    """Kernels that draw ids: by top_k, then top_p, then typical_p, each row's result its own."""
+
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn | None:
+        """raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
+
+        None: these kernels do not draw after all, and nothing was computed.
+        """
         ...

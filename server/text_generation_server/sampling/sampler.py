@@ -2,6 +2,7 @@
 
 A draw is the inverse of the cumulative distribution at one uniform number, ids in ascending order. Reductions over the
 vocabulary run row by row in an order that does not depend on how many rows there are. Nothing sorts the vocabulary.
+Kernels that draw ids are preferred; torch's operators serve where there are none.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.interface import Drawn, DrawRequests, DrawsIds
 from .params import SamplingParams
 from .philox import Purpose, uniform
 
@@ -46,12 +48,49 @@ def raw_logprobs(logits: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
     return normalizer, is_finite.numpy()
 
 
-def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> Draw:
+def draw(
+    raw: Tensor,
+    processed: Tensor,
+    params: Sequence[SamplingParams],
+    positions: NDArray[np.int64],
+    kernels: DrawsIds | None = None,
+) -> Draw:
     """One id for each row.
 
     raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
     positions: [rows], the index that the new id will have in its sequence.
+    kernels: who draws, if they can; torch does otherwise.
     """
+    requests = requests_of(params, positions)
+    drawn = kernels.draw_ids(raw, processed, requests) if kernels is not None else None
+    if drawn is None:
+        drawn = draw_ids(raw, processed, params, requests.numbers)
+    wanted = [(i, p.top_n) for i, p in enumerate(params) if p.top_n]
+    top: list[tuple[list[int], list[float]]] = [([], [])] * len(params)
+    for i, count in wanted:
+        top[i] = top_ids(raw[i], float(drawn.normalizers[i]), count)
+    return Draw(drawn.ids, drawn.logprobs, top, drawn.is_finite)
+
+
+def requests_of(params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> DrawRequests:
+    """What is asked for each row, with its uniform number."""
+    do_sample = np.array([p.do_sample for p in params], np.bool_)
+    numbers = np.zeros(len(params))
+    if do_sample.any():
+        seeds, branches = np.array([p.seed for p in params], np.uint64), np.array([p.branch for p in params], np.uint32)
+        numbers = uniform(seeds, branches, positions, Purpose.SAMPLE)
+    return DrawRequests(
+        do_sample=do_sample,
+        temperatures=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([p.top_k for p in params], np.int64),
+        top_p=np.array([p.top_p for p in params], np.float64),
+        typical_p=np.array([p.typical_p for p in params], np.float64),
+        numbers=numbers,
+    )
+
+
+def draw_ids(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], numbers: NDArray[np.float64]) -> Drawn:
+    """By torch's operators. See `DrawsIds`."""
     normalizer, is_finite = raw_logprobs(raw)
     if processed is not raw:
         # Biases and a constraint may together forbid every id; a penalty may overflow.
@@ -60,11 +99,9 @@ def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], posit
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
         ids = ids.copy()
-        ids[sampling] = sample(processed[sampling], [params[i] for i in sampling], positions[sampling])
+        ids[sampling] = sample(processed[sampling], [params[i] for i in sampling], numbers[sampling])
     chosen = raw.gather(1, torch.from_numpy(ids)[:, None])[:, 0]
-    logprobs = (chosen - normalizer).numpy()
-    top = [top_ids(raw[i], float(normalizer[i]), p.top_n) if p.top_n else ([], []) for i, p in enumerate(params)]
-    return Draw(ids, logprobs, top, is_finite)
+    return Drawn(ids, (chosen - normalizer).numpy(), normalizer.numpy(), is_finite)
 
 
 def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], list[float]]:
@@ -76,17 +113,11 @@ def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], l
     return [int(ids[i]) for i in order], [float(values[i]) - normalizer for i in order]
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+def sample(logits: Tensor, params: Sequence[SamplingParams], numbers: NDArray[np.float64]) -> NDArray[np.int64]:
     """One id per row, from softmax(logits / temperature) after top_k, top_p and typical_p. logits: [rows, vocab]."""
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
     # Weights in float64, relative to the most probable id: a tiny temperature leaves that one.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
-    numbers = uniform(
-        np.array([p.seed for p in params], np.uint64),
-        np.array([p.branch for p in params], np.uint32),
-        positions,
-        Purpose.SAMPLE,
-    )
     ids = np.empty(len(params), np.int64)
     plain = [i for i, p in enumerate(params) if not p.is_filtered]
     if plain:

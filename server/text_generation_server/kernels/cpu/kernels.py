@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from ...batch import StepBatch
-from ..interface import AttentionOptions, BlockParts, CacheSpec, FusedBlock, KVCache, Matmul
+from ..interface import AttentionOptions, BlockParts, CacheSpec, Drawn, DrawRequests, FusedBlock, KVCache, Matmul
 from ..weights import QuantizedWeight
 from .linear import LinearFactory
 from .native.block import fuse
 from .native.layer import NativeLayer
 from .native.library import load_library
+from .native.sampling import NativeSampling
 from .operators import TorchOperators
 from .proofs import Proofs
 from .quantized import QuantizedLinearFactory
@@ -29,6 +30,7 @@ class CpuKernels:
         self._quantized = QuantizedLinearFactory(self.proofs, library)
         self._torch = TorchOperators()
         self._native = None if library is None else NativeLayer(library)
+        self._sampling = None if library is None else NativeSampling(library)
         self._elements: TorchOperators | NativeLayer = self._native or self._torch
 
     @property
@@ -56,6 +58,9 @@ class CpuKernels:
 
     def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
         return None if self._library is None else fuse(self._library, parts)
+
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn | None:
+        return None if self._sampling is None else self._sampling.draw(raw, processed, requests)
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

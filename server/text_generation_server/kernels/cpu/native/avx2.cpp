@@ -1,5 +1,6 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #include "layer.h"
+#include "sampling.h"
 
 #include <algorithm>
 #include <cmath>
@@ -114,6 +115,7 @@ INLINE void store_bfloat16(uint16_t *at, F value) {
 INLINE F minimum(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F maximum(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+INLINE bool all_less(F a, F b) { return _mm256_movemask_ps(less(a, b)) == 0xFF; }
 INLINE F choose(F condition, F a, F b) { return _mm256_blendv_ps(b, a, condition); }
 INLINE F round_to_whole(F value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE I to_integer(F value) { return {_mm256_cvtps_epi32(value)}; }
@@ -137,10 +139,12 @@ INLINE float highest_of(F value) {
 
 #include "linear_variant.h"
 #include "layer_variant.h"
+#include "sampling_variant.h"
 
 }  // namespace
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
 const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend};
+const SamplingVariant kSamplingAvx2{row_statistics, weigh_row, not_below, largest_of};
 
 }  // namespace kernels

@@ -1,13 +1,16 @@
 // Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl, and all of AVX2's.
 #include "layer.h"
+#include "sampling.h"
 
 #include "avx512_vectors.h"
 #include "linear_variant.h"
 #include "layer_variant.h"
+#include "sampling_variant.h"
 
 }  // namespace
 
 const Variant kAvx512{"avx512", kTable4, spread, multiply, nullptr};
 const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, add, attend};
+const SamplingVariant kSamplingAvx512{row_statistics, weigh_row, not_below, largest_of};
 
 }  // namespace kernels

@@ -41,6 +41,7 @@ SOURCES = {
     "library.cpp": (),
     "block.cpp": (),
     "pool.cpp": (),
+    "sampling.cpp": (),
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": AVX512_BF16,

@@ -1,0 +1,229 @@
+// Drawing an id for each row: temperature, top_k, top_p, typical_p, then the inverse of the cumulative distribution at one
+// uniform number, ids in ascending order. Nothing sorts the vocabulary.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "block.h"
+#include "pool.h"
+
+namespace kernels {
+namespace {
+
+const SamplingVariant *const kSamplingVariants[] = {&kSamplingAvx2, &kSamplingAvx512, &kSamplingAvx512};
+
+// Classes of keys whose weights are added up to find the class in which a share of all weight is reached.
+constexpr int64_t kClasses = 4096;
+// As few as these are simply sorted.
+constexpr int64_t kFew = 256;
+
+// Where, in the order of key and then index, the weights reach `mass`: the last that is needed.
+struct Last { double key; int64_t index; };
+
+Last reach(const std::vector<double> &keys, const std::vector<float> &weights, double mass) {
+    const int64_t size = int64_t(keys.size());
+    static thread_local std::vector<int32_t> part;
+    part.clear();
+    double reached = 0;
+    const double highest = *std::max_element(keys.begin(), keys.end());
+    if (size <= kFew || !(highest > 0)) {
+        for (int64_t i = 0; i < size; i++) part.push_back(int32_t(i));
+    } else {
+        static thread_local std::vector<double> masses;
+        masses.assign(kClasses, 0.0);
+        const double scale = kClasses / highest;
+        const auto class_of = [&](double key) { return std::min(kClasses - 1, int64_t(key * scale)); };
+        for (int64_t i = 0; i < size; i++) masses[class_of(keys[i])] += weights[i];
+        // Rounding may leave the whole below what is asked for: then it is the last class with any weight.
+        int64_t wanted = 0;
+        double before = 0;
+        for (int64_t c = 0; c < kClasses; c++) {
+            if (masses[c] == 0) continue;
+            wanted = c, before = reached;
+            reached += masses[c];
+            if (reached >= mass) break;
+        }
+        reached = before;
+        for (int64_t i = 0; i < size; i++)
+            if (class_of(keys[i]) == wanted) part.push_back(int32_t(i));
+    }
+    std::sort(part.begin(), part.end(), [&](int32_t a, int32_t b) { return keys[a] != keys[b] ? keys[a] < keys[b] : a < b; });
+    for (const int32_t i : part) {
+        reached += weights[i];
+        if (reached >= mass) return {keys[i], i};
+    }
+    return {keys[part.back()], part.back()};
+}
+
+// In float64 throughout: what top_p leaves out may be less than what float32 rounds away. Four sums, as one would wait for
+// itself.
+double add_up(const std::vector<float> &weights) {
+    double sums[4] = {};
+    for (size_t i = 0; i < weights.size(); i++) sums[i % 4] += weights[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Ids that may be drawn, ascending, with their logits and weights.
+struct Candidates {
+    std::vector<int32_t> ids;
+    std::vector<float> values, weights;
+
+    void gather(const float *row) {
+        values.resize(ids.size());
+        for (size_t i = 0; i < ids.size(); i++) values[i] = row[ids[i]];
+    }
+
+    template <class Keep>
+    void filter(Keep &&keep) {
+        size_t kept = 0;
+        for (size_t i = 0; i < ids.size(); i++) {
+            ids[kept] = ids[i], values[kept] = values[i], weights[kept] = weights[i];
+            kept += keep(i);
+        }
+        ids.resize(kept), values.resize(kept), weights.resize(kept);
+    }
+};
+
+// row: [size], usable; most: its highest.
+void find_candidates(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRow &how,
+                     Candidates &found) {
+    static thread_local std::vector<double> keys;
+    const bool some = how.top_k > 0 && how.top_k < size, share = how.top_p < 1.0;
+    const auto find = [&](const float *from, float least) {
+        found.ids.resize(size);
+        found.ids.resize(use.not_below(from, size, least, found.ids.data()));
+        found.gather(row);
+    };
+    double total = 0;
+    if (!some && share) {
+        static thread_local std::vector<float> weights;
+        weights.resize(size);
+        use.weigh(row, size, most, how.temperature, weights.data());
+        total = add_up(weights);
+        // All below this together have less than what top_p leaves out, so none of them is needed; half of it, as sums
+        // are rounded.
+        const double least = 0.5 * (1.0 - how.top_p) * total / double(size);
+        find(weights.data(), std::max(float(least), FLT_MIN));
+        found.weights.resize(found.ids.size());
+        for (size_t i = 0; i < found.ids.size(); i++) found.weights[i] = weights[found.ids[i]];
+    } else {
+        float least = -FLT_MAX;
+        if (some) {
+            static thread_local Buffer scratch;
+            least = std::max(least, use.largest(row, size, how.top_k, scratch.floats(select_scratch(how.top_k))));
+        }
+        find(row, least);
+        found.weights.resize(found.ids.size());
+        use.weigh(found.values.data(), int64_t(found.values.size()), most, how.temperature, found.weights.data());
+        total = add_up(found.weights);
+    }
+    if (share) {
+        keys.resize(found.ids.size());
+        for (size_t i = 0; i < keys.size(); i++) keys[i] = double(most) - double(found.values[i]);
+        const Last last = reach(keys, found.weights, how.top_p * total);
+        found.filter([&](size_t i) { return keys[i] < last.key || (keys[i] == last.key && int64_t(i) <= last.index); });
+    }
+    if (how.typical_p < 1.0) {
+        // Locally typical sampling (Meister et al. 2022, arXiv:2202.00666). What ties with the last stays.
+        found.filter([&](size_t i) { return found.weights[i] > 0; });
+        const double mass = add_up(found.weights), log_mass = std::log(mass);
+        keys.resize(found.ids.size());
+        double entropy = 0;
+        for (size_t i = 0; i < keys.size(); i++) {
+            keys[i] = log_mass - double((found.values[i] - most) / how.temperature);
+            entropy += found.weights[i] / mass * keys[i];
+        }
+        for (double &key : keys) key = std::abs(key - entropy);
+        const Last last = reach(keys, found.weights, how.typical_p * mass);
+        found.filter([&](size_t i) { return keys[i] <= last.key; });
+    }
+}
+
+// The first of `weights` at which their sum exceeds `number` of the whole.
+int64_t pick(const float *weights, int64_t size, double total, double number) {
+    double reached = 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < size; i++) {
+        if (weights[i] > 0) last = i;
+        reached += weights[i];
+        if (reached > number * total) return i;
+    }
+    // Rounding may reach the total; the last with any weight is meant.
+    return last;
+}
+
+// Without filters, the block of ids is found first.
+int64_t draw_any(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRow &how) {
+    static thread_local std::vector<double> sums;
+    sums.clear();
+    double total = 0;
+    for (int64_t begin = 0; begin < size; begin += kSumBlock) {
+        sums.push_back(use.weigh(row + begin, std::min(kSumBlock, size - begin), most, how.temperature, nullptr));
+        total += sums.back();
+    }
+    double reached = 0;
+    int64_t wanted = -1;
+    double before = 0;
+    for (int64_t block = 0; block < int64_t(sums.size()); block++) {
+        if (sums[block] == 0) continue;
+        wanted = block, before = reached;
+        reached += sums[block];
+        if (reached > how.number * total) break;
+    }
+    float weights[kSumBlock];
+    const int64_t begin = wanted * kSumBlock, count = std::min(kSumBlock, size - begin);
+    use.weigh(row + begin, count, most, how.temperature, weights);
+    return begin + pick(weights, count, 1.0, how.number * total - before);
+}
+
+void draw_row(const SamplingVariant &use, const float *raw, const float *processed, int64_t size, DrawRow &how) {
+    const RowStatistics of_raw = use.statistics(raw, size);
+    const RowStatistics of_processed = processed == raw ? of_raw : use.statistics(processed, size);
+    how.id = 0, how.normalizer = how.logprob = 0;
+    // Biases and a constraint may together forbid every id; a penalty may overflow.
+    how.is_finite = of_raw.finite && of_processed.usable;
+    if (!how.is_finite) return;
+    how.normalizer = float(of_raw.most + std::log(use.weigh(raw, size, of_raw.most, 1.0f, nullptr)));
+    const float most = of_processed.most;
+    if (!how.do_sample) {
+        how.id = std::find(processed, processed + size, most) - processed;
+    } else if (how.top_k == 0 && how.top_p >= 1.0 && how.typical_p >= 1.0) {
+        how.id = draw_any(use, processed, size, most, how);
+    } else {
+        static thread_local Candidates found;
+        find_candidates(use, processed, size, most, how, found);
+        how.id = found.ids[pick(found.weights.data(), int64_t(found.ids.size()), add_up(found.weights), how.number)];
+    }
+    how.logprob = raw[how.id] - how.normalizer;
+}
+
+}  // namespace
+}  // namespace kernels
+
+using namespace kernels;
+
+extern "C" {
+
+// raw, processed: [rows][size], `raw_stride` and `processed_stride` elements from one row to the next; they may be the same.
+EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, const float *processed,
+                         int64_t processed_stride, int64_t size, DrawRow *how, int64_t rows, int32_t threads) {
+    Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            draw_row(*kSamplingVariants[variant], raw + row * raw_stride, processed + row * processed_stride, size, how[row]);
+    });
+}
+
+// The ids of one row, of finite numbers, that may be drawn, ascending, with their weights, and how many there are.
+EXPORT void kernels_candidates(int32_t variant, const float *row, int64_t size, const DrawRow *how, int32_t *ids,
+                               float *weights, int64_t *count) {
+    const SamplingVariant &use = *kSamplingVariants[variant];
+    Candidates found;
+    find_candidates(use, row, size, use.statistics(row, size).most, *how, found);
+    std::copy(found.ids.begin(), found.ids.end(), ids);
+    std::copy(found.weights.begin(), found.weights.end(), weights);
+    *count = int64_t(found.ids.size());
+}
+}

@@ -1,0 +1,43 @@
+// Drawing ids: what callers and variants agree on.
+//
+// A row is worked on by one thread in one order, so its result depends on nothing else. Logits are float32, weights are
+// relative to the most probable id, and what adds up many of them is float64.
+#pragma once
+
+#include <cstdint>
+
+namespace kernels {
+
+// Weights that are added up in float32 before the sum goes on in float64.
+constexpr int64_t kSumBlock = 256;
+
+// How one row is drawn, and what came of it; `DRAW_ROW` of native/sampling.py.
+struct DrawRow {
+    double number;  // uniform in [0, 1)
+    double top_p, typical_p;
+    int64_t top_k;  // 0: all
+    int64_t id;     // result
+    float temperature;
+    float normalizer, logprob;  // results, of the raw row
+    int32_t do_sample;
+    int32_t is_finite;  // result; else nothing else of it means anything
+};
+
+// Of one row. finite: all of it; usable: neither a NaN nor +inf, and something above -inf.
+struct RowStatistics { float most; bool finite, usable; };
+
+struct SamplingVariant {
+    RowStatistics (*statistics)(const float *row, int64_t size);
+    // weights[i] = exp((row[i] - most) / temperature); weights may be null. Returns their sum.
+    double (*weigh)(const float *row, int64_t size, float most, float temperature, float *weights);
+    // Ascending indices of what is not below `least`. `to` has room for all.
+    int64_t (*not_below)(const float *row, int64_t size, float least, int32_t *to);
+    // The `count`-th largest of `size` >= `count` > 0. scratch: of select_scratch(count) floats.
+    float (*largest)(const float *row, int64_t size, int64_t count, float *scratch);
+};
+
+constexpr int64_t select_scratch(int64_t count) { return 2 * count + 1024; }
+
+extern const SamplingVariant kSamplingAvx2, kSamplingAvx512;
+
+}  // namespace kernels

@@ -1,0 +1,74 @@
+"""Draws an id for each row (see sampling.cpp)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...interface import Drawn, DrawRequests
+from .library import Library
+
+# `DrawRow` of sampling.h.
+DRAW_ROW = np.dtype(
+    [
+        ("number", np.float64),
+        ("top_p", np.float64),
+        ("typical_p", np.float64),
+        ("top_k", np.int64),
+        ("id", np.int64),
+        ("temperature", np.float32),
+        ("normalizer", np.float32),
+        ("logprob", np.float32),
+        ("do_sample", np.int32),
+        ("is_finite", np.int32),
+    ],
+    align=True,
+)
+
+
+class NativeSampling:
+    """Each row's result is its own, whatever the number of rows and threads."""
+
+    def __init__(self, library: Library):
+        self._variant = library.variant
+        self._draw = library.function("draw", "iplpllpli")
+        self._candidates = library.function("candidates", "iplpppp")
+
+    def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn:
+        """raw, processed: [rows, vocab] float32, which may be the same tensor."""
+        rows = _rows_of(requests)
+        raw, processed = _checked(raw, len(rows)), _checked(processed, len(rows))
+        self._draw(
+            self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
+            rows.ctypes.data, len(rows), torch.get_num_threads(),
+        )  # fmt: skip
+        return Drawn(
+            rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
+        )
+
+    def candidates(self, logits: Tensor, requests: DrawRequests) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids of one row [1, vocab], all finite, that may be drawn, ascending; and their weights."""
+        rows = _rows_of(requests)
+        logits = _checked(logits, 1)
+        ids, weights = np.empty(logits.shape[1], np.int32), np.empty(logits.shape[1], np.float32)
+        count = np.zeros(1, np.int64)
+        self._candidates(
+            self._variant, logits.data_ptr(), logits.shape[1], rows.ctypes.data, ids.ctypes.data, weights.ctypes.data,
+            count.ctypes.data,
+        )  # fmt: skip
+        return ids[: count[0]], weights[: count[0]]
+
+
+def _rows_of(requests: DrawRequests) -> NDArray[np.void]:
+    rows = np.zeros(len(requests.numbers), DRAW_ROW)
+    rows["number"], rows["do_sample"], rows["temperature"] = requests.numbers, requests.do_sample, requests.temperatures
+    rows["top_k"], rows["top_p"], rows["typical_p"] = requests.top_k, requests.top_p, requests.typical_p
+    return rows
+
+
+def _checked(logits: Tensor, rows: int) -> Tensor:
+    if logits.dtype != torch.float32 or logits.ndim != 2 or len(logits) != rows or not logits.shape[1]:
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; expected float32 [{rows}, vocab], not empty")
+    return logits if logits.stride(1) == 1 else logits.contiguous()
