@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "quantize", "models", "layers.linear", "quantization", "checkpoint", "planning", "loading", "kernels.interface",
         "kernels.offline", "kernels.columns",
     },
-    "loading": {"checkpoint", "quantization.format", "quantization.read", "kernels.interface"},
+    "loading": {"checkpoint", "quantization.format", "quantization.read", "kernels.interface", "kernels.weights"},
     "distributed": {"shared_memory"},
     "meeting": set(),
     "shared_memory": set(),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .kernels.interface import Kernels, Matmul
-from .quantization.read import read_weight
+from .kernels.weights import DenseRows
+from .quantization.read import open_weight
 
 if TYPE_CHECKING:
     from .checkpoint.tensors import Checkpoint
@@ -106,8 +107,15 @@ class Loader:
     def tensor(self, name: str, rows: range | None = None) -> Tensor:
         """A tensor that no format packs (norm, bias, embedding), or some of its rows, in the dtype of the model."""
         lazy = self.checkpoint[self.prefix + name]
-        part = lazy.read() if rows is None else lazy.read({0: rows})
-        return part.to(self.kernels.device, self.dtype)
+        if len(lazy.shape) != 2:
+            part = lazy.read() if rows is None else lazy.read({0: rows})
+            return part.to(self.kernels.device, self.dtype)
+        first, stop = (0, lazy.shape[0]) if rows is None else (rows.start, rows.stop)
+
+        def read(wanted: range) -> Tensor:
+            return lazy.read({0: range(first + wanted.start, first + wanted.stop)}).to(self.dtype)
+
+        return DenseRows(stop - first, lazy.shape[1], self.dtype, read).whole(self.kernels.device)
 
     def tensor_or_zeros(self, name: str, rows: range) -> Tensor:
         """Some elements of a vector; zeros if the checkpoint has none of that name."""
@@ -121,12 +129,12 @@ class Loader:
         The parts are one matrix as far as they are stored alike.
         """
         linears = [(part, self.linear_of(self.prefix + part.name)) for part in parts]
-        weights = read_weight(self.checkpoint, self.prefix, linears, columns, self.dtype)
+        weights = open_weight(self.checkpoint, self.prefix, linears, columns, self.dtype)
         matmuls = []
         while weights:
             weight = weights.pop(0)
-            if isinstance(weight, Tensor):
-                matmuls.append(self.kernels.linear(weight.to(self.kernels.device)))
+            if isinstance(weight, DenseRows):
+                matmuls.append(self.kernels.linear(weight))
             else:
                 label = self.prefix + "+".join(part.name for part in parts)
                 matmuls.append(self.kernels.quantized_linear(weight.to(self.kernels.device), self.dtype, label))

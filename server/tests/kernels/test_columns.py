@@ -1,11 +1,19 @@
-"""The Triton form of GPTQ's column loop against the plain one, in Triton's interpreter: no GPU is needed."""
+"""The fused forms of GPTQ's column loop against the plain one: Triton's in its interpreter, ours on the host."""
 
 import importlib.util
 import os
 import subprocess
 import sys
 
-from text_generation_server.kernels.columns import has_triton
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+from text_generation_server.kernels.columns import _round_columns, has_triton
+from text_generation_server.kernels.cpu.native import columns as native
+from text_generation_server.kernels.cpu.native.library import Library
+from torch import Tensor
+
+LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]
 
 PROGRAM = """
 import torch
@@ -43,3 +51,54 @@ def test_the_fused_column_loop_rounds_as_the_plain_one() -> None:
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "same\n", done.stderr
+
+
+def run_of(num: int, outputs: int, shared: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """weight, upper (a part of a larger one), scale, zero."""
+    g = torch.Generator().manual_seed(num * outputs)
+    weight = torch.randn(num, outputs, generator=g) * 0.05
+    upper = torch.triu(torch.randn(num, num, generator=g) * 0.2, 1) + torch.diag(torch.rand(num, generator=g) + 0.5)
+    scale = torch.rand(1 if shared else num, outputs, generator=g) * 0.01 + 0.005
+    zero = torch.randint(1, 16, scale.shape, generator=g).float()
+    large = torch.zeros(num + 5, num + 9)
+    large[2 : 2 + num, 3 : 3 + num] = upper
+    parts = (weight, large.to(dtype)[2 : 2 + num, 3 : 3 + num], scale.expand(num, -1), zero.expand(num, -1))
+    return tuple(part.to(dtype) for part in parts)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("num", "outputs"), [(1, 1), (2, 17), (16, 64), (31, 200), (32, 1000)])
+def test_our_own_column_loop_equals_the_plain_one_in_float64(
+    num: int, outputs: int, shared: bool, library: Library
+) -> None:
+    found, wanted = [], []
+    for dtype, results in ((torch.float32, found), (torch.float64, wanted)):
+        weight, upper, scale, zero = run_of(num, outputs, shared, dtype)
+        codes, errors = torch.empty(num, outputs, dtype=torch.uint8), torch.empty(num, outputs, dtype=dtype)
+        if dtype == torch.float32:
+            native.round_columns(library, weight, upper, scale, zero, 15, codes, errors)
+        else:
+            _round_columns(weight, upper, scale, zero, 15, codes, errors)
+        results += [codes, weight.double(), errors.double()]
+    # A code may differ where rounding errors decide; what follows it in its row then differs too.
+    same = (found[0] == wanted[0]).all(0)
+    assert same.double().mean() > 0.9
+    torch.testing.assert_close(found[1][:, same], wanted[1][:, same], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[2][:, same], wanted[2][:, same], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_our_own_column_loop_has_the_same_bits_on_any_number_of_threads(library: Library) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            weight, upper, scale, zero = run_of(32, 2003, False)
+            codes, errors = torch.empty(32, 2003, dtype=torch.uint8), torch.empty(32, 2003)
+            native.round_columns(library, weight, upper, scale, zero, 15, codes, errors)
+            results.append((codes, weight, errors))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

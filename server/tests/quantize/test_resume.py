@@ -22,24 +22,28 @@ from text_generation_server.quantize import run as run_module
 from text_generation_server.quantize.settings import Scheme, Solver
 
 STAGED = ".quantizing"
+# What is waited for comes, or its process ends; a machine that does much else may take long.
+PATIENCE_S = 900
 FULL = bool(os.environ.get("FULL"))
 
 
 class Child:
     """A process that quantizes the trained model of six blocks; forked, so that torch need not be imported again."""
 
-    def __init__(self, output: Path, limit: int | None = None):
-        """limit: bytes that a file may have."""
+    def __init__(self, output: Path, limit: int | None = None, blocks: int | None = None):
+        """limit: bytes that a file may have. blocks: after so many the process waits to be ended."""
         self.said = output.parent / f"{output.name}.log"
-        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(output, limit))
+        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(output, limit, blocks))
         self._process.start()
 
-    def _run(self, output: Path, limit: int | None) -> None:
+    def _run(self, output: Path, limit: int | None, blocks: int | None) -> None:
         with self.said.open("w") as file:
             logger.remove()
             logger.add(file, format="{message}")
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            if blocks is not None:
+                wait_after(output, blocks)
             try:
                 tiny.run(tiny.LLAMA, output, scheme=Scheme("gptq", 4, 128, True))
             except ShardError as error:
@@ -53,16 +57,28 @@ class Child:
         os.kill(self._process.pid, number)
 
     def finish(self, code: int = 0) -> str:
-        self._process.join(120)
+        self._process.join(PATIENCE_S)
         said = self.said.read_text()
         assert self._process.exitcode == code, said
         return said
 
     def wait_for_blocks(self, output: Path, count: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while len(list((output / STAGED).glob("model-*.safetensors"))) < count:
             assert self._process.is_alive() and time.monotonic() < deadline, self.said.read_text()
             time.sleep(0.002)
+
+
+def wait_after(output: Path, blocks: int) -> None:
+    """In a process that is to be killed: it must not be done before, however late the signal comes."""
+    original = run_module.Progress.ends_block
+
+    def ends_block(self: Any) -> None:
+        original(self)
+        while len(list((output / STAGED).glob("model-*.safetensors"))) >= blocks:
+            signal.pause()
+
+    run_module.Progress.ends_block = ends_block  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +103,7 @@ def test_a_killed_run_goes_on_at_the_first_unfinished_block_to_the_same_bytes(
 ) -> None:
     output, blocks = tmp_path / "out", sorted(random.Random(time.time()).sample(range(1, 6), 2))
     for count in blocks:
-        child = Child(output)
+        child = Child(output, blocks=count + 1)
         child.wait_for_blocks(output, count)
         child.send(signal.SIGKILL)
         child.finish(-signal.SIGKILL)
@@ -107,12 +123,12 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(golden: dict[str, bytes], tmp
          "6", "--sequence-length", "48", "--num-threads", "1", "--dtype", "float32"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not list((output / STAGED).glob("model-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 130 and "Traceback" not in said
     assert "stopped; " in said and "the same command goes on" in said
     assert not list((output / STAGED).glob("*.partial")) and not (output / "config.json").exists()
@@ -122,7 +138,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(golden: dict[str, bytes], tmp
 
 def open_when_read(pipe: Path, reader: subprocess.Popen[str]) -> int:
     """The end for writing, as soon as somebody reads."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
@@ -147,7 +163,7 @@ def test_stopped_before_it_began_it_says_so(number: signal.Signals, tmp_path: Pa
     )  # fmt: skip
     writer = open_when_read(text, process)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE_S)[1]
     os.close(writer)
     assert process.returncode == 130 and said.count("\n") == 1, said
     assert said.startswith("error: stopped; nothing was changed; give the same command again")

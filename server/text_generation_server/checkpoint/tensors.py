@@ -20,6 +20,9 @@ DTYPES = {
     "U64": torch.uint64, "F64": torch.float64,
 }  # fmt: skip
 
+# Of a file's pages, what is in memory at a time beside the copy.
+COPIED_BYTES = 16 << 20
+
 
 class Checkpoint:
     """Every tensor of a model folder by its full name. Files are mapped into memory while this object is open.
@@ -67,14 +70,31 @@ class Checkpoint:
 
 
 def _copy(file: mmap.mmap, info: TensorInfo, dtype: torch.dtype, ranges: Mapping[int, range]) -> Tensor:
-    # As bytes first: a tensor may begin at any byte of the file.
-    data = torch.frombuffer(file, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
-    stored = (data if info.offset % dtype.itemsize == 0 else data.clone()).view(dtype).view(info.shape)
-    for dim, r in ranges.items():
-        stored = stored.narrow(dim, r.start, len(r))
-    tensor = stored.clone(memory_format=torch.contiguous_format)
-    file.madvise(mmap.MADV_DONTNEED)
+    if not info.shape:
+        return _rows(file, info, dtype, range(1)).clone()[0]
+    wanted = ranges.get(0, range(info.shape[0]))
+    shape = [len(ranges.get(dim, range(size))) for dim, size in enumerate(info.shape)]
+    tensor = torch.empty(shape, dtype=dtype)
+    # Some rows at a time, so that the pages of a file are not in memory as a whole beside the copy.
+    step = max(1, COPIED_BYTES * info.shape[0] // info.num_bytes)
+    for first in range(wanted.start, wanted.stop, step):
+        rows = range(first, min(first + step, wanted.stop))
+        stored = _rows(file, info, dtype, rows)
+        for dim, r in ranges.items():
+            stored = stored.narrow(dim, r.start, len(r)) if dim else stored
+        tensor[rows.start - wanted.start : rows.stop - wanted.start] = stored
+        file.madvise(mmap.MADV_DONTNEED)
     return tensor
+
+
+def _rows(file: mmap.mmap, info: TensorInfo, dtype: torch.dtype, rows: range) -> Tensor:
+    """Some of the tensor's first dimension, in the pages of the file if these are aligned. One row of a scalar."""
+    shape = info.shape or (1,)
+    size = info.num_bytes // shape[0]
+    offset = info.offset + rows.start * size
+    # As bytes first: a tensor may begin at any byte of the file.
+    data = torch.frombuffer(file, dtype=torch.uint8, offset=offset, count=len(rows) * size)
+    return (data if offset % dtype.itemsize == 0 else data.clone()).view(dtype).view(len(rows), *shape[1:])
 
 
 @dataclass(frozen=True)

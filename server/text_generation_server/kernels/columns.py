@@ -1,7 +1,8 @@
 """The inner loop of GPTQ: columns of a weight rounded one after another, each error spread over those that follow.
 
-Weights are held transposed, so that a column is contiguous. Elsewhere than on the host, where Triton is there, one
-kernel goes through all columns of a run; the plain form is its reference.
+Weights are held transposed, so that a column is contiguous. One kernel goes through all columns of a run: on a GPU in
+Triton, on the host our own, each core with some of the outputs. The plain form is the reference of both, and serves
+where neither is there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from .cpu.native import columns as native
 
 
 def round_columns(
@@ -30,6 +33,8 @@ def round_columns(
         from .cuda.columns import round_columns_fused
 
         round_columns_fused(weight, upper, scale, zero, most, codes, errors)
+    elif native.takes(weight) and (library := native.usual_library()) is not None:
+        native.round_columns(library, weight, upper, scale, zero, most, codes, errors)
     else:
         _round_columns(weight, upper, scale, zero, most, codes, errors)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..batch import StepBatch
-    from .weights import QuantizedWeight
+    from .weights import DenseRows, QuantizedWeight
 
 
 class Matmul(Protocol):
@@ -74,8 +74,12 @@ class Kernels(Protocol):
         """Allocates the cache. Memory is committed by the operating system as blocks are written."""
         ...
 
-    def linear(self, weight: Tensor) -> Matmul:
-        """Prepares a dense weight [out, in], of the dtype of the activations, for repeated use. May keep `weight`."""
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
+        """Prepares a dense weight [out, in], of the dtype of the activations, for repeated use. May keep a tensor.
+
+        A tensor is on the device. Rows are read in order, each once; a kernel that makes a layout of its own does not
+        hold more than some of them.
+        """
         ...
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:

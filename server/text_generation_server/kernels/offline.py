@@ -19,7 +19,7 @@ from ..batch import StepBatch
 from ..errors import ConfigError
 from .cpu.features import computes_bfloat16
 from .interface import AttentionOptions, CacheSpec, KVCache, Matmul
-from .weights import QuantizedWeight
+from .weights import DenseRows, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class OfflineKernels:
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         return KVCache([], 0, block_size)
 
-    def linear(self, weight: Tensor) -> Matmul:
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
         # A weight that is kept on the host (the embedding, as the head) is brought when it is needed first.
-        brought = cache(weight.to)
+        brought = cache((weight.whole() if isinstance(weight, DenseRows) else weight).to)
         return lambda x: F.linear(x, brought(x.device, x.dtype))
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:

@@ -1,11 +1,11 @@
-"""A quantized matrix in memory: one form for every checkpoint format, from which each matmul makes its own layout.
+"""A matrix before a matmul makes its own layout of it: one form for every checkpoint format.
 
-w[o, i] = (value(code[o, i]) - zero[o, g(i)]) * scale[o, g(i)], where g(i) is the group of IN feature i.
+Quantized, w[o, i] = (value(code[o, i]) - zero[o, g(i)]) * scale[o, g(i)], where g(i) is the group of IN feature i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,6 +40,61 @@ class Float8:
 
 
 Coding = Integer | Table | Float8
+
+
+# Of a dense matrix, values that are read at once where all of it is wanted.
+READ_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """A matrix [out, in] of numbers whose rows are read when they are asked for: it need not exist as a whole.
+
+    read: some rows, [rows, in] of `dtype`, on the host.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    read: Callable[[range], Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> DenseRows:
+        """weight: [out, in], which is there already."""
+        return cls(weight.shape[0], weight.shape[1], weight.dtype, lambda rows: weight[rows.start : rows.stop])
+
+    def whole(self, device: torch.device | None = None) -> Tensor:
+        """[out, in] on the device (None: the host)."""
+        rows = max(1, READ_VALUES // max(1, self.in_features))
+        if rows >= self.out_features:
+            return self.read(range(self.out_features)).to(device or "cpu")
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
+        for first in range(0, self.out_features, rows):
+            chunk = range(first, min(first + rows, self.out_features))
+            weight[chunk.start : chunk.stop] = self.read(chunk)
+        return weight
+
+
+def as_tensor(weight: Tensor | DenseRows, device: torch.device) -> Tensor:
+    """All of a dense matrix, on the device."""
+    return weight.whole(device) if isinstance(weight, DenseRows) else weight.to(device)
+
+
+def follow(matrices: Sequence[DenseRows]) -> DenseRows:
+    """Dense matrices of as many IN features and one dtype, one after another along OUT."""
+    if len(matrices) == 1:
+        return matrices[0]
+
+    def read(rows: range) -> Tensor:
+        parts, first = [], 0
+        for matrix in matrices:
+            part = range(max(rows.start - first, 0), min(rows.stop - first, matrix.out_features))
+            if part:
+                parts.append(matrix.read(part))
+            first += matrix.out_features
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return DenseRows(sum(m.out_features for m in matrices), matrices[0].in_features, matrices[0].dtype, read)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class WeightFormat(Protocol):
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded | Tensor:
         """From what was read of the tensors, by suffix, to the cut. Pieces hold the cut widened to whole granules.
 
-        A Tensor is a weight that is not quantized, floating [rows, columns].
+        A Tensor is a weight that is not quantized, floating [rows, columns]; `Dense` alone gives it.
 
         Raises:
             CheckpointError: the tensors hold something that the format does not allow.

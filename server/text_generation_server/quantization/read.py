@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.weights import QuantizedWeight, alike, concatenate, pack
+from ..kernels.weights import DenseRows, QuantizedWeight, alike, concatenate, follow, pack
+from .dense import Dense
 from .format import Decoded, Part, Piece, Source, StoredLinear
 from .spec import Along, Cut, TensorSpec
 
@@ -22,14 +24,23 @@ CHUNK_ROWS = 128
 def read_weight(
     source: Source, prefix: str, linears: Sequence[tuple[Part, StoredLinear]], columns: range | None, dtype: torch.dtype
 ) -> list[Tensor | QuantizedWeight]:
+    """As `open_weight`, with all that is dense read."""
+    weights = open_weight(source, prefix, linears, columns, dtype)
+    return [w.whole() if isinstance(w, DenseRows) else w for w in weights]
+
+
+def open_weight(
+    source: Source, prefix: str, linears: Sequence[tuple[Part, StoredLinear]], columns: range | None, dtype: torch.dtype
+) -> list[DenseRows | QuantizedWeight]:
     """Reads the rows of each part, and only the IN features `columns` (None: all), merged along OUT where they can be.
 
-    The matrices returned follow each other along OUT. Those that are not quantized are of `dtype`.
+    The matrices returned follow each other along OUT. Those that are not quantized are of `dtype`, and are read when
+    their rows are asked for.
 
     Raises:
-        CheckpointError: a tensor is missing or holds what its format does not allow.
+        CheckpointError: a tensor is missing or holds what its format does not allow; of dense matrices, when read.
     """
-    merged: list[list[Tensor | QuantizedWeight]] = []
+    merged: list[list[DenseRows | QuantizedWeight]] = []
     for part, linear in linears:
         for weight in _read_part(source, prefix + part.name, part, linear, columns, dtype):
             if merged and _can_follow(merged[-1][0], weight):
@@ -39,23 +50,20 @@ def read_weight(
     return [_concatenate(run) for run in merged]
 
 
-def _can_follow(first: Tensor | QuantizedWeight, weight: Tensor | QuantizedWeight) -> bool:
+def _can_follow(first: DenseRows | QuantizedWeight, weight: DenseRows | QuantizedWeight) -> bool:
     if isinstance(first, QuantizedWeight) and isinstance(weight, QuantizedWeight):
         return alike(first, weight)
-    return isinstance(first, Tensor) and isinstance(weight, Tensor)
+    return isinstance(first, DenseRows) and isinstance(weight, DenseRows)
 
 
-def _concatenate(run: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+def _concatenate(run: list[DenseRows | QuantizedWeight]) -> DenseRows | QuantizedWeight:
     quantized = [w for w in run if isinstance(w, QuantizedWeight)]
-    if quantized:
-        return concatenate(quantized)
-    dense = [w for w in run if isinstance(w, Tensor)]
-    return dense[0] if len(dense) == 1 else torch.cat(dense)
+    return concatenate(quantized) if quantized else follow([w for w in run if isinstance(w, DenseRows)])
 
 
 def _read_part(
     source: Source, name: str, part: Part, linear: StoredLinear, columns: range | None, dtype: torch.dtype
-) -> Iterator[Tensor | QuantizedWeight]:
+) -> Iterator[DenseRows | QuantizedWeight]:
     wanted = range(linear.shape.in_) if columns is None else columns
     specs = [
         spec
@@ -69,14 +77,32 @@ def _read_part(
         if not any(axis.along in (Along.OUT, Along.FLAT) for axis in spec.axes)
     }
     for rows in part.rows:
-        assembly = _Assembly(len(rows), len(wanted), dtype)
+        if isinstance(linear.format, Dense):
+            yield _dense_rows(source, name, linear, Cut(linear.shape, rows, wanted), dtype)
+            continue
+        assembly = _Assembly(len(rows), len(wanted))
         for chunk in _chunks(rows, _columns_read(linear, wanted)):
             cut = Cut(linear.shape, chunk, wanted)
             pieces = once | {
                 spec.suffix: _read_piece(source, name, spec, cut) for spec in specs if spec.suffix not in once
             }
-            assembly.add(linear.format.decode(pieces, cut), chunk.start - rows.start)
+            decoded = linear.format.decode(pieces, cut)
+            assert isinstance(decoded, Decoded), "what is dense is read when it is asked for"
+            assembly.add(decoded, chunk.start - rows.start)
         yield assembly.finish()
+
+
+def _dense_rows(source: Source, name: str, linear: StoredLinear, cut: Cut, dtype: torch.dtype) -> DenseRows:
+    specs = linear.format.specs(linear.shape)
+
+    def read(rows: range) -> Tensor:
+        first = cut.rows.start
+        part = replace(cut, rows=range(first + rows.start, first + rows.stop))
+        weight = linear.format.decode({spec.suffix: _read_piece(source, name, spec, part) for spec in specs}, part)
+        assert isinstance(weight, Tensor)
+        return weight.to(dtype)
+
+    return DenseRows(len(cut.rows), len(cut.columns), dtype, read)
 
 
 def _chunks(rows: range, num_columns: int) -> Iterator[range]:
@@ -117,20 +143,11 @@ def _read_piece(source: Source, name: str, spec: TensorSpec, cut: Cut) -> Piece:
 class _Assembly:
     """Puts decoded chunks of rows together into one matrix."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype):
-        self.rows, self.columns, self.dtype = rows, columns, dtype
-        self.dense: Tensor | None = None
+    def __init__(self, rows: int, columns: int):
+        self.rows, self.columns = rows, columns
         self.first: Decoded | None = None
 
-    def add(self, chunk: Decoded | Tensor, at: int) -> None:
-        if isinstance(chunk, Tensor):
-            if len(chunk) == self.rows:
-                self.dense = chunk.to(self.dtype)
-                return
-            if self.dense is None:
-                self.dense = torch.empty(self.rows, self.columns, dtype=self.dtype)
-            self.dense[at : at + len(chunk)] = chunk
-            return
+    def add(self, chunk: Decoded, at: int) -> None:
         if self.first is None:
             self._begin(chunk)
         assert self.first is not None and self.first.coding == chunk.coding
@@ -152,9 +169,7 @@ class _Assembly:
         self.scales = torch.empty(self.rows, len(self.select), dtype=chunk.scales.dtype)
         self.zeros = None if chunk.zeros is None else torch.empty(self.rows, len(self.select), dtype=torch.uint8)
 
-    def finish(self) -> Tensor | QuantizedWeight:
-        if self.dense is not None:
-            return self.dense
+    def finish(self) -> QuantizedWeight:
         assert self.first is not None, "a part has rows"
         return QuantizedWeight(
             self.first.coding, self.columns, self.planes, self.scales, self.zeros, self.groups, self.order

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...batch import StepBatch
 from ..interface import AttentionOptions, BlockParts, CacheSpec, Drawn, DrawRequests, FusedBlock, KVCache, Matmul
-from ..weights import QuantizedWeight
+from ..weights import DenseRows, QuantizedWeight
 from .linear import LinearFactory
 from .native.block import fuse
 from .native.layer import NativeLayer
@@ -50,7 +50,7 @@ class CpuKernels:
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         return self._attention(spec.head_dim, block_size).new_kv_cache(spec, num_blocks, block_size)
 
-    def linear(self, weight: Tensor) -> Matmul:
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
         return self._linear(weight)
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:

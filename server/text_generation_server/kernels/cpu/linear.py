@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..interface import Matmul
+from ..weights import DenseRows, as_tensor
 from .blocks import block_linear
 from .native.library import Library
 from .native.linear import dense_linear, dense_why_not
@@ -45,10 +46,11 @@ class LinearFactory:
     def __init__(self, proofs: Proofs, library: Library | None) -> None:
         self._proofs, self._library = proofs, library
 
-    def __call__(self, weight: Tensor) -> Matmul:
+    def __call__(self, rows: Tensor | DenseRows) -> Matmul:
+        if self._library is not None and dense_why_not(self._library, rows.dtype) is None:
+            return dense_linear(self._library, rows)
+        weight = as_tensor(rows, torch.device("cpu"))
         out, in_ = weight.shape
-        if self._library is not None and dense_why_not(self._library, weight.dtype) is None:
-            return dense_linear(self._library, weight)
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # Blocks are widened to float32 when they are multiplied: sums are in float32 and the result is rounded, as
             # native bfloat16 does. Several times faster than torch's own loop, and half of the memory of float32.

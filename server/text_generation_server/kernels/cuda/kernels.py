@@ -13,7 +13,7 @@ from torch import Tensor
 from ...batch import StepBatch
 from ...errors import ConfigError
 from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
-from ..weights import Float8, QuantizedWeight
+from ..weights import DenseRows, Float8, QuantizedWeight, as_tensor
 from .attention import PagedAttention
 from .backend import Backend, Module
 from .layout import pack_dense, pack_quantized
@@ -98,9 +98,10 @@ class CudaKernels:
         layers = [torch.empty(shape, dtype=spec.dtype, device=self.device) for _ in range(spec.num_layers)]
         return KVCache([(k, v) for k, v in layers], num_blocks, block_size)
 
-    def linear(self, weight: Tensor) -> Matmul:
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
         self._check_dtype(weight.dtype)
-        return CudaLinear(self._backend, pack_dense(weight), weight.dtype, self._library_rows)
+        packed = pack_dense(as_tensor(weight, self.device))
+        return CudaLinear(self._backend, packed, weight.dtype, self._library_rows)
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
         self._check_dtype(dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...batch import StepBatch
 from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
-from ..weights import QuantizedWeight
+from ..weights import DenseRows, QuantizedWeight, as_tensor
 
 
 class Dequantized:
@@ -40,8 +40,9 @@ class ReferenceKernels:
         layers = [torch.zeros(2, *shape, dtype=spec.dtype) for _ in range(spec.num_layers)]
         return KVCache([(k, v) for k, v in layers], num_blocks, block_size)
 
-    def linear(self, weight: Tensor) -> Matmul:
-        return lambda x: F.linear(x, weight)
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
+        whole = as_tensor(weight, self.device)
+        return lambda x: F.linear(x, whole)
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype, label: str) -> Matmul:
         return Dequantized(weight)

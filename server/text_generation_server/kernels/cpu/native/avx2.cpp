@@ -140,11 +140,12 @@ INLINE float highest_of(F value) {
 #include "linear_variant.h"
 #include "layer_variant.h"
 #include "sampling_variant.h"
+#include "columns_variant.h"
 
 }  // namespace
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
-const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend};
+const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend, round_columns};
 const SamplingVariant kSamplingAvx2{row_statistics, weigh_row, not_below, largest_of};
 
 }  // namespace kernels

@@ -6,11 +6,12 @@
 #include "linear_variant.h"
 #include "layer_variant.h"
 #include "sampling_variant.h"
+#include "columns_variant.h"
 
 }  // namespace
 
 const Variant kAvx512{"avx512", kTable4, spread, multiply, nullptr};
-const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, add, attend};
+const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, add, attend, round_columns};
 const SamplingVariant kSamplingAvx512{row_statistics, weigh_row, not_below, largest_of};
 
 }  // namespace kernels

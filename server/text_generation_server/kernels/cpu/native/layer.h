@@ -39,6 +39,20 @@ constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t rows) {
     return rows * (2 * head_dim + kTileKeys + 2) + 2 * head_dim * kTileKeys + 64;
 }
 
+// Columns that are rounded one after another at most, and outputs whose columns one thread goes through at a time.
+constexpr int64_t kMostColumns = 32, kColumnOutputs = 64;
+
+// A run of GPTQ's loop: weight [num][outputs], of which a row is a column; scale, zero: [num][outputs], `grid_stride` from one
+// to the next. upper: [num][num] with `upper_stride`. codes, errors: [num][outputs].
+struct Columns {
+    float *weight;
+    const float *upper, *scale, *zero;
+    uint8_t *codes;
+    float *errors;
+    int64_t num, outputs, upper_stride, grid_stride;
+    float most;
+};
+
 struct LayerVariant {
     // y[row] = x[row] / sqrt(mean(x[row]^2) + eps) * weight[row % weight_rows]; rows of `size`. Rows [first, last).
     void (*rms_norm)(const void *x, const void *weight, void *y, int32_t type, int64_t size, int64_t weight_rows, float eps,
@@ -52,6 +66,8 @@ struct LayerVariant {
     void (*add)(void *x, const void *y, int32_t type, int64_t first, int64_t last);
     // `scratch`: of `rows` rows, which are enough for every tile.
     void (*attend)(const Attention &, const AttentionTile &, float *scratch, int64_t rows);
+    // Outputs [first, last): what each column would have been, its codes, and its errors / upper[i][i].
+    void (*round_columns)(const Columns &, int64_t first, int64_t last);
 };
 
 extern const LayerVariant kLayerAvx2, kLayerAvx512;

@@ -254,6 +254,14 @@ EXPORT void kernels_store_kv(const void *k, const void *v, void *keys, void *val
                      static_cast<uint16_t *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
 }
 
+EXPORT void kernels_round_columns(int32_t variant, const Columns *run, int32_t threads) {
+    const int64_t parts = (run->outputs + kColumnOutputs - 1) / kColumnOutputs;
+    const int64_t grain = std::max<int64_t>(1, kWorthThreads / (kColumnOutputs * run->num * run->num));
+    Pool::shared().run(threads, parts, grain, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->round_columns(*run, first * kColumnOutputs, std::min(last * kColumnOutputs, run->outputs));
+    });
+}
+
 EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threads) {
     const int64_t group = step->heads / step->kv_heads, tokens = std::max<int64_t>(1, kTileRows / group);
     std::vector<AttentionTile> tiles;

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...weights import Coding, Float8, Integer, QuantizedWeight, Table, pack
+from ...weights import Coding, DenseRows, Float8, Integer, QuantizedWeight, Table, pack
 from .library import FLOATS, Library
 
 logger = logging.getLogger(__name__)
@@ -132,13 +132,18 @@ def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
     return why_not(library, dtype)
 
 
-def dense_linear(library: Library, weight: Tensor) -> NativeLinear:
-    """weight: [out, in] float32 or bfloat16, as the activations will be."""
-    codes = weight.detach().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    in_ = weight.shape[1]
+def dense_linear(library: Library, weight: Tensor | DenseRows) -> NativeLinear:
+    """weight: [out, in] float32 or bfloat16, as the activations will be. Few of the rows are read at a time."""
+    weight = DenseRows.of(weight) if isinstance(weight, Tensor) else weight
+    in_, codes = weight.in_features, torch.int32 if weight.dtype == torch.float32 else torch.int16
     places = _places(torch.arange(in_), [in_]) if in_ % STEP else None
-    form = _Form(_DENSE[weight.dtype], weight.shape[0], in_, [in_], places, places)
-    return _linear(library, form, lambda rows: codes[rows], weight.dtype)
+    form = _Form(_DENSE[weight.dtype], weight.out_features, in_, [in_], places, places)
+
+    def codes_of(rows: slice) -> Tensor:
+        assert isinstance(weight, DenseRows)
+        return weight.read(range(*rows.indices(weight.out_features))).detach().view(codes)
+
+    return _linear(library, form, codes_of, weight.dtype)
 
 
 def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dtype) -> NativeLinear:
