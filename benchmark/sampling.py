@@ -48,7 +48,7 @@ def measure(shapes: list[tuple[int, int]], rounds: int) -> str:
             params = [SamplingParams(seed=i, **options) for i in range(rows)]  # type: ignore[arg-type]
             found: dict[str, list[float]] = {"ours": [], "torch": [], "floor": []}
             for _ in range(rounds):
-                found["ours"].append(milliseconds(partial(draw, logits, logits, params, positions, kernels)))
+                found["ours"].append(milliseconds(partial(draw, logits, logits, params, positions, kernels=kernels)))
                 found["torch"].append(milliseconds(partial(draw, logits, logits, params, positions)))
                 found["floor"].append(milliseconds(partial(logits.max, -1)))
             ratio = statistics.median(a / b for a, b in zip(found["torch"], found["ours"], strict=True))

@@ -295,7 +295,7 @@ class Runner:
             self.process(processed, rows, states, special)
         if bound:
             processed = self.constrain(processed, rows, bound, added)
-        return draw(raw, processed, params, self.table.length[rows], self.drawing)
+        return draw(raw, processed, params, self.table.length[rows], kernels=self.drawing)
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""

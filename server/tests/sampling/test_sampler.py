@@ -1,6 +1,7 @@
 """The distribution that ids are drawn from against transformers' processors, and that a row ignores its neighbours."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import INSTRUCTION_SETS
 from text_generation_server.kernels.cpu.native.library import Library
 from text_generation_server.kernels.cpu.native.sampling import NativeSampling
-from text_generation_server.kernels.interface import Drawn, DrawRequests
+from text_generation_server.kernels.interface import Allowed, Drawn, DrawRequests
 from text_generation_server.sampling import processors
 from text_generation_server.sampling.constraint import Automaton, biases
 from text_generation_server.sampling.params import SamplingParams
@@ -31,8 +32,8 @@ class Native:
     def __init__(self, name: str) -> None:
         self.sampling = NativeSampling(Library(name))
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn:
-        return self.sampling.draw(raw, processed, requests)
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn:
+        return self.sampling.draw(raw, processed, requests, allowed)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, scope="module")
@@ -43,7 +44,7 @@ def kernels(request) -> Native | None:
 
 @pytest.fixture
 def draw(kernels):
-    return lambda *arguments: draw_with(*arguments, kernels)
+    return partial(draw_with, kernels=kernels)
 
 
 def random_logits(vocab: int, *, scale: float, rows: int = 1, seed: int = 0) -> Tensor:
@@ -252,6 +253,33 @@ def test_an_impossible_id_is_never_drawn(draw, options):
     assert set(draw(raw, processed, params, np.arange(200)).ids.tolist()) <= {17, 400, 4095}
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_p": 0.7}], ids=str
+)
+@pytest.mark.parametrize("vocab", [50, 4096, 4099])
+def test_rows_with_a_mask_draw_as_if_the_rest_were_impossible(draw, vocab, options):
+    raw = random_logits(vocab, scale=2.0, rows=12, seed=vocab)
+    masks = np.random.default_rng(vocab).random((3, vocab)) < 0.3
+    octets = np.packbits(masks, axis=1, bitorder="little")
+    words = np.zeros((3, -(-vocab // 32)), np.int32)
+    words.view(np.uint8)[:, : octets.shape[1]] = octets
+    of = np.array([0, -1, 1, 2, 2, -1, 0, 1, 1, 2, 0, -1])
+    expected = raw.clone()
+    for row, mask in enumerate(of):
+        if mask >= 0:
+            expected[row, torch.from_numpy(~masks[mask])] = float("-inf")
+    params = [SamplingParams(seed=i, **options) for i in range(12)]
+    found = draw(raw, raw, params, np.arange(12), Allowed(words, of))
+    assert bits_of_all(found) == bits_of_all(draw(raw, expected, params, np.arange(12)))
+    assert all(masks[mask, found.ids[row]] for row, mask in enumerate(of) if mask >= 0)
+    nothing = Allowed(np.zeros_like(words), of)
+    assert draw(raw, raw, params, np.arange(12), nothing).is_finite.tolist() == (of < 0).tolist()
+
+
+def bits_of_all(result: Draw) -> list[tuple[int, bytes]]:
+    return [bits(result, row) for row in range(len(result.ids))]
+
+
 MANY = [
     SamplingParams(),
     SamplingParams(do_sample=True, seed=1),
@@ -352,4 +380,8 @@ def test_logits_of_another_kind_are_refused_with_their_shape(kernels):
     requests = requests_of([SamplingParams()] * 2, np.zeros(2, np.int64))
     for logits in (torch.zeros(2, 9).bfloat16(), torch.zeros(3, 9), torch.zeros(2, 0), torch.zeros(18)):
         with pytest.raises(ValueError, match=r"expected float32 \[2, vocab\]"):
-            kernels.draw_ids(logits, logits, requests)
+            kernels.draw_ids(logits, logits, requests, None)
+    logits = torch.zeros(2, 40)
+    for words, of in (((1, 1), [0, 0]), ((1, 2), [0]), ((1, 2), [0, 1])):
+        with pytest.raises(ValueError, match=r"expected int32 \[n, 2\] and int64 \[2\] below n"):
+            kernels.draw_ids(logits, logits, requests, Allowed(np.zeros(words, np.int32), np.array(of)))

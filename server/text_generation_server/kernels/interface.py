@@ -184,6 +184,18 @@ class DrawRequests:
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """Which ids may be drawn, for some rows of logits.
+
+    words: [n, ceil(vocab / 32)] int32, one bit for each id, lowest first; of: [rows] int64, which of them holds
+    for each row of the logits, or -1.
+    """
+
+    words: NDArray[np.int32]
+    of: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Drawn:
     """What came of it; all are [rows]. logprobs and normalizers (log of the sum of exponentials) are of raw logits.
 
@@ -200,8 +212,10 @@ class Drawn:
 class DrawsIds(Protocol):
     """Kernels that draw ids: by top_k, then top_p, then typical_p, each row's result its own."""
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn | None:
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
         """raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
+
+        allowed: which ids may be drawn; None: all.
 
         None: these kernels do not draw after all, and nothing was computed.
         """

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.interface import Drawn, DrawRequests, DrawsIds
+from ..kernels.interface import Allowed, Drawn, DrawRequests, DrawsIds
+from .constraint import biases
 from .params import SamplingParams
 from .philox import Purpose, uniform
 
@@ -53,18 +54,20 @@ def draw(
     processed: Tensor,
     params: Sequence[SamplingParams],
     positions: NDArray[np.int64],
+    allowed: Allowed | None = None,
     kernels: DrawsIds | None = None,
 ) -> Draw:
     """One id for each row.
 
     raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
     positions: [rows], the index that the new id will have in its sequence.
+    allowed: which ids may be drawn; None: all.
     kernels: who draws, if they can; torch does otherwise.
     """
     requests = requests_of(params, positions)
-    drawn = kernels.draw_ids(raw, processed, requests) if kernels is not None else None
+    drawn = kernels.draw_ids(raw, processed, requests, allowed) if kernels is not None else None
     if drawn is None:
-        drawn = draw_ids(raw, processed, params, requests.numbers)
+        drawn = draw_ids(raw, leave_allowed(processed, allowed), params, requests.numbers)
     wanted = [(i, p.top_n) for i, p in enumerate(params) if p.top_n]
     top: list[tuple[list[int], list[float]]] = [([], [])] * len(params)
     for i, count in wanted:
@@ -87,6 +90,15 @@ def requests_of(params: Sequence[SamplingParams], positions: NDArray[np.int64]) 
         typical_p=np.array([p.typical_p for p in params], np.float64),
         numbers=numbers,
     )
+
+
+def leave_allowed(logits: Tensor, allowed: Allowed | None) -> Tensor:
+    """The logits [rows, vocab], with what may not be drawn made impossible."""
+    if allowed is None or not (bound := allowed.of >= 0).any():
+        return logits
+    left = logits.clone()
+    left[torch.from_numpy(bound)] += torch.from_numpy(biases(allowed.words[allowed.of[bound]], logits.shape[1]))
+    return left
 
 
 def draw_ids(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], numbers: NDArray[np.float64]) -> Drawn:

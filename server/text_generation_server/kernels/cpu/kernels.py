@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from ...batch import StepBatch
-from ..interface import AttentionOptions, BlockParts, CacheSpec, Drawn, DrawRequests, FusedBlock, KVCache, Matmul
+from ..interface import (
+    Allowed,
+    AttentionOptions,
+    BlockParts,
+    CacheSpec,
+    Drawn,
+    DrawRequests,
+    FusedBlock,
+    KVCache,
+    Matmul,
+)
 from ..weights import DenseRows, QuantizedWeight
 from .linear import LinearFactory
 from .native.block import fuse
@@ -59,8 +69,8 @@ class CpuKernels:
     def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
         return None if self._library is None else fuse(self._library, parts)
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn | None:
-        return None if self._sampling is None else self._sampling.draw(raw, processed, requests)
+    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
+        return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed)
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

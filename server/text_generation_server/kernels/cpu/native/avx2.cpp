@@ -117,6 +117,12 @@ INLINE F maximum(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 INLINE bool all_less(F a, F b) { return _mm256_movemask_ps(less(a, b)) == 0xFF; }
 INLINE F choose(F condition, F a, F b) { return _mm256_blendv_ps(b, a, condition); }
+// Of the lowest bits, one for each number: a where it is set, b elsewhere.
+INLINE F where_set(uint32_t bits, F a, F b) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), each), each);
+    return choose(_mm256_castsi256_ps(set), a, b);
+}
 INLINE F round_to_whole(F value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE I to_integer(F value) { return {_mm256_cvtps_epi32(value)}; }
 INLINE I operator-(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
@@ -146,6 +152,6 @@ INLINE float highest_of(F value) {
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
 const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend, round_columns};
-const SamplingVariant kSamplingAvx2{row_statistics, weigh_row, not_below, largest_of};
+const SamplingVariant kSamplingAvx2{row_statistics, weigh_row, leave_allowed, not_below, largest_of};
 
 }  // namespace kernels

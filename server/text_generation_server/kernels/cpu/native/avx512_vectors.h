@@ -85,6 +85,8 @@ INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE __mmask16 less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE bool all_less(F a, F b) { return less(a, b) == 0xFFFF; }
 INLINE F choose(__mmask16 condition, F a, F b) { return _mm512_mask_blend_ps(condition, b, a); }
+// Of the lowest bits, one for each number: a where it is set, b elsewhere.
+INLINE F where_set(uint32_t bits, F a, F b) { return choose(__mmask16(bits), a, b); }
 INLINE F round_to_whole(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE I to_integer(F value) { return {_mm512_cvtps_epi32(value)}; }
 INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }

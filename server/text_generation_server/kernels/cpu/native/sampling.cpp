@@ -179,7 +179,15 @@ int64_t draw_any(const SamplingVariant &use, const float *row, int64_t size, flo
     return begin + pick(weights, count, 1.0, how.number * total - before);
 }
 
-void draw_row(const SamplingVariant &use, const float *raw, const float *processed, int64_t size, DrawRow &how) {
+// mask: of the ids that may be drawn, or null.
+void draw_row(const SamplingVariant &use, const float *raw, const float *processed, const uint32_t *mask, int64_t size,
+              DrawRow &how) {
+    if (mask) {
+        static thread_local std::vector<float> left;
+        left.resize(size);
+        use.leave(processed, size, mask, left.data());
+        processed = left.data();
+    }
     const RowStatistics of_raw = use.statistics(raw, size);
     const RowStatistics of_processed = processed == raw ? of_raw : use.statistics(processed, size);
     how.id = 0, how.normalizer = how.logprob = 0;
@@ -208,11 +216,16 @@ using namespace kernels;
 extern "C" {
 
 // raw, processed: [rows][size], `raw_stride` and `processed_stride` elements from one row to the next; they may be the same.
+// allowed: null for all.
 EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, const float *processed,
-                         int64_t processed_stride, int64_t size, DrawRow *how, int64_t rows, int32_t threads) {
+                         int64_t processed_stride, int64_t size, const Allowed *allowed, DrawRow *how, int64_t rows,
+                         int32_t threads) {
     Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++)
-            draw_row(*kSamplingVariants[variant], raw + row * raw_stride, processed + row * processed_stride, size, how[row]);
+        for (int64_t row = first; row < last; row++) {
+            const int64_t of = allowed ? allowed->mask_of[row] : -1;
+            draw_row(*kSamplingVariants[variant], raw + row * raw_stride, processed + row * processed_stride,
+                     of < 0 ? nullptr : allowed->masks + of * allowed->words, size, how[row]);
+        }
     });
 }
 

@@ -30,6 +30,8 @@ struct SamplingVariant {
     RowStatistics (*statistics)(const float *row, int64_t size);
     // weights[i] = exp((row[i] - most) / temperature); weights may be null. Returns their sum.
     double (*weigh)(const float *row, int64_t size, float most, float temperature, float *weights);
+    // to[i] = row[i] where the bit of `mask` is set, lowest first, and -inf elsewhere.
+    void (*leave)(const float *row, int64_t size, const uint32_t *mask, float *to);
     // Ascending indices of what is not below `least`. `to` has room for all.
     int64_t (*not_below)(const float *row, int64_t size, float least, int32_t *to);
     // The `count`-th largest of `size` >= `count` > 0. scratch: of select_scratch(count) floats.
@@ -37,6 +39,15 @@ struct SamplingVariant {
 };
 
 constexpr int64_t select_scratch(int64_t count) { return 2 * count + 1024; }
+
+// Which ids may be drawn, for some rows.
+//   masks    [..][words]: one bit for each id that may be drawn, lowest first; words * 32 >= ids
+//   mask_of  [rows]: the mask of each row, or -1
+struct Allowed {
+    const uint32_t *masks;
+    const int64_t *mask_of;
+    int64_t words;
+};
 
 extern const SamplingVariant kSamplingAvx2, kSamplingAvx512;
 

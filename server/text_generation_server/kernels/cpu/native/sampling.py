@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...interface import Drawn, DrawRequests
+from ...interface import Allowed, Drawn, DrawRequests
 from .library import Library
 
 # `DrawRow` of sampling.h.
@@ -28,21 +30,28 @@ DRAW_ROW = np.dtype(
 )
 
 
+class _Allowed(ctypes.Structure):
+    """`Allowed` of sampling.h."""
+
+    _fields_ = (("masks", ctypes.c_void_p), ("mask_of", ctypes.c_void_p), ("words", ctypes.c_int64))
+
+
 class NativeSampling:
     """Each row's result is its own, whatever the number of rows and threads."""
 
     def __init__(self, library: Library):
         self._variant = library.variant
-        self._draw = library.function("draw", "iplpllpli")
+        self._draw = library.function("draw", "iplpllppli")
         self._candidates = library.function("candidates", "iplpppp")
 
-    def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests) -> Drawn:
+    def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None = None) -> Drawn:
         """raw, processed: [rows, vocab] float32, which may be the same tensor."""
         rows = _rows_of(requests)
         raw, processed = _checked(raw, len(rows)), _checked(processed, len(rows))
+        masks = None if allowed is None else _masks_of(allowed, *raw.shape)
         self._draw(
             self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
-            rows.ctypes.data, len(rows), torch.get_num_threads(),
+            None if masks is None else ctypes.addressof(masks), rows.ctypes.data, len(rows), torch.get_num_threads(),
         )  # fmt: skip
         return Drawn(
             rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
@@ -72,3 +81,20 @@ def _checked(logits: Tensor, rows: int) -> Tensor:
     if logits.dtype != torch.float32 or logits.ndim != 2 or len(logits) != rows or not logits.shape[1]:
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; expected float32 [{rows}, vocab], not empty")
     return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _masks_of(allowed: Allowed, rows: int, vocab: int) -> _Allowed:
+    """What lives as long as `allowed`."""
+    words, of = allowed.words, allowed.of
+    fits = words.ndim == 2 and words.shape[1] * 32 >= vocab and of.shape == (rows,) and of.max(initial=-1) < len(words)
+    if (
+        not fits
+        or words.dtype != np.int32
+        or of.dtype != np.int64
+        or not (words.flags.c_contiguous and of.flags.c_contiguous)
+    ):
+        raise ValueError(
+            f"masks are {words.dtype} {list(words.shape)} and the rows' places {of.dtype} {list(of.shape)}, for {vocab} ids; "
+            f"expected int32 [n, {-(-vocab // 32)}] and int64 [{rows}] below n"
+        )
+    return _Allowed(words.ctypes.data, of.ctypes.data, words.shape[1])

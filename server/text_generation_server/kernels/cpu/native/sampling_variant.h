@@ -48,6 +48,16 @@ double weigh_row(const float *row, int64_t size, float most, float temperature, 
     return total;
 }
 
+void leave_allowed(const float *row, int64_t size, const uint32_t *mask, float *to) {
+    const F never = all_floats(-INFINITY);
+    each_floats(row, size, 0.0f, [&](int64_t at, F x) {
+        // A vector is a whole part of a word.
+        const F left = where_set(mask[at / 32] >> (at % 32), x, never);
+        if (at + kWidth <= size) store_floats(to + at, left);
+        else store_some(to, kF32, at, size - at, left);
+    });
+}
+
 int64_t not_below(const float *row, int64_t size, float least, int32_t *to) {
     const F bound = all_floats(least);
     int64_t found = 0;
