@@ -19,7 +19,7 @@ from .distributed import Group
 from .errors import ConfigError
 from .faults import Faults
 from .health import Health, Phase
-from .kernels.interface import KVCache
+from .kernels.interface import KVCache, SurveysLogits
 from .kernels.select import select_kernels
 from .loading import TensorParallel
 from .meeting import meet, part
@@ -156,6 +156,7 @@ class Shard:
         # Releases take effect after a step's work, so a plan may admit while it releases as many.
         num_rows, vocab_size = 2 * limits.max_running, self.plan.settings.vocab_size
         table = SequenceTable(num_rows, limits.max_total_tokens, limits.block_size, vocab_size)
+        look = self.kernels.surveyor() if isinstance(self.kernels, SurveysLogits) else None
         self.runner = Runner(
             self.forward,
             self.group,
@@ -166,6 +167,7 @@ class Shard:
             self.digests,
             self.grammars,
             Watermark(self.config.watermark_gamma, self.config.watermark_delta),
+            look,
         )
         self.health.enter(Phase.SERVING, "serving")
 

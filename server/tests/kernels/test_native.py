@@ -24,6 +24,7 @@ from text_generation_server.kernels.cpu.native.linear import dense_linear, quant
 from text_generation_server.kernels.cpu.quantized import Native
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
+from text_generation_server.sampling.constraint import biases
 from torch import Tensor
 
 LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]
@@ -323,3 +324,59 @@ def test_attention_has_the_same_bits_whole_in_chunks_and_step_by_step(
     whole = attend(length)
     for chunk in (1, 7, 16, 33, 64):
         assert torch.equal(attend(chunk), whole), chunk
+
+
+def surveyed(library: Library, raw: Tensor, processed: Tensor, masks: Tensor, mask_of: list[int]) -> list[list[float]]:
+    found = NativeLayer(library).survey(raw, processed, masks, torch.tensor(mask_of))
+    return [part.tolist() for part in found]
+
+
+@each_library
+@pytest.mark.parametrize("size", [1, 7, 16, 70, 1000, 4096, 50257])
+@pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
+def test_what_is_asked_of_logits_is_answered_as_in_float64(library: Library, size: int, scale: float) -> None:
+    raw, count = rows(12, size) * scale, -(-size // 32)
+    processed = rows(24, size)[12:] * scale
+    masks = torch.randint(-(1 << 31), 1 << 31, (5, count), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    masks[:, 0] |= 1
+    mask_of = [-1, 0, -1, 4, 2, -1, 1, 3, -1, 0, 0, 2]
+    added = torch.from_numpy(biases(masks.numpy(), size)).double()
+    for chosen in (raw, processed):
+        normalizers, ids, states = surveyed(library, raw, chosen, masks, mask_of)
+        torch.testing.assert_close(torch.tensor(normalizers).double(), raw.double().logsumexp(1), rtol=3e-7, atol=3e-7)
+        bound = [row.double() + (added[at] if at >= 0 else 0) for row, at in zip(chosen, mask_of, strict=True)]
+        assert ids == [int(row.argmax()) for row in bound]
+        assert states == [3] * 12
+
+
+@each_library
+def test_the_lowest_of_the_best_that_may_be_drawn_is_found(library: Library) -> None:
+    ties = torch.zeros(3, 1000)
+    ties[:, [5, 700, 999]] = 2.0
+    masks = torch.full((1, 32), -1, dtype=torch.int32)
+    masks[0, 0] = ~(1 << 5)
+    assert surveyed(library, ties, ties, masks, [-1, 0, -1])[1] == [5, 700, 5]
+
+
+@each_library
+@pytest.mark.parametrize("place", [0, 15, 16, 77, 99])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_told_of_its_row_alone(library: Library, bad: float, place: int) -> None:
+    raw, none, ones = rows(3, 100), torch.zeros(1, 4, dtype=torch.int32), torch.full((1, 4), -1, dtype=torch.int32)
+    broken = raw.clone()
+    broken[1, place] = bad
+    states = surveyed(library, broken, broken, ones, [-1, -1, -1])[2]
+    assert [int(state) & 1 for state in states] == [1, 0, 1]
+    # A bias may forbid an id; what is no number, or above all numbers, comes of an overflow.
+    assert surveyed(library, raw, broken, ones, [-1, 0, 0])[2] == [3, 3 if bad < 0 else 1, 3]
+    # Where nothing may be drawn, there is no id.
+    assert surveyed(library, raw, raw, none, [-1, 0, -1])[2] == [3, 1, 3]
+
+
+@each_library
+def test_what_is_asked_of_logits_has_the_same_bits_in_every_company(library: Library) -> None:
+    raw, masks = rows(33, 50257) * 3, torch.full((1, 1571), -1, dtype=torch.int32)
+    whole = NativeLayer(library).survey(raw, raw, masks, torch.full((33,), -1))
+    for row in (0, 1, 16, 32):
+        alone = NativeLayer(library).survey(raw[row : row + 1], raw[row : row + 1], masks, torch.tensor([-1]))
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(whole, alone, strict=True))

@@ -153,6 +153,29 @@ class FusedBlock(Protocol):
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None: ...
 
 
+class Survey(Protocol):
+    """What drawing ids asks of logits, of all rows at once, each row's bits its own.
+
+    raw, processed: [rows, vocab] float32, which may be the same tensor. masks: [n, ceil(vocab / 32)] int32, one bit for
+    each id that may be drawn, lowest first; mask_of: [rows] int64, the mask of each row of `processed`, or -1.
+    Returns the log of the sum of exponentials of each row of `raw`, float32; the lowest of the best ids of `processed`
+    that may be drawn, int64; and bits, uint8: 1 if all of `raw` is finite, 2 if the best of `processed` is.
+    """
+
+    def __call__(
+        self, raw: Tensor, processed: Tensor, masks: Tensor, mask_of: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class SurveysLogits(Protocol):
+    """Kernels that look at logits in one pass instead of one for each question."""
+
+    def surveyor(self) -> Survey | None:
+        """None: single operations do it."""
+        ...
+
+
 @runtime_checkable
 class FusesBlocks(Protocol):
     """Kernels that compute a whole block at once, which saves what every single operation costs."""

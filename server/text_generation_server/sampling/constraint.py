@@ -9,6 +9,7 @@ In a final state the end-of-sequence ids are allowed as well; in a state without
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,18 @@ def set_bits(words: NDArray[np.int32], token_ids: Sequence[int]) -> None:
     ids = np.asarray(token_ids, np.int64)
     octets = words.view(np.uint8)
     np.bitwise_or.at(octets, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which ids may be drawn, for some rows of logits.
+
+    words: [n, ceil(vocab / 32)] int32, one bit for each id, lowest first; of: [rows] int64, which of them holds
+    for each row of the logits, or -1.
+    """
+
+    words: NDArray[np.int32]
+    of: NDArray[np.int64]
 
 
 def biases(words: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:

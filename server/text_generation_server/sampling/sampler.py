@@ -4,7 +4,7 @@ A draw is the inverse of the cumulative distribution at one uniform number, ids 
 vocabulary run row by row in an order that does not depend on how many rows there are. Nothing sorts the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .constraint import Allowed, biases
 from .params import SamplingParams
 from .philox import Purpose, uniform
+
+# What is asked of logits: see `Survey` of kernels/interface.py, and `survey` below.
+Survey = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+FINITE, HAS_ID = 1, 2
 
 # How many of the most probable ids are looked at first; more only where these are not enough.
 FIRST_LOOK = 128
@@ -46,22 +51,45 @@ def raw_logprobs(logits: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
     return normalizer, is_finite.numpy()
 
 
-def draw(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> Draw:
+def survey(raw: Tensor, processed: Tensor, masks: Tensor, mask_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By single operations, on any device's host. See `Survey` of kernels/interface.py."""
+    normalizer, is_finite = raw_logprobs(raw)
+    states = torch.from_numpy(is_finite).to(torch.uint8)
+    bound = (mask_of >= 0).nonzero()[:, 0]
+    if len(bound):
+        processed = processed.clone()
+        processed[bound] += torch.from_numpy(biases(masks[mask_of[bound]].numpy(), raw.shape[1]))
+    # Biases and a constraint may together forbid every id; a penalty may overflow.
+    has_id = torch.isfinite(processed.amax(-1))
+    return normalizer, torch.from_numpy(processed.numpy().argmax(-1)), states * FINITE + has_id * HAS_ID
+
+
+def draw(
+    raw: Tensor,
+    processed: Tensor,
+    params: Sequence[SamplingParams],
+    positions: NDArray[np.int64],
+    allowed: Allowed | None = None,
+    look: Survey = survey,
+) -> Draw:
     """One id for each row.
 
     raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
     positions: [rows], the index that the new id will have in its sequence.
+    allowed: which ids may be drawn; None: all. look: what answers for all rows at once.
     """
-    normalizer, is_finite = raw_logprobs(raw)
-    if processed is not raw:
-        # Biases and a constraint may together forbid every id; a penalty may overflow.
-        is_finite &= torch.isfinite(processed.amax(-1)).numpy()
-    ids = processed.numpy().argmax(-1)
+    if allowed is None:
+        allowed = Allowed(np.empty((0, 0), np.int32), np.full(len(raw), -1))
+    normalizer, best, states = look(raw, processed, torch.from_numpy(allowed.words), torch.from_numpy(allowed.of))
+    is_finite, ids = states.numpy() == FINITE | HAS_ID, best.numpy()
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
-        ids = ids.copy()
-        ids[sampling] = sample(processed[sampling], [params[i] for i in sampling], positions[sampling])
-    chosen = raw.gather(1, torch.from_numpy(ids)[:, None])[:, 0]
+        part = processed[sampling]
+        if (bound := allowed.of[sampling] >= 0).any():
+            words = allowed.words[allowed.of[sampling][bound]]
+            part[torch.from_numpy(bound)] += torch.from_numpy(biases(words, raw.shape[1]))
+        ids[sampling] = sample(part, [params[i] for i in sampling], positions[sampling])
+    chosen = raw.gather(1, best[:, None])[:, 0]
     logprobs = (chosen - normalizer).numpy()
     top = [top_ids(raw[i], float(normalizer[i]), p.top_n) if p.top_n else ([], []) for i, p in enumerate(params)]
     return Draw(ids, logprobs, top, is_finite)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ...batch import StepBatch
-from ..interface import AttentionOptions, BlockParts, CacheSpec, FusedBlock, KVCache, Matmul
+from ..interface import AttentionOptions, BlockParts, CacheSpec, FusedBlock, KVCache, Matmul, Survey
 from ..weights import QuantizedWeight
 from .linear import LinearFactory
 from .native.block import fuse
@@ -56,6 +56,9 @@ class CpuKernels:
 
     def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
         return None if self._library is None else fuse(self._library, parts)
+
+    def surveyor(self) -> Survey | None:
+        return None if self._native is None else self._native.survey
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

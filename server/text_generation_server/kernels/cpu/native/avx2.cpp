@@ -123,6 +123,13 @@ INLINE I shift_right_signed(I value) { return {_mm256_srai_epi32(value.v, N)}; }
 INLINE F power_of_two(I value) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(value.v, _mm256_set1_epi32(127)), 23));
 }
+// The values whose bits are set, others in place of the rest.
+INLINE F pick(uint32_t bits, F value, F other) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), each), each);
+    return _mm256_blendv_ps(other, value, _mm256_castsi256_ps(set));
+}
+INLINE uint32_t equal_bits(F a, F b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))); }
 INLINE float first_of(F value) { return _mm256_cvtss_f32(value); }
 INLINE float add_up(F value) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
@@ -137,10 +144,11 @@ INLINE float highest_of(F value) {
 
 #include "linear_variant.h"
 #include "layer_variant.h"
+#include "survey_variant.h"
 
 }  // namespace
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr};
-const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend};
+const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, survey, attend};
 
 }  // namespace kernels

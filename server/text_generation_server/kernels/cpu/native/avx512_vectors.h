@@ -92,6 +92,9 @@ INLINE I shift_right_signed(I value) { return {_mm512_srai_epi32(value.v, N)}; }
 INLINE F power_of_two(I value) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(value.v, _mm512_set1_epi32(127)), 23));
 }
+// The values whose bits are set, others in place of the rest.
+INLINE F pick(uint32_t bits, F value, F other) { return _mm512_mask_blend_ps(__mmask16(bits), other, value); }
+INLINE uint32_t equal_bits(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 INLINE float first_of(F value) { return _mm512_cvtss_f32(value); }
 INLINE float add_up(F value) { return _mm512_reduce_add_ps(value); }
 INLINE float highest_of(F value) { return _mm512_reduce_max_ps(value); }

@@ -39,6 +39,25 @@ constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t rows) {
     return rows * (2 * head_dim + kTileKeys + 2) + 2 * head_dim * kTileKeys + 64;
 }
 
+// What drawing ids asks of logits, for rows of `size`.
+//   raw         [rows][size]: what the normalizers are of
+//   processed   [rows][size]: what the ids are the best of, which may be `raw`
+//   masks       [..][words]: one bit for each id that may be drawn, lowest first; words * 32 >= size
+//   mask_of     [rows]: the mask of each row, or -1
+//   normalizers [rows]: log of the sum of exponentials
+//   ids         [rows]: the lowest of the best that may be drawn
+//   states      [rows]: kFinite if all of `raw` is, plus kHasId if the best is a finite number
+struct Survey {
+    const float *raw, *processed;
+    const uint32_t *masks;
+    const int64_t *mask_of;
+    int64_t size, words;
+    float *normalizers;
+    int64_t *ids;
+    uint8_t *states;
+};
+enum : uint8_t { kFinite = 1, kHasId = 2 };
+
 struct LayerVariant {
     // y[row] = x[row] / sqrt(mean(x[row]^2) + eps) * weight[row % weight_rows]; rows of `size`. Rows [first, last).
     void (*rms_norm)(const void *x, const void *weight, void *y, int32_t type, int64_t size, int64_t weight_rows, float eps,
@@ -50,6 +69,8 @@ struct LayerVariant {
                    int64_t stride, int64_t first, int64_t last);
     // x += y, elements [first, last), rounded to the type.
     void (*add)(void *x, const void *y, int32_t type, int64_t first, int64_t last);
+    // Rows [first, last).
+    void (*survey)(const Survey &, int64_t first, int64_t last);
     // `scratch`: of `rows` rows, which are enough for every tile.
     void (*attend)(const Attention &, const AttentionTile &, float *scratch, int64_t rows);
 };

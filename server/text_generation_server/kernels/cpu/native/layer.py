@@ -43,6 +43,22 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Survey(ctypes.Structure):
+    """`Survey` of layer.h."""
+
+    _fields_ = (
+        ("raw", ctypes.c_void_p),
+        ("processed", ctypes.c_void_p),
+        ("masks", ctypes.c_void_p),
+        ("mask_of", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("normalizers", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("states", ctypes.c_void_p),
+    )
+
+
 class NativeLayer:
     """Norms, rotation, activation and attention of tensors in float32 or bfloat16, each row's bits its own."""
 
@@ -53,6 +69,7 @@ class NativeLayer:
         self._rotate = library.function("rotate", "ippppilllli")
         self._store_kv = library.function("store_kv", "pppppillllll")
         self._attend = library.function("attend", "ipi")
+        self._survey = library.function("survey", "ipli")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -81,6 +98,19 @@ class NativeLayer:
             dim, x.stride(0), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+    def survey(self, raw: Tensor, processed: Tensor, masks: Tensor, mask_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Survey` of the interface."""
+        raw, processed, masks = raw.contiguous(), processed.contiguous(), masks.contiguous()
+        rows, size = raw.shape
+        normalizers = torch.empty(rows, dtype=torch.float32)
+        ids, states = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.uint8)
+        logits = _Survey(
+            raw.data_ptr(), processed.data_ptr(), masks.data_ptr(), mask_of.data_ptr(), size, masks.shape[1],
+            normalizers.data_ptr(), ids.data_ptr(), states.data_ptr(),
+        )  # fmt: skip
+        self._survey(self._variant, ctypes.addressof(logits), rows, torch.get_num_threads())
+        return normalizers, ids, states
 
     @staticmethod
     def attends(head_dim: int, block_size: int) -> bool:

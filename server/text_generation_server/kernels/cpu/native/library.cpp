@@ -254,6 +254,12 @@ EXPORT void kernels_store_kv(const void *k, const void *v, void *keys, void *val
                      static_cast<uint16_t *>(values), slots, tokens, k_stride, v_stride, heads, dim, block_size);
 }
 
+EXPORT void kernels_survey(int32_t variant, const Survey *logits, int64_t rows, int32_t threads) {
+    each_row(threads, rows, logits->size, [&](int64_t first, int64_t last) {
+        kLayerVariants[variant]->survey(*logits, first, last);
+    });
+}
+
 EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threads) {
     const int64_t group = step->heads / step->kv_heads, tokens = std::max<int64_t>(1, kTileRows / group);
     std::vector<AttentionTile> tiles;
