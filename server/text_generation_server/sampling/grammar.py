@@ -45,7 +45,7 @@ MAX_SOURCE_BYTES = 64 << 10
 STACK_BYTES = 64 << 20
 # Compilation gives way to steps.
 NICENESS = 10
-# Masks that are expected within this time are found at once: to wake a thread and to hear from it takes longer. After one
+# Masks that are expected within this time are found at once: to wake a thread and hear from it takes longer. After one
 # that took longer they are found beside the steps, until many cheaper ones have come.
 AT_ONCE_S = 50e-6
 FORGETTING = 0.95
