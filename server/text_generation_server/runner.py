@@ -16,9 +16,9 @@ from torch import Tensor
 from .batch import StepBatch
 from .distributed import Group
 from .faults import Faults
-from .kernels.interface import DrawsIds, KVCache
+from .kernels.interface import Allowed, DrawsIds, KVCache
 from .sampling import processors
-from .sampling.constraint import Automaton, Constraint, GrammarError
+from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
 from .sampling.grammar import Grammar, Grammars, Masks
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
@@ -149,6 +149,10 @@ class Runner:
         self.model, self.group, self.cache, self.table = model, group, cache, table
         self.eos_token_ids, self.faults, self.digests = eos_token_ids, faults, digests
         self.mark, self.drawing = mark or processors.Watermark(), drawing
+        # What a row that is too short may not draw; there is nothing beyond the vocabulary.
+        self.ends = np.zeros(-(-table.vocab_size // 32), np.int32)
+        beyond = range(table.vocab_size, 32 * len(self.ends))
+        set_bits(self.ends, [*(i for i in eos_token_ids if i < table.vocab_size), *beyond])
         # Of rows that are constrained: the constraint, and where its mask is being found out.
         self.begun: dict[int, tuple[Constraint, Masks, int]] = {}
 
@@ -224,22 +228,23 @@ class Runner:
             masks = self.grammars.begin(missing)
             self.begun.update({row: (c, masks, i) for i, (row, c) in enumerate(missing.items())})
 
-    def take_masks(self, rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32], dict[int, str]]:
-        """What was begun for these rows: those that are constrained, by place; what to add to their logits; errors.
-
-        To add: [rows that are constrained, vocab], 0 or -inf.
-        """
+    def take_masks(self, rows: Sequence[int]) -> tuple[Allowed | None, dict[int, str]]:
+        """What was begun for these rows, and the errors; None if no row is constrained."""
         bound = [i for i, row in enumerate(rows) if row in self.begun]
+        if not bound:
+            return None, {}
         taken = [self.begun.pop(rows[i]) for i in bound]
         sources = {id(masks): masks for _, masks, _ in taken}
         found = {key: masks.wait() for key, masks in sources.items()}
         errors = {row: cause for masks in sources.values() for row, cause in masks.errors.items()}
-        if len(found) == 1 and len(taken) == len(taken[0][1].rows):
-            (added,) = found.values()
-            if [i for _, _, i in taken] == list(range(len(added))):
-                return bound, added, errors
-        each = [found[id(masks)][i] for _, masks, i in taken]
-        return bound, np.stack(each) if each else np.empty((0, 0), np.float32), errors
+        of = np.full(len(rows), -1)
+        if len(found) == 1:
+            (words,) = found.values()
+            of[bound] = [i for _, _, i in taken]
+        else:
+            words = np.stack([found[id(masks)][i] for _, masks, i in taken])
+            of[bound] = np.arange(len(bound))
+        return Allowed(words, of), errors
 
     def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
@@ -252,8 +257,8 @@ class Runner:
             assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
-            bound, added, errors = self.take_masks(rows)
-            drawn = self.draw(rows, logits, bound, added)
+            allowed, errors = self.take_masks(rows)
+            drawn = self.draw(rows, logits, allowed)
             told[:, 0] = torch.from_numpy(drawn.ids)
             told[:, 1] = torch.from_numpy(np.where(drawn.is_finite, DRAWN, BROKEN))
             for i, row in enumerate(rows):
@@ -277,11 +282,8 @@ class Runner:
         self.begin_masks(moved)
         return drawn
 
-    def draw(self, rows: list[int], raw: Tensor, bound: Sequence[int], added: NDArray[np.float32]) -> Draw:
-        """Processes a copy of the logits of those rows that ask for it, and draws.
-
-        bound: those of `rows`, by place, that are constrained; added: [bound, vocab], to their logits.
-        """
+    def draw(self, rows: list[int], raw: Tensor, allowed: Allowed | None) -> Draw:
+        """Processes a copy of the logits of those rows that ask for it, and draws from what is allowed."""
         states = [self.table.states[row] for row in rows]
         params = [state.params for state in states]
         if self.digests is not None:
@@ -293,9 +295,9 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
-        if bound:
-            processed = self.constrain(processed, rows, bound, added)
-        return draw(raw, processed, params, self.table.length[rows], kernels=self.drawing)
+        if allowed is not None:
+            self.lengthen(rows, allowed)
+        return draw(raw, processed, params, self.table.length[rows], allowed, self.drawing)
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""
@@ -308,21 +310,14 @@ class Runner:
         least = state.params.min_new_tokens
         return least > 0 and int(self.table.length[row] - self.table.num_prompt[row]) < least
 
-    def constrain(self, logits: Tensor, rows: list[int], bound: Sequence[int], added: NDArray[np.float32]) -> Tensor:
-        """The logits, with what the rows that are constrained may not have made impossible. See `draw`."""
-        ends = list(self.eos_token_ids)
-        for at, i in enumerate(bound):
-            if self.is_too_short(rows[i], self.table.states[rows[i]]):
-                goes_on = added[at].copy()
-                goes_on[ends] = -np.inf
+    def lengthen(self, rows: list[int], allowed: Allowed) -> None:
+        """Takes the end from the rows that are constrained and too short, in place."""
+        for at, row in zip(allowed.of.tolist(), rows, strict=True):
+            if at >= 0 and self.is_too_short(row, self.table.states[row]):
+                goes_on = allowed.words[at] & ~self.ends
                 # A constraint that has come to its end counts more than a least length.
-                if goes_on.max() == 0:
-                    added[at] = goes_on
-        if len(bound) == len(logits):
-            return logits + torch.from_numpy(added)
-        constrained = logits.clone()
-        constrained[bound] += torch.from_numpy(added)
-        return constrained
+                if goes_on.any():
+                    allowed.words[at] = goes_on
 
     def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
         """Watermarks, penalties, biases and least lengths of the `special` rows of `logits`, in place."""

@@ -19,6 +19,7 @@ mod tokenize;
 mod wire;
 
 use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -124,9 +125,20 @@ impl Default for Deadlines {
     }
 }
 
-/// Everything that a handler needs. Cheap to clone.
+/// Everything that a handler needs. Cheap to clone: a request is handed several.
 #[derive(Clone, Debug)]
-pub(crate) struct State {
+pub(crate) struct State(Arc<Parts>);
+
+impl Deref for State {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Parts {
     config: Arc<Config>,
     engine: Engine,
     tokenizer: Arc<dyn Encode>,
@@ -180,6 +192,7 @@ async fn accept(
     let deadlines = config.deadlines;
     let template = config.template.clone();
     let dialect = Dialect::detect(|mark| template.mentions(mark));
-    let app = app::router(State { config: Arc::new(config), engine, tokenizer, pool, judge, template, dialect });
+    let parts = Parts { config: Arc::new(config), engine, tokenizer, pool, judge, template, dialect };
+    let app = app::router(State(Arc::new(parts)));
     connection::accept(listener, app, deadlines, shutdown).await
 }

@@ -6,6 +6,7 @@ found out while the forward pass runs. What a grammar allows is a function of th
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from loguru import logger
 from numpy.typing import NDArray
 
-from .constraint import Constraint, GrammarError, biases, set_bits
+from .constraint import Constraint, GrammarError, set_bits
 
 T = TypeVar("T")
 
@@ -44,6 +45,10 @@ MAX_SOURCE_BYTES = 64 << 10
 STACK_BYTES = 64 << 20
 # Compilation gives way to steps.
 NICENESS = 10
+# Masks that are expected within this time are found at once: to wake a thread and hear from it takes longer. After one
+# that took longer they are found beside the steps, until many cheaper ones have come.
+AT_ONCE_S = 50e-6
+FORGETTING = 0.95
 # No grammar within the limits takes as long.
 COMPILE_TIMEOUT_S = 20.0
 
@@ -104,8 +109,10 @@ class Grammars:
         return Guided(self.prepare(grammar), self._eos, generated)
 
     def begin(self, constraints: Mapping[int, Constraint]) -> "Masks":
-        """Begins to find out which ids may come next, for each row."""
-        return Masks(constraints, self._vocab_size, self._fillers, self._executor)
+        """Begins to find out which ids may come next, for each row; does it at once if that takes but a moment."""
+        expected = sum(c.expected_s if isinstance(c, Guided) else np.inf for c in constraints.values())
+        fillers = self._fillers if expected > AT_ONCE_S else None
+        return Masks(constraints, self._vocab_size, fillers, self._executor)
 
     def close(self) -> None:
         """Ends the threads; what they have begun is finished."""
@@ -173,6 +180,8 @@ class Guided:
         self.num_words = 0  # of its masks, once it has followed something
         self._pending: list[int] = []
         self._ended = False
+        # How long the next mask takes, to judge by those before. Nobody knows of the first, for which copies are made.
+        self.expected_s = np.inf
         for token_id in generated:
             self.advance(token_id)
 
@@ -208,6 +217,11 @@ class Guided:
             self._pending.clear()
         return self._matcher
 
+    def took(self, seconds: float) -> None:
+        """Takes note of what a mask has cost."""
+        before = self.expected_s if self.expected_s < np.inf else 0.0
+        self.expected_s = max(seconds, FORGETTING * before)
+
     def check(self) -> None:
         """Raises GrammarError if the matcher has come to grief."""
         if self._matcher is not None and self._matcher.is_error():
@@ -221,26 +235,33 @@ def copy_words(mask: NDArray[np.int32], words: NDArray[np.int32]) -> None:
 
 
 class Masks:
-    """Which ids may come next in some `rows`, found out beside the caller."""
+    """Which ids may come next in some `rows`, found out beside the caller, or by it if there is no pool."""
 
     def __init__(
         self,
         constraints: Mapping[int, Constraint],
         vocab_size: int,
-        pool: ThreadPoolExecutor,
+        pool: ThreadPoolExecutor | None,
         executor: llguidance.LLExecutor,
     ) -> None:
         self.rows, self._constraints, self._executor = list(constraints), list(constraints.values()), executor
         self._words = np.zeros((len(self.rows), -(-vocab_size // 32)), np.int32)
-        self._vocab_size = vocab_size
         self.errors: dict[int, str] = {}
-        self._filled = submit(pool, self._fill)
+        self._filled = None if pool is None else submit(pool, self._fill)
+        if pool is None:
+            self._fill()
 
-    def wait(self) -> NDArray[np.float32]:
-        """What to add to logits: [rows, vocab], -inf where an id may not come. Zeros to rows that `errors` names."""
-        return self._filled.result()
+    def wait(self) -> NDArray[np.int32]:
+        """A bit for each id that may come next, lowest first: [rows, ceil(vocab / 32)].
 
-    def _fill(self) -> NDArray[np.float32]:
+        All are set in rows that `errors` names.
+        """
+        if self._filled is not None:
+            self._filled.result()
+        return self._words
+
+    def _fill(self) -> None:
+        begun = time.perf_counter()
         guided: list[tuple[int, Guided, llguidance.LLMatcher]] = []
         for i, constraint in enumerate(self._constraints):
             try:
@@ -252,9 +273,11 @@ class Masks:
                 self._fail(i, str(error) or "the grammar was not compiled in time")
         if guided:
             self._compute(guided)
+            each = (time.perf_counter() - begun) / len(guided)
+            for _, one, _ in guided:
+                one.took(each)
         for i in np.nonzero(~self._words.any(axis=1))[0].tolist():
             self._fail(i, "the grammar leaves no id to go on with")
-        return biases(self._words, self._vocab_size)
 
     def _compute(self, guided: Sequence[tuple[int, Guided, llguidance.LLMatcher]]) -> None:
         """By one call for all: Python's lock, for which this thread vies with that of the steps, is let go but once."""

@@ -94,7 +94,7 @@ def _masks_of(allowed: Allowed, rows: int, vocab: int) -> _Allowed:
         or not (words.flags.c_contiguous and of.flags.c_contiguous)
     ):
         raise ValueError(
-            f"masks are {words.dtype} {list(words.shape)} and the rows' places {of.dtype} {list(of.shape)}, for {vocab} ids; "
+            f"masks are {words.dtype} {list(words.shape)}, their rows {of.dtype} {list(of.shape)}, for {vocab} ids; "
             f"expected int32 [n, {-(-vocab // 32)}] and int64 [{rows}] below n"
         )
     return _Allowed(words.ctypes.data, of.ctypes.data, words.shape[1])
