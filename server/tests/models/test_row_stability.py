@@ -15,6 +15,7 @@ import torch
 from harness import LLAMA, MODELS, QWEN2, Log, Shard, load, run_ranks
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import BlockParts, FusedBlock, Matmul
+from text_generation_server.kernels.weights import DenseRows, as_tensor
 from text_generation_server.loading import Alone, TensorParallel
 from torch import Tensor
 
@@ -191,8 +192,8 @@ class Uneven:
 
 
 class PlantedLinear(CpuKernels):
-    def linear(self, weight: Tensor) -> Matmul:
-        return Uneven(super().linear(weight), weight)
+    def linear(self, weight: Tensor | DenseRows) -> Matmul:
+        return Uneven(super().linear(weight), as_tensor(weight, self.device))
 
 
 class PlantedTail(CpuKernels):
