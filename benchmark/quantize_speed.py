@@ -1,4 +1,4 @@
-"""Time and memory of the quantizer on a model of Llama 3's 8B shape, of which only some blocks are made.
+"""Time and memory of the quantizer on a model of TinyLlama's or Llama 3's 8B shape, of which only some blocks are made.
 
 Every block costs the same, so the time of all 32 follows from that of a few. The arithmetic floor is what the products
 alone need at the speed that the device reaches on a large one: forward through each block once, second moments of every
@@ -123,9 +123,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         command = [sys.executable, "-m", "text_generation_server.cli", "quantize", str(model), str(output)]
         command += ["--method", method, "--num-samples", str(arguments.samples), "--sequence-length"]
         command += [str(arguments.length), "--device", arguments.device, "--num-threads", str(arguments.threads)]
-        begun = time.perf_counter()
         subprocess.run(command, check=True, timeout=TIMEOUT_S)
-        seconds = time.perf_counter() - begun
         lines = [json.loads(line) for line in (output / "quantization_report.jsonl").read_text().splitlines()]
         memory, walked = lines[-1]["memory"], lines[-1]["seconds"]
         blocks = SHAPES[arguments.shape]["blocks"]
@@ -136,9 +134,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> tuple[str, bool]:
         ok = off <= MEMORY_LIMIT and (method != "gptq" or arguments.device == "cpu" or whole <= TIMES_FLOOR * floor)
         held &= ok
         gib = [f"{memory[f'{k}_{w}'] / 2**30:.2f}" for k in ("host", "device") for w in ("estimate", "peak")]
-        rows.append([method, f"{seconds:.0f}", f"{whole:.0f}", f"{floor:.0f}", f"{whole / floor:.1f}", *gib,
+        rows.append([method, f"{walked['estimate']:.0f}", f"{walked['all']:.0f}", f"{whole:.0f}", f"{floor:.0f}", f"{whole / floor:.1f}", *gib,
                      f"{100 * off:.0f} %", "held" if ok else "NOT HELD"])  # fmt: skip
-    head = ["", "seconds of the command", f"walk, {SHAPES[arguments.shape]['blocks']} blocks", "floor", "÷ floor",
+    head = ["", "seconds, estimate", "taken", f"walk, {SHAPES[arguments.shape]['blocks']} blocks", "floor", "÷ floor",
             "host GiB, estimate", "peak", "device GiB, estimate", "peak", "off by at most", ""]  # fmt: skip
     body = (
         f"{arguments.blocks} blocks of shape {arguments.shape} on {arguments.device}, {arguments.samples} × "
@@ -164,7 +162,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         body, held = measure(arguments, Path(scratch))
     common.write_result(
-        f"quantize_speed_{arguments.device.partition(':')[0]}", "Time and memory of the quantizer", head, body
+        f"quantize_speed_{arguments.device.partition(':')[0]}_{arguments.shape}",
+        "Time and memory of the quantizer",
+        head,
+        body,
     )
     if not held:
         sys.exit(1)

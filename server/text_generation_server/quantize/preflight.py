@@ -28,8 +28,13 @@ SMALL_FILES = 64 << 20
 FLOAT = 4
 # Of a piece of a weight, while its grids are searched.
 SEARCH_COPIES = 6
-# Seconds of one column of gptq's loop beside its products, and of one weight in one range that is tried, on one core.
-COLUMN_S, TRIED_S = 5e-5, 8e-9
+# On one core, seconds of one weight in one range that is tried, and of all that is done with a weight besides: it is
+# read, turned, rounded column by column, made a number again, judged, packed and stored.
+TRIED_S, WEIGHT_S = 5e-9, 1e-7
+# How much longer factors and triangular solutions take than products of as many operations.
+FACTORS = 2.0
+# What is done once.
+ONCE_S = 2.0
 # Of the libraries that multiply.
 BUFFERS = 32 << 20
 
@@ -145,7 +150,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
     solving = sum(4.0 * rows * in_**2 for rows, (_, in_) in zip(judged, sizes, strict=True))
     tried = 0
     if method == "gptq":
-        solving += sum(in_**2 * out + in_**3 for out, in_ in sizes)
+        solving += sum(in_**2 * out + FACTORS * in_**3 for out, in_ in sizes)
     if method == "awq":
         tried = len(awq.CLIPS)
         scales = 2 * len(awq.RATIOS)
@@ -154,12 +159,11 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
         solving += sum(tried * 2.0 * out * in_ * (in_ if size == -1 else size) for out, in_ in sizes)
     elif options.scheme.in_gptq_layout and options.solver.mse:
         tried = len(SHRINK)
-    columns = sum(in_ for _, in_ in sizes) * COLUMN_S if method == "gptq" else 0.0
-    grids = tried * weights * TRIED_S / torch.get_num_threads() if machine.is_host else 0.0
+    each = weights * (tried * TRIED_S + WEIGHT_S) / torch.get_num_threads() if machine.is_host else 0.0
     fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
     # On the host the moments are summed by products of float32.
     products = forward / fast + moments / (plain if machine.is_host else fast) + solving / plain
-    return blocks * (products + columns + grids) * 1.2
+    return blocks * (products + each) * 1.2 + ONCE_S
 
 
 def _speed(machine: Machine, dtype: torch.dtype) -> float:

@@ -329,7 +329,7 @@ class _Run:
             "host_estimate": self.need.host, "host_peak": self.progress.watch.peak,
             "device_estimate": self.need.device, "device_peak": self.device.peak_bytes(),
         }  # fmt: skip
-        seconds = {"walk": self.walked_s, "all": time.monotonic() - self.begun}
+        seconds = {"estimate": self.need.seconds, "walk": self.walked_s, "all": time.monotonic() - self.begun}
         line = {"kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks, "seconds": seconds}
         output.write_report(staging, self.run, rows, line)
 
