@@ -27,15 +27,24 @@ class BrowserError(AssertionError):
 
 
 class Page:
-    """One page of a browser of its own. `outside`: what was asked of anybody but `origin`; `exceptions`: of its scripts."""
+    """One page of a browser of its own.
+
+    outside: what was asked of anybody but `origin`; exceptions: of its scripts.
+    """
 
     def __init__(self, program: str, origin: str) -> None:
         self._origin, self.outside, self.exceptions = origin, list[str](), list[str]()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-        flags += [f"--user-data-dir={self._profile.name}", "--window-size=1200,760", "--no-first-run", "about:blank"]
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        flags += [
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self._profile.name}",
+            "--window-size=1200,760",
+            "--no-first-run",
+            "about:blank",
+        ]
         # The protocol is spoken on file descriptors 3 and 4.
         script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
