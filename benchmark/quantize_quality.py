@@ -76,6 +76,9 @@ def cut(length: int, samples: int) -> list[list[int]]:
 def ours(model: Path, output: Path, flags: list[str], length: int, samples: int, threads: int) -> float:
     """Seconds of the command, without starting Python and importing torch."""
     program = (
+        # The command prepares the environment before it imports torch too.
+        "from text_generation_server.config import prepare_environment\n"
+        "prepare_environment()\n"
         "import sys, time, torch, matplotlib.figure, text_generation_server.quantize.run\n"
         "from text_generation_server.cli import app\n"
         "begun = time.perf_counter()\n"
