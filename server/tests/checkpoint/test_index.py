@@ -25,10 +25,11 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 def test_headers_agree_with_what_the_library_wrote(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.ones(7, dtype=torch.bfloat16), "c": torch.tensor(3)}
+    tensors |= {"d": torch.empty(0, 4), "e": torch.empty(4, 0)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "model.safetensors")
     assert {n: (i.shape, i.dtype) for n, i in header.items()} == {
-        "a": ((3, 5), "F32"), "b": ((7,), "BF16"), "c": ((), "I64"),
+        "a": ((3, 5), "F32"), "b": ((7,), "BF16"), "c": ((), "I64"), "d": ((0, 4), "F32"), "e": ((4, 0), "F32"),
     }  # fmt: skip
     checkpoint = Checkpoint(read_index(tmp_path))
     for name, tensor in tensors.items():
