@@ -60,7 +60,7 @@ def main() -> None:
     rows = [(f"{requests:,}", f"{mib:.2f}") for requests, mib in readings]
     body = common.table(["requests after warm-up", "resident set of the router (MiB)"], rows)
     body += "\n\n" + common.verdict("slope per 10,000 requests", slope, LIMIT_MIB, "MiB")
-    common.write_result("memory", "Memory of the router over 300,000 requests", head, body)
+    common.write_result("memory", f"Memory of the router over {arguments.requests:,} requests", head, body)
     sys.exit(slope > LIMIT_MIB)
 
 
