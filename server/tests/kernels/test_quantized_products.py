@@ -78,6 +78,41 @@ def test_products_equal_float64(
             close(y, x, matrix, tolerance)
 
 
+@pytest.mark.parametrize("order", [False, True], ids=["in order", "reordered"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+@pytest.mark.parametrize("in_", [72, 160, 256, 4304])
+def test_outliers_do_not_cost_the_other_activations_their_digits(
+    in_: int, rows: int, order: bool, every_kernels: CpuKernels
+) -> None:
+    weight, matrix = make(Integer(8), 70, in_, in_, False, order, torch.float32)
+    weight = replace(weight, outlier_threshold=6.0)
+    x = torch.randn(rows, in_, generator=torch.Generator().manual_seed(2)).clamp_(-5.9, 5.9)
+    first = slice(0, rows, 3)  # these rows have outliers, the others none
+    outliers = torch.tensor([3, 40, in_ - 1])
+    x[first, outliers] = torch.tensor([2000.0, -6.0, 800.0])
+    # Seen alone: features whose weights are zero hide the rounding of nothing.
+    hidden = matrix.clone()
+    hidden[:, outliers] = 0
+    codes = weight.codes()
+    places = outliers if weight.order is None else torch.argsort(weight.order)[outliers]
+    codes[:, places] = 128
+    x = x.bfloat16()
+    for served, wanted in ((replace(weight, planes=pack(codes, 8)), hidden), (weight, matrix)):
+        matmul = every_kernels.quantized_linear(served, torch.bfloat16, "layer")
+        y = matmul(x)
+        for found in (y, ReferenceKernels().quantized_linear(served, torch.bfloat16, "layer")(x)):
+            for row in range(rows):
+                close(found[row : row + 1], x[row : row + 1], wanted, 1e-2)
+        assert torch.equal(torch.cat([matmul(x[row : row + 1]) for row in range(rows)]), y)
+
+
+def test_outliers_are_of_8_bit_integers_in_one_group() -> None:
+    for coding, groups in ((Integer(8), 32), (Integer(4), 64), (Float8("e4m3fn"), 64)):
+        weight, _ = make(coding, 8, 64, groups, False, False, torch.float32)
+        with pytest.raises(ValueError, match="expected 8-bit integers in one group"):
+            replace(weight, outlier_threshold=6.0)
+
+
 @pytest.mark.parametrize("coding", CODINGS, ids=str)
 @pytest.mark.parametrize("index", [True, False])
 def test_products_with_reordered_features_equal_float64(coding: Coding, index: bool, every_kernels: CpuKernels) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import bitsandbytes.nn as bnb_nn
 import pytest
 import torch
 import transformers as hf
@@ -28,7 +29,7 @@ from slices import (
 )
 from text_generation_server.checkpoint.index import read_index
 from text_generation_server.checkpoint.tensors import Checkpoint
-from text_generation_server.errors import CheckpointError
+from text_generation_server.errors import CheckpointError, ConfigError
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.kernels.weights import QuantizedWeight
@@ -39,7 +40,9 @@ from text_generation_server.quantization.bitsandbytes import (
     Quantize4bit,
     Quantize8bit,
 )
+from text_generation_server.quantization.detect import Settings, Source
 from text_generation_server.quantization.format import Part, Piece, StoredLinear, WeightFormat
+from text_generation_server.quantization.methods import BitsandbytesMethod
 from text_generation_server.quantization.spec import Shape, whole
 from torch import Tensor
 
@@ -184,6 +187,45 @@ def test_products_equal_float64(case: str, dtype: torch.dtype, kernels: CpuKerne
     tensors, expected = make()
     for each in (kernels, ReferenceKernels()):
         check_products(each, tensors, format_, expected, dtype)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_products_with_outliers_are_those_of_bitsandbytes(threshold: float, every_kernels: CpuKernels) -> None:
+    """A row without outliers and one with: both libraries round what is no outlier to 8 bits, in other blocks."""
+    weight = weight_of((96, 256))
+    layer = bnb_nn.Linear8bitLt(256, 96, bias=False, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict({"weight": weight.clone()})
+    layer = layer.to("cpu")
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(3)).clamp_(-5.9, 5.9)
+    x[1, 17], x[1, 200] = (500.0, -6.0) if threshold else (5.0, -5.0)
+    x = x.bfloat16()
+    with torch.no_grad():
+        expected = layer(x).double()
+    (read_weight,) = read(source({"weight": weight}), "layer", Quantize8bit(threshold), Shape(96, 256))
+    assert isinstance(read_weight, QuantizedWeight)
+    found = every_kernels.quantized_linear(read_weight, torch.bfloat16, "layer")(x).double()
+    for row in range(2):
+        assert torch.linalg.norm(found[row] - expected[row]) <= 2e-2 * torch.linalg.norm(expected[row])
+
+
+def method_with(threshold: Any) -> BitsandbytesMethod:
+    values = {"load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold}
+    stated = Source("config.json", values, "bitsandbytes", {key: key for key in values})
+    return BitsandbytesMethod(Settings(Path("model"), "bitsandbytes", [stated], {}), {})
+
+
+@pytest.mark.parametrize("stated", [None, 0.0, 3, 7.5])
+def test_the_threshold_is_that_of_the_settings(stated: float | None) -> None:
+    method = method_with(stated)
+    assert method.applied("layer") == Bitsandbytes8bit(6.0 if stated is None else float(stated))
+    (weight,) = read(source(eight_bits((48, 160))[0]), "layer", method.applied("layer"), Shape(48, 160))
+    assert isinstance(weight, QuantizedWeight) and weight.outlier_threshold == (6.0 if stated is None else stated)
+
+
+@pytest.mark.parametrize("stated", ["6.0", True, -1.0, float("nan"), float("inf"), [6.0]])
+def test_a_threshold_that_is_none_is_refused(stated: Any) -> None:
+    with pytest.raises(ConfigError, match=r"llm_int8_threshold is .*; expected a number of at least 0"):
+        method_with(stated)
 
 
 @pytest.fixture(autouse=True)

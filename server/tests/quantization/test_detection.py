@@ -250,7 +250,7 @@ DETECTED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "bitsandbytes 8 bits": (
         {"linear": int8, "config": BNB8},
-        "bitsandbytes: 8 bits, one scale for each output (config.json)",
+        "bitsandbytes: 8 bits, one scale for each output, outliers from 6 (config.json)",
         {Q: Bitsandbytes8bit()},
     ),
     "compressed-tensors int4": (

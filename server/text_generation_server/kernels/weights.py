@@ -106,6 +106,9 @@ class QuantizedWeight:
     zeros:  [out, groups] uint8, of `Integer` only; None: 2 ** (bits - 1).
     groups: features in each group (the last may have fewer), or int64 [in], the group of every place.
     order:  int64 [in], the IN feature at each place; None: features are in their own order.
+    outlier_threshold: activations of at least this size are multiplied as they are by a product that rounds others to
+        8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, for each row by itself); 0: it may round all. Of
+        8-bit integers in one group only.
     """
 
     coding: Coding
@@ -115,6 +118,12 @@ class QuantizedWeight:
     zeros: Tensor | None
     groups: int | Tensor
     order: Tensor | None
+    outlier_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.outlier_threshold and (self.coding != Integer(8) or self.scales.shape[1] != 1):
+            found = f"{self.coding} in {self.scales.shape[1]} groups"
+            raise ValueError(f"{found} with an outlier threshold; expected 8-bit integers in one group")
 
     @property
     def out_features(self) -> int:
@@ -256,14 +265,14 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         return first
     planes = tuple(torch.cat(parts) for parts in zip(*(w.planes for w in weights), strict=True))
     zeros = None if first.zeros is None else torch.cat([w.zeros for w in weights if w.zeros is not None])
-    scales = torch.cat([w.scales for w in weights])
-    return QuantizedWeight(first.coding, first.in_features, planes, scales, zeros, first.groups, first.order)
+    return replace(first, planes=planes, scales=torch.cat([w.scales for w in weights]), zeros=zeros)
 
 
 def alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    """Whether both can be one matrix: same coding, groups and order of features."""
+    """Whether both can be one matrix: same coding, groups, order of features and threshold."""
     return (
-        (a.coding, a.in_features, a.scales.dtype) == (b.coding, b.in_features, b.scales.dtype)
+        (a.coding, a.in_features, a.scales.dtype, a.outlier_threshold)
+        == (b.coding, b.in_features, b.scales.dtype, b.outlier_threshold)
         and a.scales.shape[1] == b.scales.shape[1]
         and (a.zeros is None) == (b.zeros is None)
         and _same(a.groups, b.groups)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 NESTED_BLOCK = 256
 # Of blocks that are quantized while loading.
 BLOCK = 64
+# Of activations of LLM.int8, where nothing else is said: transformers' default.
+OUTLIER_THRESHOLD = 6.0
 STATE = "weight.quant_state.bitsandbytes__"
 LAYOUTS = ("row", "col32", "col_turing", "col_ampere")
 
@@ -152,11 +154,14 @@ def _short(value: Any) -> str:
 class Bitsandbytes8bit:
     """LLM.int8 as transformers stores it: w = int8 * SCB[row] / 127.
 
-    Activations are not rounded. LLM.int8 rounds them to 8 bits except in features where one exceeds its threshold;
-    here every feature is treated as such an outlier, which is more accurate than any threshold and needs none.
+    outlier_threshold: see `QuantizedWeight`. 0: no activation is an outlier.
     """
 
-    name = "bitsandbytes 8 bits, one scale for each output"
+    outlier_threshold: float = OUTLIER_THRESHOLD
+
+    @property
+    def name(self) -> str:
+        return f"bitsandbytes 8 bits, one scale for each output{_say_outliers(self.outlier_threshold)}"
 
     def specs(self, shape: Shape) -> tuple[TensorSpec, ...]:
         return (
@@ -175,7 +180,7 @@ class Bitsandbytes8bit:
         absmax = pieces["SCB"]
         check_scales(absmax.tensor, 2.0, absmax.where)
         codes = pieces["weight"].tensor.view(torch.uint8) ^ 128
-        return _by_row(codes, absmax.tensor, 127)
+        return _by_row(codes, absmax.tensor, self.outlier_threshold)
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
         return held_bytes(shape, 8, 1, 4)
@@ -191,13 +196,18 @@ def _check_layout(piece: Piece) -> None:
         )
 
 
-def _by_row(codes: Tensor, absmax: Tensor, steps: int) -> Decoded:
+def _say_outliers(threshold: float) -> str:
+    return f", outliers from {threshold:g}" if threshold else ""
+
+
+def _by_row(codes: Tensor, absmax: Tensor, outlier_threshold: float) -> Decoded:
     """codes: uint8 [rows, columns], 128 standing for zero; absmax: float32 [rows]."""
     import torch
 
     from ..kernels.weights import Integer
 
-    return Decoded(Integer(8), codes, (absmax / steps)[:, None], None, torch.zeros(codes.shape[1], dtype=torch.int64))
+    group_of = torch.zeros(codes.shape[1], dtype=torch.int64)
+    return Decoded(Integer(8), codes, (absmax / 127)[:, None], None, group_of, outlier_threshold)
 
 
 @dataclass(frozen=True)
@@ -249,7 +259,11 @@ class Quantize4bit:
 class Quantize8bit:
     """A dense weight, rounded while it is loaded to what LLM.int8 makes of the whole layer: see `Bitsandbytes8bit`."""
 
-    name = "quantized to 8 bits while loading, one scale for each output"
+    outlier_threshold: float = OUTLIER_THRESHOLD
+
+    @property
+    def name(self) -> str:
+        return f"quantized to 8 bits while loading, one scale for each output{_say_outliers(self.outlier_threshold)}"
 
     def specs(self, shape: Shape) -> tuple[TensorSpec, ...]:
         return (TensorSpec("weight", (Axis(Along.OUT), Axis(Along.IN, reach=shape.in_)), FLOATS),)
@@ -260,7 +274,7 @@ class Quantize8bit:
         values, _, where = pieces["weight"]
         codes, absmax = round_rows_to_int8(values, cut.columns)
         check_scales(absmax, 1.0, f"{where}, rounded to float16 as LLM.int8 does,")
-        return _by_row(codes, absmax, 127)
+        return _by_row(codes, absmax, self.outlier_threshold)
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
         return held_bytes(shape, 8, 1, 4)

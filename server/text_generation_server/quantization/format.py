@@ -56,6 +56,7 @@ class Decoded(NamedTuple):
     scales: Tensor  # [rows, groups], a floating dtype of at most 32 bits, finite
     zeros: Tensor | None  # uint8 [rows, groups], of `Integer` codes; None: 2 ** (bits - 1)
     group_of: Tensor  # int64 [columns]: which column of `scales` belongs to each IN feature
+    outlier_threshold: float = 0.0  # see `QuantizedWeight`
 
 
 class WeightFormat(Protocol):

@@ -13,7 +13,7 @@ from typing import Protocol
 from ..checkpoint.index import TensorInfo
 from ..errors import CheckpointError
 from .awq import Awq
-from .bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
+from .bitsandbytes import OUTLIER_THRESHOLD, Bitsandbytes4bit, Bitsandbytes8bit
 from .detect import SIZES, Settings, read_small
 from .format import WeightFormat
 from .fp8 import Fp8
@@ -243,8 +243,9 @@ class BitsandbytesMethod:
     _KEYS = frozenset({
         "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type",
         "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "llm_int8_skip_modules", "llm_int8_has_fp16_weight",
+        "llm_int8_threshold",
         # Of the product, which is computed from the weights as they are.
-        "bnb_4bit_compute_dtype", "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
+        "bnb_4bit_compute_dtype", "llm_int8_enable_fp32_cpu_offload",
     })  # fmt: skip
 
     def __init__(self, settings: Settings, index: Index):
@@ -258,18 +259,27 @@ class BitsandbytesMethod:
         self.kind = settings.word("bnb_4bit_quant_type", ("nf4", "fp4")) if four else None
         if four and self.kind is None:
             raise settings.error("bnb_4bit_quant_type", "nf4 or fp4")
+        self.outlier_threshold = self._threshold()
         self.nested = (settings.flag("bnb_4bit_use_double_quant") or False) if four else False
         self._skipped = Skipped(settings, ("llm_int8_skip_modules",))
         self.flag = f"bitsandbytes-{self.kind}" if four else "bitsandbytes"
         self.unknown = unknown_keys(settings, self._KEYS)
         nested = ", nested absmax" if self.nested else ""
-        self.summary = f"4 bits, {self.kind}{nested}" if four else "8 bits, one scale for each output"
+        self.summary = f"4 bits, {self.kind}{nested}" if four else self.applied("").name.removeprefix("bitsandbytes ")
 
     def _loads(self, key: str) -> bool:
         stated = {value for name in (key, f"_{key}") if (value := self.settings.flag(name)) is not None}
         if len(stated) > 1:
             raise self.settings.error(key, f"the same as _{key}")
         return stated == {True}
+
+    def _threshold(self) -> float:
+        value = self.settings.get("llm_int8_threshold")
+        if value is None:
+            return OUTLIER_THRESHOLD
+        if type(value) not in (int, float) or not 0 <= value < 3e38:
+            raise self.settings.error("llm_int8_threshold", "a number of at least 0; 0: no activation is an outlier")
+        return float(value)
 
     def is_packed(self, layer: str) -> bool:
         return f"{layer}.weight" in self.index and self.index[f"{layer}.weight"].dtype in ("U8", "I8")
@@ -281,7 +291,7 @@ class BitsandbytesMethod:
 
     def applied(self, layer: str) -> WeightFormat:
         if self.kind is None:
-            return Bitsandbytes8bit()
+            return Bitsandbytes8bit(self.outlier_threshold)
         return Bitsandbytes4bit(self.kind, self.nested, self._block_size(layer))
 
     def _block_size(self, layer: str) -> int:

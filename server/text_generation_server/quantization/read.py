@@ -172,8 +172,9 @@ class _Assembly:
     def finish(self) -> QuantizedWeight:
         assert self.first is not None, "a part has rows"
         return QuantizedWeight(
-            self.first.coding, self.columns, self.planes, self.scales, self.zeros, self.groups, self.order
-        )
+            self.first.coding, self.columns, self.planes, self.scales, self.zeros, self.groups, self.order,
+            self.first.outlier_threshold,
+        )  # fmt: skip
 
 
 def lay_out_groups(group_of: Tensor) -> tuple[Tensor | None, int | Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..quantization.awq import Awq
-from ..quantization.bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
+from ..quantization.bitsandbytes import OUTLIER_THRESHOLD, Bitsandbytes4bit, Bitsandbytes8bit
 from ..quantization.format import WeightFormat
 from ..quantization.gptq import Gptq
 from ..quantization.spec import Shape
@@ -100,7 +100,7 @@ def _bitsandbytes_config(scheme: Scheme, dense: Sequence[str], compute_dtype: st
     four = scheme.method != "bitsandbytes"
     config: dict[str, Any] = {
         "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four,
-        "_load_in_8bit": not four, "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False,
+        "_load_in_8bit": not four, "llm_int8_threshold": OUTLIER_THRESHOLD, "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
         # A list of names takes the place of transformers' own, which is the head.
         "llm_int8_skip_modules": [*dense, HEAD] if dense else None,

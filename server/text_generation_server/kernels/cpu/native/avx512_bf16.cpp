@@ -116,6 +116,34 @@ INLINE typename C::Sum begin_sum(const int32_t *offset) {
     else return zeros();
 }
 
+// The sum of a row's outliers with the codes of one vector of columns, on top of `total`.
+__attribute__((noinline)) F with_outliers(const Weight &weight, const Outliers &outliers, int64_t row, int64_t panel, int vector,
+                                          F total) {
+    const Group here{weight, panel * kColumns};
+    const uint8_t *codes = weight.codes + panel * weight.steps * Codes<8>::kStep;
+    const F zero = here.zero(vector * kWidth);
+    F sum = zeros();
+    for (int64_t word = 0; word < outliers.words; word++) {
+        for (uint64_t left = outliers.places[row * outliers.words + word]; left; left &= left - 1) {
+            const int64_t place = word * 64 + __builtin_ctzll(left);
+            const int64_t feature = weight.places ? weight.places[place] : place;
+            const F x = all_floats(from_bfloat16(outliers.x[row * weight.in_features + feature]));
+            const I unit = load_integers(codes + place / 4 * kColumns * 4 + vector * kWidth * 4);
+            const __m512i code = _mm512_and_si512(_mm512_srli_epi32(unit.v, unsigned(place % 4 * 8)), _mm512_set1_epi32(255));
+            sum = add_product(to_float({code}) - zero, x, sum);
+        }
+    }
+    return add_product(here.scale(vector * kWidth), sum, total);
+}
+
+template <class C>
+INLINE F finished(const Weight &weight, const Units &units, int64_t row, int64_t panel, int vector, F total) {
+    if constexpr (std::is_same_v<C, Codes<8>>)
+        if (units.outliers && units.outliers->counts[row])
+            return with_outliers(weight, *units.outliers, row, panel, vector, total);
+    return total;
+}
+
 // The `R` rows of a tile with `Panels` panels: units are made in registers.
 template <class C, int R, int Panels>
 __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &tile, I table, int64_t panel) {
@@ -167,7 +195,10 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
         });
     }
     const Rows rows{R, 0, nullptr, nullptr, nullptr, tile.units.y};
-    each([&](auto m, auto p, auto v) { put(rows, weight, tile.row + m, (panel + p) * kColumns + v * kWidth, totals[m][p][v]); });
+    each([&](auto m, auto p, auto v) {
+        const F total = finished<C>(weight, tile.units, tile.row + m, panel + p, v, totals[m][p][v]);
+        put(rows, weight, tile.row + m, (panel + p) * kColumns + v * kWidth, total);
+    });
 }
 
 // Places of a panel that become units at once, for all rows: they stay in a core's first cache.
@@ -324,7 +355,8 @@ void multiply_many(const Weight &weight, const Units &units, I table, int64_t pa
     const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
     for (int64_t row = 0; row < units.count; row++)
         repeat<kVectors>([&](auto v) {
-            put(rows, weight, row, panel * kColumns + v * kWidth, load_floats(totals + row * kColumns + v * kWidth));
+            const F total = finished<C>(weight, units, row, panel, v, load_floats(totals + row * kColumns + v * kWidth));
+            put(rows, weight, row, panel * kColumns + v * kWidth, total);
         });
 }
 
@@ -372,6 +404,24 @@ INLINE void gather_row(const Weight &weight, const uint16_t *from, float *to) {
     for (; place % kWidth; place++) to[place] = 0;
 }
 
+// Takes the outliers out of a row that `gather_row` made.
+INLINE void set_outliers_apart(const Weight &weight, int64_t row, const Outliers &outliers, float *x) {
+    uint16_t *parts = (uint16_t *)(outliers.places + row * outliers.words);
+    const F threshold = all_floats(weight.outlier_threshold);
+    int32_t count = 0;
+    for (int64_t part = 0; part < outliers.words * 4; part++, x += kWidth) {
+        parts[part] = 0;
+        if (part * kWidth >= weight.steps * kStepPlaces) continue;
+        const F value = load_floats(x);
+        const __mmask16 beyond = _mm512_cmp_ps_mask(_mm512_abs_ps(value), threshold, _CMP_GE_OQ);
+        if (!beyond) continue;
+        parts[part] = beyond;
+        count += __builtin_popcount(beyond);
+        store_floats(x, F(_mm512_maskz_mov_ps(__mmask16(~beyond), value)));
+    }
+    outliers.counts[row] = count;
+}
+
 // A block of activations as 8-bit integers, and what each of them stands for; not a number if one of them is none.
 INLINE float quantize_block(const float *x, int64_t size, int8_t *to, int32_t *sum) {
     F most = zeros();
@@ -405,6 +455,7 @@ void prepare_units_of(const Weight &weight, const void *activations, int64_t row
         gather_row(weight, (const uint16_t *)activations + (row + m) * weight.in_features, scratch);
         uint32_t *x = to.x + row * units + m;
         if constexpr (C::kExact) {
+            if (to.outliers) set_outliers_apart(weight, row + m, *to.outliers, scratch);
             int64_t step = 0, block = 0;
             for (int64_t group = 0; group < weight.groups; group++) {
                 float sum = 0;

@@ -65,10 +65,11 @@ int64_t panels_at_once(const Weight &weight, int64_t rows, int32_t threads) {
 // y = x W^T by dot instructions. x: [rows][in_features], y: [rows][out_features], of bfloat16.
 void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t rows,
                       uint16_t *y, int32_t threads) {
-    static thread_local Buffer x_buffer, scales_buffer, offsets_buffer, sums_buffer;
+    static thread_local Buffer x_buffer, scales_buffer, offsets_buffer, sums_buffer, outliers_buffer;
+    const int64_t outlier_words = (weight.steps * kStepPlaces + 63) / 64;
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
-        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr};
+        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, nullptr};
         to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units));
         if (counts.eight) {
             to.scales = scales_buffer.floats(count * counts.blocks);
@@ -76,6 +77,12 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
             if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups);
         }
         const uint16_t *from = x + begin * weight.in_features;
+        Outliers outliers{outlier_words, nullptr, nullptr, from};
+        if (counts.eight && weight.outlier_threshold > 0) {
+            outliers.places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
+            outliers.counts = reinterpret_cast<int32_t *>(outliers.places + count * outlier_words);
+            to.outliers = &outliers;
+        }
         struct Rows { int64_t first, count; };
         std::vector<Rows> tiles;
         each_tile_of(count, counts.tile, [&](int64_t row, int64_t size) { tiles.push_back({row, size}); });
@@ -86,7 +93,7 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
                 dots.prepare(weight, from, tiles[tile].first, tiles[tile].count, own, to);
         });
         const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums,
-                          y + begin * weight.out_features};
+                          to.outliers, y + begin * weight.out_features};
         Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count, threads), [&](int64_t first, int64_t last) {
             static thread_local Buffer scratch;
             dots.multiply(weight, units, first, last, scratch.floats(scratch_floats(count)));

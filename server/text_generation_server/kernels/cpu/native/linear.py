@@ -41,6 +41,7 @@ class _Weight(ctypes.Structure):
         ("places", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("middle", ctypes.c_float),
+        ("outlier_threshold", ctypes.c_float),
     )
 
 
@@ -167,7 +168,7 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
         scales = scales.float() * 256  # numbers come out of float16 that much too small
     form = _Form(
         coding, weight.out_features, weight.in_features, sizes, places, sources, scales, zeros, middle,
-        weight.coding.values if isinstance(weight.coding, Table) else None,
+        weight.coding.values if isinstance(weight.coding, Table) else None, weight.outlier_threshold,
     )  # fmt: skip
     return _linear(library, form, weight.codes, dtype)
 
@@ -190,6 +191,7 @@ class _Form:
     zeros: Tensor | None = None
     middle: int = 0
     table: tuple[float, ...] | None = None
+    outlier_threshold: float = 0.0
 
 
 def _linear(library: Library, form: _Form, codes_of: Callable[[slice], Tensor], dtype: torch.dtype) -> NativeLinear:
@@ -217,6 +219,7 @@ def _linear(library: Library, form: _Form, codes_of: Callable[[slice], Tensor], 
         weight.places = keep(form.places)
     if form.table is not None:
         weight.table = keep(torch.tensor(form.table, dtype=torch.float32))
+    weight.outlier_threshold = form.outlier_threshold
     pack_codes = library.function("pack", "pplplpi")
     sources = None if form.sources is None else form.sources.data_ptr()
     rows = max(COLUMNS, PACKED_VALUES // max(1, form.in_features) // COLUMNS * COLUMNS)
