@@ -10,7 +10,8 @@ as_root() {
 export PATH="$HOME/.cargo/bin:$PATH"
 wanted=$(sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
 if ! command -v cargo >/dev/null; then
-    if apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]'; then
+    # A package needs root; the installer does not.
+    if apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]' && as_root true 2>/dev/null; then
         echo "install: rustup, from the system's packages"
         as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rustup >/dev/null
     else
