@@ -1,5 +1,7 @@
 """From what a user calls a model to the folder that holds it: a local folder, or an id on the hub."""
 
+import errno
+import logging
 from pathlib import Path
 from string import ascii_letters, digits
 
@@ -7,6 +9,8 @@ from ..errors import CheckpointError
 
 LETTERS = frozenset(ascii_letters + digits + "-_.")
 # What a server reads; never pickles, never code.
+# The hub's cache, and not the hub, is at fault.
+OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja")
 
 
@@ -30,6 +34,8 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
         RevisionNotFoundError,
     )
 
+    # It prints what it also gives to the logs.
+    logging.getLogger("huggingface_hub").handlers.clear()
     absent = f"--model-id {model_id!r}: no such folder here"
     try:
         found = snapshot_download(
@@ -44,6 +50,11 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
             reason = "not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
         elif not download:
             reason = "not in the hub's cache; `text-generation-server download-weights` fetches it"
+        elif isinstance(error, OSError) and error.errno in OF_THE_CACHE:
+            reason = (
+                f"and the hub's cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}; make room there that "
+                "this user may write, or name another folder with --huggingface-hub-cache (HF_HUB_CACHE)"
+            )
         else:
             first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
             reason = f"not in the hub's cache, and the hub cannot be asked: {first_line}"

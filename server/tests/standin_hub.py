@@ -1,4 +1,4 @@
-"""A hub on loopback: enough of its HTTP interface for `huggingface_hub` to make a repository, push to it and fetch."""
+"""A hub on loopback: enough of its HTTP interface for `huggingface_hub` to make a repository, push to it and fetch one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Hub:
     """Keeps what was committed in `files`, and the large objects that it was sent in `objects`, by SHA-256.
 
     refuse_after: so many large objects are taken, then every request is answered with 500. datasets: files to fetch.
+    models: the files of each model, by name.
     """
 
     def __init__(self, refuse_after: int | None = None):
@@ -26,6 +27,8 @@ class Hub:
         self.token: str | None = None
         self.refuse_after = refuse_after
         self.datasets: dict[str, bytes] = {}
+        self.models: dict[str, dict[str, bytes]] = {}
+        self.fetched: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -124,11 +127,39 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            hub.token = self.headers.get("Authorization")
+            if path.startswith("/api/models/"):
+                owner, name, what, revision = path.removeprefix("/api/models/").split("/", 3)
+                self.describe(f"{owner}/{name}", what, revision)
+                return
+            name, _, file = path.removeprefix("/").partition("/resolve/")
+            if name in hub.models:
+                self.send(hub.models[name].get(file.partition("/")[2]))
+                return
             name = next((name for name in hub.datasets if path.endswith(name)), None)
             if name is None:
                 self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
                 return
-            data = hub.datasets[name]
+            self.send(hub.datasets[name])
+
+        def describe(self, name: str, what: str, revision: str) -> None:
+            """what: `revision` or `tree`, the list of files."""
+            if name not in hub.models:
+                self.answer({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
+            elif revision not in ("main", "0" * 40):
+                self.answer({"error": f"Invalid rev id: {revision}"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            elif what == "tree":
+                files = hub.models[name].items()
+                self.answer([{"type": "file", "path": path, "size": len(d), "oid": "0" * 40} for path, d in files])
+            else:
+                self.answer({"id": name, "sha": "0" * 40, "siblings": [{"rfilename": f} for f in hub.models[name]]})
+
+        def send(self, data: bytes | None) -> None:
+            if data is None:
+                self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+                return
+            if self.command == "GET":
+                hub.fetched.append(self.path.rsplit("/", 1)[-1])
             self.answer(data, headers={"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
 
     return Handler
