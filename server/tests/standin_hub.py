@@ -1,4 +1,4 @@
-"""A hub on loopback: enough of its HTTP interface for `huggingface_hub` to make a repository, push to it and fetch one."""
+"""A hub on loopback: enough of its HTTP interface for `huggingface_hub` to make, push and fetch a repository."""
 
 from __future__ import annotations
 
