@@ -13,10 +13,15 @@ ARG BASE=debian:bookworm-slim
 # Programs and kernels ------------------------------------------------------------------------------------------------
 
 FROM ${BASE} AS build
+ARG BASE
+RUN command -v apt-get >/dev/null \
+    || { echo "error: BASE=$BASE has no apt-get; name a Debian or Ubuntu whose packages have Python 3.11 to 3.13" >&2; exit 1; }
 RUN apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         build-essential ca-certificates curl python3 python3-venv >/dev/null
 WORKDIR /build
+RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+    || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13" >&2; exit 1; }
 COPY rust-toolchain.toml ./
 COPY scripts/rust.sh scripts/
 RUN scripts/rust.sh

@@ -33,9 +33,23 @@ mounts=()
 for path in /etc/ssl/certs /usr/share/ca-certificates /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
     if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
 done
+build() { buildah bud -q --layers --target "$target" --build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
+    --build-arg GIT_COMMIT="$(git rev-parse --short=12 HEAD)" "${mounts[@]}" -t "$2" .; }
+if [ "$target" = cpu ]; then
+    # A base of another family: a system without apt-get.
+    container=$(buildah from scratch)
+    other=$(mktemp -d)
+    mkdir "$other/bin" "$other/usr"
+    cp /bin/busybox "$other/bin/sh" 2>/dev/null || { apt-get install -y -qq busybox-static >/dev/null && cp /bin/busybox "$other/bin/sh"; }
+    buildah add -q "$container" "$other" / >/dev/null
+    buildah commit -q "$container" localhost/other:1 >/dev/null
+    buildah rm "$container" >/dev/null
+    rm -rf "$other"
+    ! said=$(build localhost/other:1 localhost/never:1 2>&1) || fail "a base without apt-get was taken"
+    case $said in *"has no apt-get; name a Debian or Ubuntu"*) say "refused: a base without apt-get" ;; *) fail "a wrong base: $said" ;; esac
+fi
 start=$SECONDS
-buildah bud -q --layers --target "$target" --build-arg BASE="$base" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
-    --build-arg GIT_COMMIT="$(git rev-parse --short=12 HEAD)" "${mounts[@]}" -t "$image" . >/dev/null
+build "$base" "$image" >/dev/null
 container=$(buildah from "$image")
 root=$(buildah mount "$container")
 say "built in $((SECONDS - start)) s, $(du -sh "$root" | cut -f1) on disk"
@@ -59,7 +73,7 @@ for tool in cc c++ gcc cargo pip git; do
 done
 
 # enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has; /data
-# is writable or readonly.
+# is writable, readonly or full.
 VARIABLES=()
 enter() {
     local mode=$1
@@ -73,7 +87,8 @@ enter() {
         mount -t tmpfs -o size=64m,mode=1777 tmpfs "$root/dev/shm"
         mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
         mount --bind "$data" "$root/data"
-        [ "$mode" = writable ] || mount -o remount,bind,ro "$root/data"
+        [ "$mode" != readonly ] || mount -o remount,bind,ro "$root/data"
+        [ "$mode" != full ] || mount -t tmpfs -o mode=1777,size=1m tmpfs "$root/data"
         mount -o remount,bind,ro "$root"
         exec chroot --userspec=text-generation:text-generation "$root" "$@"
     ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
@@ -127,9 +142,24 @@ if [ "$target" = cpu ]; then
     sleep 0.5
     refused "$port" writable --model-id /data/model
     kill "$holder"
-    HF_VARIABLES=("${VARIABLES[@]}")
-    VARIABLES=("${HF_VARIABLES[@]}" HF_ENDPOINT=http://127.0.0.1:9)
-    refused "org/model" readonly --model-id org/model
+    chmod 000 "$work/data/model/model.safetensors"
+    refused "model.safetensors.*Permission denied" writable --model-id /data/model
+    VARIABLES+=(HF_ENDPOINT=http://127.0.0.1:9)
+    refused "the hub cannot be asked" writable --model-id org/model
+    # A hub that has the model, but no room for it here.
+    PYTHONPATH=server/tests .venv/bin/python -c '
+import sys, time
+from pathlib import Path
+from standin_hub import Hub
+with Hub() as hub:
+    hub.models["org/model"] = {path.name: path.read_bytes() for path in Path("models/docs-llama-7m").iterdir() if path.is_file()}
+    print(hub.address, flush=True)
+    time.sleep(300)' >"$work/hub" & holder=$!
+    until [ -s "$work/hub" ]; do sleep 0.1; done
+    VARIABLES+=(HF_ENDPOINT="$(cat "$work/hub")" HF_HUB_DISABLE_XET=1)
+    refused "cache /data cannot be written: No space left on device" full --model-id org/model
+    refused "cache /data cannot be written: Read-only file system" readonly --model-id org/model
+    kill "$holder"
 else
     VARIABLES=(PORT="$port")
     refused "HF_MODEL_ID is not set" writable

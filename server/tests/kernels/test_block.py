@@ -1,5 +1,7 @@
 """A block of a decoder as one call: the bits of the single operations, whatever the step is made of."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 import transformers
 from conftest import INSTRUCTION_SETS, kernels_of
 from harness import MODELS, Log, Shard, load
+from text_generation_server.distributed import add_up
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import FusesBlocks
 from text_generation_server.loading import Alone, TensorParallel
@@ -15,8 +18,8 @@ from text_generation_server.models.decoder import Decoder
 ALONE = TensorParallel(0, 1, Alone())
 
 
-def decoder(path: Path, kernels: CpuKernels, dtype: str, fused: bool) -> Decoder:
-    model = load(path, ALONE, kernels, dtype)
+def decoder(path: Path, kernels: CpuKernels, dtype: str, fused: bool, tp: TensorParallel = ALONE) -> Decoder:
+    model = load(path, tp, kernels, dtype)
     for block in model.blocks:
         assert block.fused is not None  # type: ignore[attr-defined]
         if not fused:
@@ -51,6 +54,59 @@ def test_a_whole_block_has_the_bits_of_its_operations(
     whole, single = (logits(decoder(MODELS / name, kernels, dtype, fused), 16) for fused in (True, False))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+
+
+class Ranks:
+    """Collectives of ranks that are threads of this process."""
+
+    def __init__(self, size: int):
+        self.size, self.parts = size, [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def of(self, rank: int) -> TensorParallel:
+        return TensorParallel(rank, self.size, _OfRank(self, rank))
+
+
+class _OfRank(Alone):
+    def __init__(self, ranks: Ranks, rank: int):
+        self.ranks, self.rank = ranks, rank
+
+    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.ranks.parts[self.rank] = x.clone()
+        self.ranks.barrier.wait()
+        parts = list(self.ranks.parts)
+        self.ranks.barrier.wait()
+        return parts
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        add_up(self._exchange(x), x)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat(self._exchange(x), dim)
+
+    def gather_to_first(self, x: torch.Tensor) -> torch.Tensor | None:
+        return torch.cat(self._exchange(x), -1)  # every rank compares
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("docs-llama-7m", 2), ("docs-qwen2-4m", 2), ("docs-llama-7m-gptq-4bit-g128", 4)]
+)
+def test_a_block_that_is_split_over_ranks_has_the_bits_of_its_operations(name: str, size: int) -> None:
+    torch.set_num_threads(1)
+    kernels = CpuKernels()
+    dtype = "bfloat16" if "gptq" in name else "float32"
+
+    def of_rank(ranks: Ranks, rank: int, fused: bool) -> list[torch.Tensor]:
+        return logits(decoder(MODELS / name, kernels, dtype, fused, ranks.of(rank)), 16)
+
+    results = []
+    for fused in (True, False):
+        ranks = Ranks(size)
+        with ThreadPoolExecutor(size) as pool:
+            results += [f.result() for f in [pool.submit(of_rank, ranks, rank, fused) for rank in range(size)]]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_cache_of_another_layout_is_left_to_single_operations() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -130,9 +130,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """x + attention(norm(x)), then x + mlp(norm(x)), on a single rank: rotated heads, silu(gate) * up.
+    """x + attention(norm(x)), then x + mlp(norm(x)): rotated heads, silu(gate) * up.
 
     qkv_bias: of q, k and v one after another. head_norm: of queries and keys, weight [heads + kv_heads, head_dim].
+    all_reduce: the sum over ranks of what each adds to x, of the heads and features that it has; None: it has all.
     """
 
     layer: int
@@ -148,6 +149,7 @@ class BlockParts:
     num_kv_heads: int
     head_dim: int
     options: AttentionOptions
+    all_reduce: Callable[[Tensor], Tensor] | None
 
 
 class FusedBlock(Protocol):

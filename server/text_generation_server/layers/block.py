@@ -17,11 +17,9 @@ def fused_block(
     """x + attention(norm(x)), then x + mlp(norm(x)), with the bits of the single operations.
 
     None, here or from a call: the single operations must do.
-
-    A block that is split over ranks adds their parts up in between, and is not one operation.
     """
-    kernels, qk_norm = attention.kernels, attention.positions.qk_norm
-    if not isinstance(kernels, FusesBlocks) or attention.output.tp.size > 1:
+    kernels, qk_norm, tp = attention.kernels, attention.positions.qk_norm, attention.output.tp
+    if not isinstance(kernels, FusesBlocks):
         return None
     if not (qk_norm is None or isinstance(qk_norm, HeadNorm)):
         return None
@@ -41,6 +39,7 @@ def fused_block(
         num_kv_heads=attention.num_kv,
         head_dim=attention.dim,
         options=attention.options,
+        all_reduce=tp.collectives.all_reduce if tp.size > 1 else None,
     ))  # fmt: skip
     if block is None:
         return None

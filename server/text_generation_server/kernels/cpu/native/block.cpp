@@ -12,6 +12,77 @@ namespace {
 // Rows whose feed-forward layer is computed at once: the widest activations of a model stay small.
 constexpr int64_t kRowsAtOnce = 256;
 
+// Rows that are worth a thread of their own, where they are only added up.
+int64_t add_grain(const Block &block) { return std::max<int64_t>(1, (1 << 16) / block.hidden); }
+
+int64_t element_size(int32_t type) { return type == kF32 ? 4 : 2; }
+
+char *elements(Buffer &of, int64_t count, int64_t size) { return reinterpret_cast<char *>(of.floats((count * size + 3) / 4)); }
+
+// attention(norm(x)), of this rank's heads, to `to`.
+void attend(const Block &block, const BlockStep &step, char *to, int32_t variant, int32_t threads) {
+    static thread_local Buffer normed_buffer, qkv_buffer, rotated_buffer, attended_buffer, head_buffer;
+    const LayerVariant &use = *layer_variant(variant);
+    const int64_t rows = step.rows, hidden = block.hidden, dim = block.head_dim, type = step.type, size = element_size(step.type);
+    const int64_t heads = block.heads, kv_heads = block.kv_heads, all_heads = heads + 2 * kv_heads;
+    char *normed = elements(normed_buffer, rows * hidden, size), *qkv = elements(qkv_buffer, rows * all_heads * dim, size);
+    char *rotated = elements(rotated_buffer, rows * (heads + kv_heads) * dim, size);
+    char *attended = elements(attended_buffer, rows * heads * dim, size);
+
+    kernels_rms_norm(variant, step.x, block.attention_norm, normed, type, rows, hidden, 1, block.attention_eps, threads);
+    kernels_multiply(block.qkv, variant, normed, type, rows, qkv, threads);
+    const int64_t stride = all_heads * dim, both = heads + kv_heads;
+    char *rotated_from = qkv;
+    if (block.head_norm) rotated_from = elements(head_buffer, rows * both * dim, size);
+    const int64_t from_stride = block.head_norm ? both * dim : stride;
+    const int64_t token_grain = std::max<int64_t>(1, (1 << 16) / stride);
+    Pool::shared().run(threads, rows, token_grain, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            char *heads_of_row = qkv + row * stride * size;
+            if (block.qkv_bias) use.add(heads_of_row, block.qkv_bias, type, 0, stride);
+            if (block.head_norm)
+                use.rms_norm(heads_of_row, block.head_norm, rotated_from + row * from_stride * size, type, dim, both, block.head_eps,
+                             0, both);
+        }
+        const int64_t tables = first * dim, from = first * from_stride * size, to = first * both * dim * size;
+        use.rotate(rotated_from + from, step.cos + tables, step.sin + tables, rotated + to, type, both, dim, from_stride, 0,
+                   last - first);
+    });
+    kernels_store_kv(rotated + heads * dim * size, qkv + (heads + kv_heads) * dim * size, step.keys, step.values, step.slots, type,
+                     rows, (heads + kv_heads) * dim, stride, kv_heads, dim, step.block_size);
+    const Attention attention{rotated, attended, step.keys, step.values, step.starts, step.lengths, step.block_tables,
+                              (heads + kv_heads) * dim, step.table_stride, step.sequences, heads, kv_heads, dim,
+                              step.block_size, block.window, block.scale, int32_t(type)};
+    kernels_attend(variant, &attention, threads);
+    kernels_multiply(block.output, variant, attended, type, rows, to, threads);
+}
+
+// x += delta, then mlp(norm(x)), of this rank's features, to where delta was.
+void feed_forward(const Block &block, const BlockStep &step, char *delta, int32_t variant, int32_t threads) {
+    static thread_local Buffer normed_buffer, wide_buffer, narrow_buffer;
+    const LayerVariant &use = *layer_variant(variant);
+    const int64_t rows = step.rows, hidden = block.hidden, inner = block.down->in_features, type = step.type;
+    const int64_t size = element_size(step.type);
+    char *normed = elements(normed_buffer, rows * hidden, size);
+    Pool::shared().run(threads, rows, add_grain(block), [&](int64_t first, int64_t last) {
+        use.add(step.x, delta, type, first * hidden, last * hidden);
+        use.rms_norm(step.x, block.mlp_norm, normed, type, hidden, 1, block.mlp_eps, first, last);
+    });
+    for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, rows - begin);
+        char *wide = elements(wide_buffer, count * 2 * inner, size), *narrow = elements(narrow_buffer, count * inner, size);
+        kernels_multiply(block.gate_up, variant, normed + begin * hidden * size, type, count, wide, threads);
+        kernels_silu_and_mul(variant, wide, narrow, type, count, inner, threads);
+        kernels_multiply(block.down, variant, narrow, type, count, delta + begin * hidden * size, threads);
+    }
+}
+
+void add_up(const Block &block, const BlockStep &step, const char *delta, int32_t variant, int32_t threads) {
+    Pool::shared().run(threads, step.rows, add_grain(block), [&](int64_t first, int64_t last) {
+        layer_variant(variant)->add(step.x, delta, step.type, first * block.hidden, last * block.hidden);
+    });
+}
+
 }  // namespace
 }  // namespace kernels
 
@@ -20,58 +91,25 @@ using namespace kernels;
 extern "C" {
 
 EXPORT void kernels_block(const Block *block, const BlockStep *step, int32_t variant, int32_t threads) {
-    static thread_local Buffer normed_buffer, qkv_buffer, rotated_buffer, attended_buffer, delta_buffer, head_buffer, wide_buffer,
-        narrow_buffer;
-    const LayerVariant &use = *layer_variant(variant);
-    const int64_t rows = step->rows, hidden = block->hidden, dim = block->head_dim, type = step->type;
-    const int64_t size = type == kF32 ? 4 : 2;
-    const int64_t heads = block->heads, kv_heads = block->kv_heads, all_heads = heads + 2 * kv_heads;
-    auto buffer = [&](Buffer &of, int64_t elements) { return reinterpret_cast<char *>(of.floats((elements * size + 3) / 4)); };
-    char *x = static_cast<char *>(step->x);
-    char *normed = buffer(normed_buffer, rows * hidden), *qkv = buffer(qkv_buffer, rows * all_heads * dim);
-    char *rotated = buffer(rotated_buffer, rows * (heads + kv_heads) * dim), *attended = buffer(attended_buffer, rows * heads * dim);
-    char *delta = buffer(delta_buffer, rows * hidden);
+    static thread_local Buffer delta_buffer;
+    char *delta = elements(delta_buffer, step->rows * block->hidden, element_size(step->type));
+    attend(*block, *step, delta, variant, threads);
+    feed_forward(*block, *step, delta, variant, threads);
+    add_up(*block, *step, delta, variant, threads);
+}
 
-    kernels_rms_norm(variant, x, block->attention_norm, normed, type, rows, hidden, 1, block->attention_eps, threads);
-    kernels_multiply(block->qkv, variant, normed, type, rows, qkv, threads);
-    const int64_t stride = all_heads * dim, both = heads + kv_heads;
-    char *rotated_from = qkv;
-    if (block->head_norm) rotated_from = buffer(head_buffer, rows * both * dim);
-    const int64_t from_stride = block->head_norm ? both * dim : stride;
-    const int64_t token_grain = std::max<int64_t>(1, (1 << 16) / stride);
-    Pool::shared().run(threads, rows, token_grain, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            char *heads_of_row = qkv + row * stride * size;
-            if (block->qkv_bias) use.add(heads_of_row, block->qkv_bias, type, 0, stride);
-            if (block->head_norm)
-                use.rms_norm(heads_of_row, block->head_norm, rotated_from + row * from_stride * size, type, dim, both, block->head_eps,
-                             0, both);
-        }
-        const int64_t tables = first * dim, from = first * from_stride * size, to = first * both * dim * size;
-        use.rotate(rotated_from + from, step->cos + tables, step->sin + tables, rotated + to, type, both, dim, from_stride, 0,
-                   last - first);
-    });
-    kernels_store_kv(rotated + heads * dim * size, qkv + (heads + kv_heads) * dim * size, step->keys, step->values, step->slots, type,
-                     rows, (heads + kv_heads) * dim, stride, kv_heads, dim, step->block_size);
-    const Attention attention{rotated, attended, step->keys, step->values, step->starts, step->lengths, step->block_tables,
-                              (heads + kv_heads) * dim, step->table_stride, step->sequences, heads, kv_heads, dim,
-                              step->block_size, block->window, block->scale, int32_t(type)};
-    kernels_attend(variant, &attention, threads);
-    kernels_multiply(block->output, variant, attended, type, rows, delta, threads);
-    const int64_t grain = std::max<int64_t>(1, (1 << 16) / hidden);
-    Pool::shared().run(threads, rows, grain, [&](int64_t first, int64_t last) {
-        use.add(x, delta, type, first * hidden, last * hidden);
-        use.rms_norm(x, block->mlp_norm, normed, type, hidden, 1, block->mlp_eps, first, last);
-    });
-    for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
-        const int64_t count = std::min(kRowsAtOnce, rows - begin), inner = block->down->in_features;
-        char *wide = buffer(wide_buffer, count * 2 * inner), *narrow = buffer(narrow_buffer, count * inner);
-        kernels_multiply(block->gate_up, variant, normed + begin * hidden * size, type, count, wide, threads);
-        kernels_silu_and_mul(variant, wide, narrow, type, count, inner, threads);
-        kernels_multiply(block->down, variant, narrow, type, count, delta, threads);
-        Pool::shared().run(threads, count, grain, [&](int64_t first, int64_t last) {
-            use.add(x + begin * hidden * size, delta, type, first * hidden, last * hidden);
-        });
-    }
+// Of a block that is split over ranks: what this rank adds, [rows][hidden], for the ranks to sum up in between.
+EXPORT void kernels_block_attention(const Block *block, const BlockStep *step, void *delta, int32_t variant, int32_t threads) {
+    attend(*block, *step, static_cast<char *>(delta), variant, threads);
+}
+
+// delta: the sum of the former over all ranks, and then what this rank adds.
+EXPORT void kernels_block_feed_forward(const Block *block, const BlockStep *step, void *delta, int32_t variant, int32_t threads) {
+    feed_forward(*block, *step, static_cast<char *>(delta), variant, threads);
+}
+
+// delta: the sum of the former over all ranks.
+EXPORT void kernels_block_add(const Block *block, const BlockStep *step, const void *delta, int32_t variant, int32_t threads) {
+    add_up(*block, *step, static_cast<const char *>(delta), variant, threads);
 }
 }

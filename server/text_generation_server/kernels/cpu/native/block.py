@@ -65,7 +65,10 @@ class NativeBlock:
     def __init__(self, library: Library, parts: BlockParts, matmuls: tuple[NativeLinear, ...]):
         """matmuls: of `parts`: qkv, output, gate and up, down."""
         self._library, self._parts, self._matmuls = library, parts, matmuls
-        self._call = library.function("block", "ppii")
+        self._whole = library.function("block", "ppii")
+        self._attention, self._feed_forward, self._add = (
+            library.function(f"block_{part}", "pppii") for part in ("attention", "feed_forward", "add")
+        )
         norms, hidden = (parts.attention_norm, parts.mlp_norm), len(parts.attention_norm.weight)
         bias, heads = parts.qkv_bias, parts.head_norm
         self._block = _Block(
@@ -88,7 +91,17 @@ class NativeBlock:
         keys, values = batch.kv_cache.layers[self._parts.layer]
         step = batch.once("block", lambda: _step(cos, sin, dtype, batch))
         step.x, step.keys, step.values = x.data_ptr(), keys.data_ptr(), values.data_ptr()
-        self._call(self._address, ctypes.addressof(step), self._library.variant, torch.get_num_threads())
+        where, how = (self._address, ctypes.addressof(step)), (self._library.variant, torch.get_num_threads())
+        all_reduce = self._parts.all_reduce
+        if all_reduce is None:
+            self._whole(*where, *how)
+            return x
+        delta = torch.empty_like(x)
+        self._attention(*where, delta.data_ptr(), *how)
+        delta = all_reduce(delta)
+        self._feed_forward(*where, delta.data_ptr(), *how)
+        delta = all_reduce(delta)
+        self._add(*where, delta.data_ptr(), *how)
         return x
 
 

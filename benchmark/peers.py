@@ -1,0 +1,288 @@
+"""Measure our 4-bit kernels and server beside llama.cpp and OpenVINO GenAI, on a model of TinyLlama's dimensions.
+
+Random weights of one seed, made here: as a gptq checkpoint (4 bits, groups of 128, head in bfloat16) for us, as GGUF for the
+peers. llama.cpp's Q4_0 has groups of 32; it is measured with the head in bfloat16, as ours, and with the head that its
+own quantizer chooses. OpenVINO GenAI reads the first of these files.
+
+  decode, prefill   one process each, no HTTP: a token after 32 others; a prompt of 2,048 tokens
+  clients           through HTTP, each sends its next request when it has its answer: prompts of about 128 tokens, answers of 128
+
+Sides take turns. Where `what the memory allows` stands, a step reads every weight once at the measured bandwidth. See
+README.md for how to get the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import quantized
+
+START_TIMEOUT_S = 300.0
+PORTS = {"ours": 18420, "llama.cpp": 18421}
+OURS, SAME_HEAD, OWN_HEAD, OPENVINO = "ours", "llama.cpp Q4_0, head as ours", "llama.cpp Q4_0", "OpenVINO GenAI"
+CONTEXT, PROMPT, ANSWER = 32, 2048, 128
+CHECKPOINT = "gptq-4-128"
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Fill up the shipped tokenizer to the model's vocabulary; no token ends an answer."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(common.SHIPPED_MODEL / name, folder / name)
+    command: list[str | Path] = [common.BENCHMARK, "extend-tokenizer", "--vocab-size", "32000"]
+    command += ["--tokenizer", common.SHIPPED_MODEL / "tokenizer.json", "--output", folder / "tokenizer.json"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def write_gguf(target: Path, tokenizer: Path) -> None:
+    """In the peer's environment: the model in float16, with random weights of the spread that the others have."""
+    import gguf  # type: ignore[import-not-found,unused-ignore]
+    import numpy as np
+
+    config = quantized.TINY_LLAMA
+    hidden, heads, kv_heads = 2048, 32, 4
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    words = json.loads(tokenizer.read_text())
+    vocabulary = {word: id for word, id in words["model"]["vocab"].items()}
+    vocabulary |= {word["content"]: word["id"] for word in words["added_tokens"]}
+    by_id = {id: word for word, id in vocabulary.items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([by_id.get(id, f"<unused{id}>") for id in range(config["vocab_size"])])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in words["model"]["merges"]])
+    writer.add_eos_token_id(config["vocab_size"] - 1)
+    writer.add_add_bos_token(False)
+    generator = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02) if len(shape) > 1 else np.ones(shape, np.float32)
+        writer.add_tensor(name, values.astype(np.float16) if len(shape) > 1 else values)
+
+    add("token_embd.weight", config["vocab_size"], hidden)
+    add("output.weight", config["vocab_size"], hidden)
+    add("output_norm.weight", hidden)
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    for layer in range(config["num_hidden_layers"]):
+        add(f"blk.{layer}.attn_norm.weight", hidden)
+        add(f"blk.{layer}.ffn_norm.weight", hidden)
+        for linear, shape in quantized.linears().items():
+            add(f"blk.{layer}.{names[linear.partition('.')[2]]}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def work_openvino(file: Path, threads: int) -> None:
+    """In the peer's environment: load the file, then answer `decode` and `prefill` with tokens per second."""
+    import openvino_genai  # type: ignore[import-not-found,unused-ignore]
+
+    pipeline = openvino_genai.LLMPipeline(
+        str(file), "CPU", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY", ENABLE_MMAP=True
+    )
+    print("ready", flush=True)
+    settings = openvino_genai.GenerationConfig()
+    settings.ignore_eos, settings.do_sample, settings.apply_chat_template = True, False, False
+    turn = 0
+    for line in sys.stdin:
+        # Other words each time, so that nothing of an earlier prompt can be used again.
+        turn += 1
+        command, length = line.split()
+        settings.max_new_tokens = 64 if command == "decode" else 2
+        prompt = " ".join(f"{turn} {n}" for n in range(int(length)))[: int(length) * 2]
+        metrics = pipeline.generate([prompt], settings).perf_metrics
+        if command == "decode":
+            speed = 1e3 / metrics.get_tpot().mean
+        else:
+            speed = metrics.get_num_input_tokens() / metrics.get_ttft().mean * 1e3
+        print(json.dumps({"tokens_per_s": speed, "tokens": metrics.get_num_input_tokens()}), flush=True)
+
+
+class Bench:
+    """The sides that are there."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        """Make the models in `folder`."""
+        self.arguments, self.folder, self.threads = arguments, folder, len(os.sched_getaffinity(0))
+        self.ours = folder / CHECKPOINT
+        if not (self.ours / "tokenizer.json").exists():
+            quantized.make_checkpoint(CHECKPOINT, self.ours)
+            add_tokenizer(self.ours)
+            config = json.loads((self.ours / "config.json").read_text())
+            (self.ours / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+        self.files = {SAME_HEAD: folder / "same-head.gguf", OWN_HEAD: folder / "own-head.gguf"}
+        plain = folder / "plain.gguf"
+        if not all(file.exists() for file in self.files.values()):
+            command = [arguments.peer_python, __file__, "--role", "gguf", "--file", plain]
+            subprocess.run([*command, "--tokenizer", self.ours / "tokenizer.json"], check=True, timeout=600)
+            for side, flags in ((SAME_HEAD, ["--output-tensor-type", "bf16", "--token-embedding-type", "bf16"]), (OWN_HEAD, [])):
+                command = [arguments.llama_cpp / "llama-quantize", *flags, plain, self.files[side], "Q4_0", str(self.threads)]
+                subprocess.run(command, check=True, timeout=600, capture_output=True)
+            plain.unlink()
+
+    def alone(self, side: str, server: common.Server | None) -> dict[str, float]:
+        """Tokens per second of `decode` and `prefill`."""
+        if side == OURS:
+            assert server is not None
+            answers = {}
+            for command, tokens in ((f"decode 1 {CONTEXT}", 1), (f"prefill 1 {PROMPT}", PROMPT)):
+                server.write_line(command)
+                answers[command.split()[0]] = tokens / json.loads(server.read_line(START_TIMEOUT_S))["s"]
+            return answers
+        if side == OPENVINO:
+            assert server is not None
+            answers = {}
+            for command in (f"decode {CONTEXT}", f"prefill {PROMPT}"):
+                server.write_line(command)
+                answers[command.split()[0]] = json.loads(server.read_line(START_TIMEOUT_S))["tokens_per_s"]
+            return answers
+        command = [self.arguments.llama_cpp / "llama-bench", "-m", self.files[side], "-t", str(self.threads), "-r", "1"]
+        command += ["-p", str(PROMPT), "-n", "64", "-o", "json"]
+        done = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
+        return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in json.loads(done.stdout)}
+
+    def start(self, side: str) -> common.Server | None:
+        """A process that keeps its model, for the sides that have one."""
+        if side == OURS:
+            command = [sys.executable, quantized.__file__, "--work", self.ours, "--threads", str(self.threads)]
+            server = common.Server([*command, "--quantize", "", "--dtype", "bfloat16"], log=self.folder / "ours.log")
+            self.loaded = json.loads(server.read_line(START_TIMEOUT_S))
+            return server
+        if side == OPENVINO:
+            command = [self.arguments.peer_python, __file__, "--role", "openvino", "--file", self.files[SAME_HEAD]]
+            server = common.Server([*command, "--threads", str(self.threads)], log=self.folder / "openvino.log")
+            server.read_line(START_TIMEOUT_S)
+            return server
+        return None
+
+    def clients(self, side: str, streams: int) -> common.Report:
+        """Through HTTP."""
+        if side == OURS:
+            port, api = PORTS["ours"], "generate-stream"
+            command: list[str | Path] = [common.ROOT / ".venv" / "bin" / "text-generation-launcher", "--model-id", self.ours]
+            command += ["--hostname", "127.0.0.1", "--port", str(port)]
+        else:
+            port, api = PORTS["llama.cpp"], "openai"
+            command = [self.arguments.llama_cpp / "llama-server", "-m", self.files[side], "--host", "127.0.0.1", "--port", str(port)]
+            command += ["-t", str(self.threads), "-np", str(streams), "-c", str(streams * 512), "--no-webui", "--no-warmup"]
+        log = self.folder / f"{port}.log"
+        with common.Server(command, log=log, speaks=False) as server:
+            server.wait_until_healthy(f"http://127.0.0.1:{port}/health", START_TIMEOUT_S)
+            return common.load(
+                f"127.0.0.1:{port}",
+                *("--api", api, "--model", "model", "--streams", str(streams), "--words", "110"),
+                *("--requests", str(streams * self.arguments.requests), "--warmup", str(streams)),
+                *("--max-new-tokens", str(ANSWER), "--duration", "240", "--timeout", "300"),
+            )
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> str:
+    """All rounds, and the tables."""
+    bench = Bench(arguments, folder)
+    sides = [side for side in (OURS, SAME_HEAD, OWN_HEAD, OPENVINO) if side in arguments.sides]
+    bandwidth = quantized.read_bandwidth(bench.threads)
+    servers: dict[str, common.Server | None] = {}
+    alone: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    try:
+        servers = {side: bench.start(side) for side in sides}
+        for turn in range(arguments.rounds):
+            for side in sides:
+                alone[side].append(bench.alone(side, servers[side]))
+                print(f"round {turn + 1}: {side}: {alone[side][-1]}", file=sys.stderr, flush=True)
+    finally:
+        for server in servers.values():
+            if server is not None:
+                server.__exit__(None, None, None)
+    parts = []
+    bound = bandwidth / bench.loaded["plan_bytes"]
+    for what, title in (("decode", f"Decode of one sequence, after {CONTEXT} tokens"), ("prefill", f"Prefill of {PROMPT} tokens")):
+        rows = []
+        for side in sides:
+            speeds = [run[what] for run in alone[side]]
+            ratios = [mine[what] / other[what] for mine, other in zip(alone[OURS], alone[side], strict=True)]
+            limit = f"{bound:.1f}" if what == "decode" and side == OURS else ""
+            rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), limit])
+        parts += [f"## {title}\n", common.table(["", "tokens/s", "ours ÷ this", "what the memory allows, tokens/s"], rows), ""]
+    runs: dict[str, list[common.Report]] = {side: [] for side in sides if side != OPENVINO}
+    for turn in range(arguments.rounds):
+        for side in runs:
+            runs[side].append(bench.clients(side, arguments.streams))
+            print(f"round {turn + 1}: {side}: {runs[side][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+    rows = []
+    for side, reports in runs.items():
+        speeds = [report["tokens_per_s"] for report in reports]
+        ratios = [mine["tokens_per_s"] / other["tokens_per_s"] for mine, other in zip(runs[OURS], reports, strict=True)]
+        between = [statistics.median(report["between_tokens"][column] for report in reports) for column in ("p50_ms", "p99_ms")]
+        short = sum(report["short_answers"] for report in reports)
+        rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), *(f"{ms:.0f}" for ms in between), short])
+    head = ["", "tokens/s", "ours ÷ this", "between tokens p50 ms", "p99 ms", "short answers"]
+    parts += [f"## {arguments.streams} clients through HTTP, about 128 tokens in, {ANSWER} out\n", common.table(head, rows), ""]
+    parts.append(
+        f"{bench.threads} threads each; read bandwidth {bandwidth / 1e9:.1f} GB/s. Bytes that a step of ours reads: "
+        f"{bench.loaded['plan_bytes'] / 2**20:.0f} MiB; files of the peers: "
+        + ", ".join(f"{side} {file.stat().st_size / 2**20:.0f} MiB" for side, file in bench.files.items())
+        + f". llama.cpp: {_version(arguments.llama_cpp)}; its server has as many slots as there are clients."
+    )
+    return "\n".join(parts)
+
+
+def _version(folder: Path) -> str:
+    done = subprocess.run([folder / "llama-server", "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return " ".join((done.stdout + done.stderr).split("built")[0].split())
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, default=Path("target/peers/llama.cpp/bin"), help="folder of llama.cpp's programs")
+    parser.add_argument("--peer-python", default="target/peers/openvino/bin/python", help="has openvino-genai and gguf")
+    every = [OURS, SAME_HEAD, OWN_HEAD, OPENVINO]
+    parser.add_argument("--sides", nargs="+", choices=every, default=every, help="ours among them")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    parser.add_argument("--folder", type=Path, help="where models are made and kept; by default they are removed")
+    parser.add_argument("--role", choices=["gguf", "openvino"], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.role == "gguf":
+        write_gguf(arguments.file, arguments.tokenizer)
+        return
+    if arguments.role == "openvino":
+        work_openvino(arguments.file, arguments.threads)
+        return
+    arguments.llama_cpp = arguments.llama_cpp.resolve()
+    common.build("text-generation-benchmark")
+    head = common.environment()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        body = measure(arguments, folder.resolve())
+    common.write_result("peers", "Beside llama.cpp and OpenVINO GenAI, 4 bits", head, body)
+
+
+if __name__ == "__main__":
+    main()
