@@ -16,14 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import common
 import quantized
@@ -35,13 +32,22 @@ CONTEXT, PROMPT, ANSWER = 32, 2048, 128
 CHECKPOINT = "gptq-4-128"
 
 
-def add_tokenizer(folder: Path) -> None:
-    """Fill up the shipped tokenizer to the model's vocabulary; no token ends an answer."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(common.SHIPPED_MODEL / name, folder / name)
-    command: list[str | Path] = [common.BENCHMARK, "extend-tokenizer", "--vocab-size", "32000"]
-    command += ["--tokenizer", common.SHIPPED_MODEL / "tokenizer.json", "--output", folder / "tokenizer.json"]
-    subprocess.run(command, check=True, timeout=60)
+def servable(folder: Path) -> Path:
+    """A gptq checkpoint in `folder`, made if it is not there, with the shipped tokenizer filled up; no token ends an answer."""
+    model = folder / CHECKPOINT
+    if not (model / "tokenizer.json").exists():
+        quantized.make_checkpoint(CHECKPOINT, model)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (common.SHIPPED_MODEL / name).exists():
+                settings = json.loads((common.SHIPPED_MODEL / name).read_text())
+                settings.pop("eos_token", None)
+                (model / name).write_text(json.dumps(settings))
+        command: list[str | Path] = [common.BENCHMARK, "extend-tokenizer", "--vocab-size", "32000"]
+        command += ["--tokenizer", common.SHIPPED_MODEL / "tokenizer.json", "--output", model / "tokenizer.json"]
+        subprocess.run(command, check=True, timeout=60)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    return model
 
 
 def write_gguf(target: Path, tokenizer: Path) -> None:
@@ -62,12 +68,11 @@ def write_gguf(target: Path, tokenizer: Path) -> None:
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_vocab_size(config["vocab_size"])
     words = json.loads(tokenizer.read_text())
-    vocabulary = {word: id for word, id in words["model"]["vocab"].items()}
-    vocabulary |= {word["content"]: word["id"] for word in words["added_tokens"]}
-    by_id = {id: word for word, id in vocabulary.items()}
+    by_id = {number: word for word, number in words["model"]["vocab"].items()}
+    by_id |= {word["id"]: word["content"] for word in words["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([by_id.get(id, f"<unused{id}>") for id in range(config["vocab_size"])])
+    writer.add_token_list([by_id.get(n, f"<unused{n}>") for n in range(config["vocab_size"])])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in words["model"]["merges"]])
     writer.add_eos_token_id(config["vocab_size"] - 1)
@@ -75,7 +80,11 @@ def write_gguf(target: Path, tokenizer: Path) -> None:
     generator = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
-        values = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02) if len(shape) > 1 else np.ones(shape, np.float32)
+        values = (
+            generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+            if len(shape) > 1
+            else np.ones(shape, np.float32)
+        )
         writer.add_tensor(name, values.astype(np.float16) if len(shape) > 1 else values)
 
     add("token_embd.weight", config["vocab_size"], hidden)
@@ -104,10 +113,8 @@ def work_openvino(file: Path, threads: int) -> None:
     print("ready", flush=True)
     settings = openvino_genai.GenerationConfig()
     settings.ignore_eos, settings.do_sample, settings.apply_chat_template = True, False, False
-    turn = 0
-    for line in sys.stdin:
+    for turn, line in enumerate(sys.stdin):
         # Other words each time, so that nothing of an earlier prompt can be used again.
-        turn += 1
         command, length = line.split()
         settings.max_new_tokens = 64 if command == "decode" else 2
         prompt = " ".join(f"{turn} {n}" for n in range(int(length)))[: int(length) * 2]
@@ -125,19 +132,24 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         """Make the models in `folder`."""
         self.arguments, self.folder, self.threads = arguments, folder, len(os.sched_getaffinity(0))
-        self.ours = folder / CHECKPOINT
-        if not (self.ours / "tokenizer.json").exists():
-            quantized.make_checkpoint(CHECKPOINT, self.ours)
-            add_tokenizer(self.ours)
-            config = json.loads((self.ours / "config.json").read_text())
-            (self.ours / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+        self.ours = servable(folder)
         self.files = {SAME_HEAD: folder / "same-head.gguf", OWN_HEAD: folder / "own-head.gguf"}
         plain = folder / "plain.gguf"
         if not all(file.exists() for file in self.files.values()):
             command = [arguments.peer_python, __file__, "--role", "gguf", "--file", plain]
             subprocess.run([*command, "--tokenizer", self.ours / "tokenizer.json"], check=True, timeout=600)
-            for side, flags in ((SAME_HEAD, ["--output-tensor-type", "bf16", "--token-embedding-type", "bf16"]), (OWN_HEAD, [])):
-                command = [arguments.llama_cpp / "llama-quantize", *flags, plain, self.files[side], "Q4_0", str(self.threads)]
+            for side, flags in (
+                (SAME_HEAD, ["--output-tensor-type", "bf16", "--token-embedding-type", "bf16"]),
+                (OWN_HEAD, []),
+            ):
+                command = [
+                    arguments.llama_cpp / "llama-quantize",
+                    *flags,
+                    plain,
+                    self.files[side],
+                    "Q4_0",
+                    str(self.threads),
+                ]
                 subprocess.run(command, check=True, timeout=600, capture_output=True)
             plain.unlink()
 
@@ -180,12 +192,33 @@ class Bench:
         """Through HTTP."""
         if side == OURS:
             port, api = PORTS["ours"], "generate-stream"
-            command: list[str | Path] = [common.ROOT / ".venv" / "bin" / "text-generation-launcher", "--model-id", self.ours]
+            command: list[str | Path] = [
+                common.ROOT / ".venv" / "bin" / "text-generation-launcher",
+                "--model-id",
+                self.ours,
+            ]
             command += ["--hostname", "127.0.0.1", "--port", str(port)]
         else:
             port, api = PORTS["llama.cpp"], "openai"
-            command = [self.arguments.llama_cpp / "llama-server", "-m", self.files[side], "--host", "127.0.0.1", "--port", str(port)]
-            command += ["-t", str(self.threads), "-np", str(streams), "-c", str(streams * 512), "--no-webui", "--no-warmup"]
+            command = [
+                self.arguments.llama_cpp / "llama-server",
+                "-m",
+                self.files[side],
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ]
+            command += [
+                "-t",
+                str(self.threads),
+                "-np",
+                str(streams),
+                "-c",
+                str(streams * 512),
+                "--no-webui",
+                "--no-warmup",
+            ]
         log = self.folder / f"{port}.log"
         with common.Server(command, log=log, speaks=False) as server:
             server.wait_until_healthy(f"http://127.0.0.1:{port}/health", START_TIMEOUT_S)
@@ -216,28 +249,43 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
                 server.__exit__(None, None, None)
     parts = []
     bound = bandwidth / bench.loaded["plan_bytes"]
-    for what, title in (("decode", f"Decode of one sequence, after {CONTEXT} tokens"), ("prefill", f"Prefill of {PROMPT} tokens")):
+    for what, title in (
+        ("decode", f"Decode of one sequence, after {CONTEXT} tokens"),
+        ("prefill", f"Prefill of {PROMPT} tokens"),
+    ):
         rows = []
         for side in sides:
             speeds = [run[what] for run in alone[side]]
             ratios = [mine[what] / other[what] for mine, other in zip(alone[OURS], alone[side], strict=True)]
             limit = f"{bound:.1f}" if what == "decode" and side == OURS else ""
             rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), limit])
-        parts += [f"## {title}\n", common.table(["", "tokens/s", "ours ÷ this", "what the memory allows, tokens/s"], rows), ""]
+        parts += [
+            f"## {title}\n",
+            common.table(["", "tokens/s", "ours ÷ this", "what the memory allows, tokens/s"], rows),
+            "",
+        ]
     runs: dict[str, list[common.Report]] = {side: [] for side in sides if side != OPENVINO}
     for turn in range(arguments.rounds):
         for side in runs:
             runs[side].append(bench.clients(side, arguments.streams))
-            print(f"round {turn + 1}: {side}: {runs[side][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"round {turn + 1}: {side}: {runs[side][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True
+            )
     rows = []
     for side, reports in runs.items():
         speeds = [report["tokens_per_s"] for report in reports]
         ratios = [mine["tokens_per_s"] / other["tokens_per_s"] for mine, other in zip(runs[OURS], reports, strict=True)]
-        between = [statistics.median(report["between_tokens"][column] for report in reports) for column in ("p50_ms", "p99_ms")]
+        between = [
+            statistics.median(report["between_tokens"][column] for report in reports) for column in ("p50_ms", "p99_ms")
+        ]
         short = sum(report["short_answers"] for report in reports)
         rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), *(f"{ms:.0f}" for ms in between), short])
     head = ["", "tokens/s", "ours ÷ this", "between tokens p50 ms", "p99 ms", "short answers"]
-    parts += [f"## {arguments.streams} clients through HTTP, about 128 tokens in, {ANSWER} out\n", common.table(head, rows), ""]
+    parts += [
+        f"## {arguments.streams} clients through HTTP, about 128 tokens in, {ANSWER} out\n",
+        common.table(head, rows),
+        "",
+    ]
     parts.append(
         f"{bench.threads} threads each; read bandwidth {bandwidth / 1e9:.1f} GB/s. Bytes that a step of ours reads: "
         f"{bench.loaded['plan_bytes'] / 2**20:.0f} MiB; files of the peers: "
@@ -248,14 +296,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
 
 
 def _version(folder: Path) -> str:
-    done = subprocess.run([folder / "llama-server", "--version"], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [folder / "llama-server", "--version"], capture_output=True, text=True, timeout=30, check=False
+    )
     return " ".join((done.stdout + done.stderr).split("built")[0].split())
 
 
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-cpp", type=Path, default=Path("target/peers/llama.cpp/bin"), help="folder of llama.cpp's programs")
+    parser.add_argument(
+        "--llama-cpp", type=Path, default=Path("target/peers/llama.cpp/bin"), help="folder of llama.cpp's programs"
+    )
     parser.add_argument("--peer-python", default="target/peers/openvino/bin/python", help="has openvino-genai and gguf")
     every = [OURS, SAME_HEAD, OWN_HEAD, OPENVINO]
     parser.add_argument("--sides", nargs="+", choices=every, default=every, help="ours among them")
