@@ -107,3 +107,32 @@ def test_the_compose_file_names_what_is_there() -> None:
     scraped = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"][0]
     assert scraped["targets"] == ["server:80"]
     json.loads((ROOT / "assets" / "grafana.json").read_text())
+
+
+def test_a_package_that_is_there_in_part_is_installed_again(tmp_path: Path) -> None:
+    """pip asks for the description of a package alone, which may be there without the package."""
+    site, lock = tmp_path / "site-packages", tmp_path / "lock"
+    lock.write_text("# versions\nsome-package==1.2\n")
+    facts = site / "some_package-1.2.dist-info"
+    facts.mkdir(parents=True)
+    (site / "some_package.py").write_text("x = 1\n")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 1.2\n")
+    (facts / "RECORD").write_text("some_package.py,,6\nsome_package-1.2.dist-info/METADATA,,\n")
+
+    def said() -> str:
+        command = [BINARIES / "python", ROOT / "scripts" / "broken_packages.py", lock]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    assert said() == ""
+    (site / "some_package.py").write_text("x")
+    assert said() == "some-package==1.2\n"
+    (site / "some_package.py").unlink()
+    assert said() == "some-package==1.2\n"
+    (site / "some_package.py").write_text("x = 1\n")
+    assert said() == ""
+    (facts / "RECORD").unlink()
+    assert said() == "some-package==1.2\n"
+    (facts / "METADATA").unlink()
+    lock.write_text("")
+    assert said() == "some_package==1.2\n"

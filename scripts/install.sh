@@ -57,6 +57,12 @@ install_python() {
         .venv/bin/pip install -q --disable-pip-version-check --index-url "$TORCH_INDEX_URL" "$torch"
     fi
     .venv/bin/pip install -q --disable-pip-version-check -r server/requirements.lock
+    .venv/bin/python scripts/broken_packages.py server/requirements.lock > .venv/.broken
+    if [ -s .venv/.broken ]; then
+        say "an earlier installation broke off; once more: $(sed 's/==.*//' .venv/.broken | tr '\n' ' ')"
+        .venv/bin/pip install -q --disable-pip-version-check --no-deps --ignore-installed \
+            ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r .venv/.broken
+    fi
     .venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e ./server
     # Once more for its message alone, if there is one: pip keeps it to itself.
     .venv/bin/python "$kernels/build.py" "${CXX:-c++}" || say "torch's operators serve instead, several times slower"

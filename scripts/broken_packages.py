@@ -1,0 +1,40 @@
+"""Prints what must be installed again: packages that are there in part, since an installation broke off. pip takes them for whole.
+
+.venv/bin/python scripts/broken_packages.py server/requirements.lock
+"""
+
+import re
+import sys
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+
+def is_whole(package: Distribution) -> bool:
+    """Whether every file that was to be installed is there, in its size."""
+    if package.files is None:
+        return False
+    for file in package.files:
+        path = Path(str(file.locate()))
+        # Compiled files are made and dropped at will.
+        if path.suffix != ".pyc" and (not path.exists() or file.size not in (None, path.stat().st_size)):
+            return False
+    return True
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def main() -> None:
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    lines = (line.split(";")[0].strip() for line in Path(sys.argv[1]).read_text().splitlines())
+    locked = {normalized(line.split("==")[0]): line for line in lines if "==" in line}
+    for package in distributions(path=[site]):
+        # Where even the name was not written yet, the folder has it.
+        name, version = Path(str(package._path)).stem.split("-")[:2]  # type: ignore[attr-defined]
+        if normalized(name) != "text-generation-server" and not is_whole(package):
+            print(locked.get(normalized(name), f"{name}=={version}"))
+
+
+if __name__ == "__main__":
+    main()
