@@ -1,4 +1,5 @@
-"""Prints what must be installed again: packages that are there in part, since an installation broke off. pip takes them for whole.
+"""Prints what must be installed again: packages that are there in part, as an installation broke off. pip takes them for
+whole.
 
 .venv/bin/python scripts/broken_packages.py server/requirements.lock
 """
