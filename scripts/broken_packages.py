@@ -1,7 +1,6 @@
-"""Prints what must be installed again: packages that are there in part, as an installation broke off. pip takes them for
-whole.
+"""Prints what an installation that broke off left in part, which pip does not see.
 
-.venv/bin/python scripts/broken_packages.py server/requirements.lock
+    .venv/bin/python scripts/broken_packages.py server/requirements.lock
 """
 
 import re
