@@ -28,9 +28,10 @@ if [ -z "$base" ]; then
     fi
 fi
 
-# What package clients need to know of this machine stays outside of the image: it is mounted while commands run.
+# What package clients need to know of this machine stays outside of the image: it is mounted while commands run. Whom this machine
+# trusts beside the public authorities, the package ca-certificates takes up from there.
 mounts=()
-for path in /etc/ssl/certs /usr/share/ca-certificates /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
+for path in /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
     if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
 done
 build() { buildah bud -q --layers --target "$target" --build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
