@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..kernels.codes import climb
 from .spec import Cut
 
 # Values that are rounded at once: the temporaries stay in a core's cache.
@@ -73,12 +74,12 @@ def round_to_table(values: Tensor, table: Tensor, block: int, is_end: bool) -> t
         most = absmax[first // block : first // block + len(part)]
         torch.amax(part.abs(), 1, out=most)
         scaled = (part * (1.0 / most.clamp(min=LEAST))[:, None]).view(-1)
-        _climb(scaled, steps, codes[first : first + len(scaled)])
+        codes[first : first + len(scaled)] = climb(scaled, steps)
     if full < len(values):
         # A short block is divided, not multiplied, and its absmax is never zero.
         part = values[full:].float()
         absmax[-1] = part.abs().amax().clamp(min=LEAST)
-        _climb(part / absmax[-1], steps, codes[full:])
+        codes[full:] = climb(part / absmax[-1], steps)
     return codes, absmax
 
 
@@ -88,13 +89,6 @@ def _steps(table: Tensor) -> list[tuple[float, int]]:
     bounds = [-math.inf, *((ordered[:-1] + ordered[1:]) / 2).tolist()]
     codes = order.tolist()
     return [(b, (code - before) % 256) for b, code, before in zip(bounds, codes, [0, *codes], strict=False)]
-
-
-def _climb(values: Tensor, steps: list[tuple[float, int]], codes: Tensor) -> None:
-    codes.zero_()
-    above = torch.empty_like(codes)
-    for bound, step in steps:
-        codes.add_(torch.gt(values, bound, out=above), alpha=step)
 
 
 def round_rows_to_int8(values: Tensor, columns: range) -> tuple[Tensor, Tensor]:

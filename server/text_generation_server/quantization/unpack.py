@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..kernels.codes import spread_bits
 
 # The features of AutoAWQ's `gemm` words, low bits first, as two runs: even features, then odd ones.
 _GEMM_RUNS = (2, 4)
@@ -18,24 +19,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     """
     # A copy: dimensions of size 1 count as contiguous with any stride, but no view as bytes is possible then.
     data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if bits == 8:
-        return data
-    if bits in (2, 4):
-        num = 8 // bits
-        values = data.new_empty(*data.shape, num)
-        for i in range(num):
-            torch.bitwise_and(data >> (i * bits), 2**bits - 1, out=values[..., i])
-        return values.flatten(1)
-    # Eight values are in as many bytes as each has bits.
-    data = data.view(len(data), -1, bits)
-    values = data.new_empty(len(data), data.shape[1], 8)
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        value = data[..., byte] >> shift
-        if shift + bits > 8:
-            value |= data[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(value, 2**bits - 1, out=values[..., i])
-    return values.flatten(1)
+    return data if bits == 8 else spread_bits(data.view(-1), bits).view(len(words), -1)
 
 
 def unpack_gemm(words: Tensor) -> Tensor:

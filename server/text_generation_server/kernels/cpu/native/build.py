@@ -42,6 +42,7 @@ SOURCES = {
     "block.cpp": (),
     "pool.cpp": (),
     "sampling.cpp": (),
+    "codes.cpp": (*AVX2, "-mbmi2"),
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": AVX512_BF16,
