@@ -45,12 +45,12 @@ ARG TORCH_INDEX_URL=
 RUN python3 -m venv /opt/text-generation \
     && /opt/text-generation/bin/pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /dist/constraints.txt)" \
     && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
-    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip*
+    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
 
 FROM build AS environment-cuda
 RUN python3 -m venv /opt/text-generation \
     && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
-    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip*
+    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
 
 # What is shipped: no compiler, no package manager of Python or Rust ---------------------------------------------------
 

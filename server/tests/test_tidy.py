@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "models", "layers", "batch", "loading", "planning", "checkpoint", "kernels.interface",
     },
     "layers": {"layers", "batch", "loading", "quantization.format", "kernels.interface", "checkpoint.model_config"},
-    "quantization": {"quantization", "checkpoint", "kernels.weights"},
+    "quantization": {"quantization", "checkpoint", "kernels.weights", "kernels.codes"},
     # The offline quantizer is the serving machine turned round; nothing that serves knows it.
     "quantize": {
         "quantize", "models", "layers.linear", "quantization", "checkpoint", "planning", "loading", "kernels.interface",

@@ -16,7 +16,7 @@ from .quantization.config import Quantization, read_quantization
 from .quantization.dense import Dense
 from .quantization.detect import Request
 from .quantization.format import StoredLinear
-from .quantization.spec import FLOATS, Shape
+from .quantization.spec import ANY, FLOATS, Shape
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of layers that differ from the others, in the line about quantization.
@@ -255,11 +255,16 @@ def _check_tensor(
     index: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], where: Path
 ) -> None:
     if name not in index:
-        raise CheckpointError(f"{where}: tensor {name} is missing; expected it with shape {list(shape)}")
+        sizes = ", ".join("any" if size == ANY else str(size) for size in shape)
+        raise CheckpointError(
+            f"{where}: tensor {name} is missing; expected it with shape [{sizes}], as the configuration asks for; "
+            "fetch the checkpoint again, or correct the configuration"
+        )
     info = index[name]
     if info.shape != shape:
         raise CheckpointError(
-            f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)} from config.json"
+            f"{info.path}: tensor {name} has shape {list(info.shape)}; expected {list(shape)}, by config.json and what "
+            "is said of quantization; fetch the checkpoint again, or correct what is said"
         )
     if info.dtype not in dtypes:
         raise CheckpointError(f"{info.path}: tensor {name} has dtype {info.dtype}; expected {' or '.join(dtypes)}")

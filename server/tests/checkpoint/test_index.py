@@ -55,6 +55,12 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "the last byte missing": ({"w": entry()}, b"\0" * 15, "15 bytes of data"),
     "one byte extra": ({"w": entry()}, b"\0" * 17, "17 bytes of data"),
     "one name twice": (b'{"w":{},"w":{}}', b"", '"w" occurs twice'),
+    "one of many names twice": (
+        b"{" + b",".join(b'"w%d":{}' % i for i in [*range(200_000), 199_999]) + b"}",
+        b"",
+        '"w199999" occurs twice',
+    ),
+    "a number of many digits": (b'{"w":' + b"9" * 5000 + b"}", b"", "is not JSON"),
 }
 
 
@@ -108,6 +114,13 @@ def test_an_index_joins_its_files(tmp_path: Path) -> None:
 def test_an_index_that_lies_is_refused(weight_map: Any, message: str, tmp_path: Path) -> None:
     sharded(tmp_path, weight_map)
     with pytest.raises(CheckpointError, match=message):
+        read_index(tmp_path)
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    sharded(tmp_path, {"v": "a.safetensors", "w": "b.safetensors"})
+    write(tmp_path / "model.safetensors", {"v": entry()})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is there, .* one set of weights"):
         read_index(tmp_path)
 
 

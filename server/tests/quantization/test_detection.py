@@ -542,6 +542,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         "config_groups", "W4A16"]),
     "fp8 of two fields": ({"linear": float8_blocks, "config": DEEPSEEK | {"weight_block_size": [128]}}, {}, [
         "weight_block_size is [128]", "[128, 128]"]),
+    "fp8 with a scale of another type": ({
+        "linear": lambda out, in_: float8(out, in_) | {"weight_scale": ("F64", ())},
+        "config": AUTOFP8}, {}, ["weight_scale has dtype F64; expected"]),
+    "fp8 of sizes that nobody writes": ({"linear": float8_blocks, "config": DEEPSEEK | {"weight_block_size":
+        [144, 128]}}, {}, ["weight_block_size is [144, 128]", "powers of two"]),
     "fp8 blocks that the tensors deny": ({"linear": float8_blocks, "config": DEEPSEEK | {"weight_block_size":
         [64, 128]}}, {}, ["weight_scale_inv has shape [1, 1]", "[2, 1]"]),
     "a pattern that is none": ({"linear": gptq, "config": GPTQMODEL | {"dynamic": {"+:(": {"bits": 8}}}}, {}, [

@@ -131,12 +131,14 @@ def test_three_bits_never_borrowed() -> None:
     np.testing.assert_allclose(matrix_of(read({"o": whole}, [range(64)])), whole.weight, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("written", "said", "found"), [("gptq_v2", "gptq", 9), ("gptq", "gptq_v2", 7)])
 def test_a_checkpoint_format_that_symmetric_zero_points_contradict_is_refused(
-    written: str, said: str, found: int
+    written: str, said: str, found: int, sym: bool
 ) -> None:
+    """Whether or not the configuration says that they are symmetric."""
     whole = layer(4, 32, True, "in order", written, Shape(64, 64))
-    whole.format = Gptq(4, 32, True, False, said)
+    whole.format = Gptq(4, 32, sym, False, said)
     with pytest.raises(
         CheckpointError, match=rf"tensor layer\.o\.qzeros.* is {found} .*expected 8.* must be {written}"
     ):

@@ -6,6 +6,7 @@ JSON (name -> dtype, shape, data_offsets), then the data, which the offsets cove
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def read_index(model_dir: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{model_dir}: expected a folder with config.json and *.safetensors; no such folder")
     index = model_dir / INDEX_NAME
     weight_map = _read_weight_map(index) if index.is_file() else None
+    if weight_map and (model_dir / SINGLE_NAME).is_file() and SINGLE_NAME not in weight_map.values():
+        raise CheckpointError(
+            f"{model_dir}: {SINGLE_NAME} is there, and {INDEX_NAME}, which names other files; expected one set of "
+            "weights; remove what is not meant"
+        )
     paths = sorted({model_dir / name for name in weight_map.values()}) if weight_map else _find_files(model_dir)
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
@@ -174,14 +180,13 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in value if names.count(name) > 1)
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise CheckpointError(f"{path}: {_short(twice)} occurs twice in one JSON object; expected it once")
         return value
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of very many digits is a ValueError of no other kind
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is {_short(value)}; expected a JSON object")

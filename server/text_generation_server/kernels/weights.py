@@ -106,9 +106,9 @@ class QuantizedWeight:
     zeros:  [out, groups] uint8, of `Integer` only; None: 2 ** (bits - 1).
     groups: features in each group (the last may have fewer), or int64 [in], the group of every place.
     order:  int64 [in], the IN feature at each place; None: features are in their own order.
-    outlier_threshold: activations of at least this size are multiplied as they are by a product that rounds others to
-        8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, for each row by itself); 0: it may round all. Of
-        8-bit integers in one group only.
+    outlier_threshold: activations of at least this size are multiplied as they are, besides those that stand out of
+        their block, by a product that rounds others to 8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, for
+        each row by itself); 0: no such number.
     """
 
     coding: Coding
@@ -119,11 +119,6 @@ class QuantizedWeight:
     groups: int | Tensor
     order: Tensor | None
     outlier_threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.outlier_threshold and (self.coding != Integer(8) or self.scales.shape[1] != 1):
-            found = f"{self.coding} in {self.scales.shape[1]} groups"
-            raise ValueError(f"{found} with an outlier threshold; expected 8-bit integers in one group")
 
     @property
     def out_features(self) -> int:

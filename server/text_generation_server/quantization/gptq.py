@@ -93,10 +93,11 @@ class Gptq:
         zeros = zeros[:, first : first + len(cut.rows)].T
         middle = 2 ** (self.bits - 1)
         lied, other = (middle + 1, "gptq_v2") if self.checkpoint_format == "gptq" else (middle - 1, "gptq")
-        if self.sym and all_equal(zeros, lied):
+        # No quantizer that looks for zero points finds the same one everywhere.
+        if (self.sym or zeros.numel() >= 64) and all_equal(zeros, lied):
             raise CheckpointError(
                 f"{stored.where}: every zero point is {lied} as checkpoint_format {self.checkpoint_format} stores "
-                f"them; expected {middle}, for the configuration says sym; its checkpoint_format must be {other}"
+                f"them; expected {middle}, as of a symmetric grid; its checkpoint_format must be {other}"
             )
         return zeros
 
@@ -107,7 +108,7 @@ class Gptq:
         in_order = groups_in_order(cut.columns, cut.shape.in_ if self.group_size == -1 else self.group_size)
         if "g_idx" not in pieces:
             # With a last group that is not whole, another size would have as many groups: only sizes that tools write.
-            if self.group_size != -1 and cut.shape.in_ % self.group_size and self.group_size % 16:
+            if self.group_size != -1 and cut.shape.in_ % self.group_size and self.group_size & (self.group_size - 1):
                 raise CheckpointError(
                     f"{pieces['scales'].where}: groups of {self.group_size} do not divide {cut.shape.in_} features, "
                     "and there is no g_idx that tells the group of each; expected one of them"

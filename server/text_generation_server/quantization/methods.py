@@ -357,8 +357,13 @@ def block_structure(settings: Settings, key: str) -> tuple[int, int] | None:
         value = [int(part) if part.isdecimal() else 0 for part in value.split("x")]
     if value is None:
         return None
-    if not isinstance(value, list) or len(value) != 2 or any(type(v) is not int or v not in SIZES for v in value):
-        raise settings.error(key, "two numbers of features, such as [128, 128]")
+    # Where blocks need not divide the features, others than powers of two could not be told from a mistake.
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or any(type(v) is not int or v not in SIZES or v & (v - 1) for v in value)
+    ):
+        raise settings.error(key, "two numbers of features that are powers of two, such as [128, 128]")
     return value[0], value[1]
 
 
@@ -375,6 +380,6 @@ def float8(index: Index, layer: str, block: tuple[int, int] | None, scale: str |
         return Fp8("block", block, kind, suffix, static)
     if scale is None:
         stored = index.get(f"{layer}.{suffix}")
-        of_rows = stored is not None and stored.num_bytes > 4 and stored.shape[0] > 1
+        of_rows = stored is not None and stored.shape[:1] not in ((), (1,))
         scale = "channel" if of_rows else "tensor"
     return Fp8(scale, kind=kind, scale_suffix=suffix, input_scale=static)

@@ -25,7 +25,7 @@ INLINE I broadcast_unit(const uint32_t *at) { return {_mm512_set1_epi32(int32_t(
 // `place(u, k)`: the place within the step of part k of unit u.
 template <int Bits>
 struct Codes {
-    static constexpr int kUnits = 2, kStep = kColumns * Bits;
+    static constexpr int kBits = Bits, kUnits = 2, kStep = kColumns * Bits;
     static constexpr bool kExact = true, kInMemory = false;
     using Sum = I;
     struct Words { I codes; };
@@ -42,7 +42,7 @@ struct Codes {
 
 template <>
 struct Codes<8> {
-    static constexpr int kUnits = 2, kStep = kColumns * 8;
+    static constexpr int kBits = 8, kUnits = 2, kStep = kColumns * 8;
     static constexpr bool kExact = true, kInMemory = true;
     using Sum = I;
     using Words = const uint8_t *;
@@ -116,31 +116,41 @@ INLINE typename C::Sum begin_sum(const int32_t *offset) {
     else return zeros();
 }
 
-// The sum of a row's outliers with the codes of one vector of columns, on top of `total`.
+// A row's outliers with the codes of one vector of columns, in the order of the places, on top of `total`.
+template <int Bits>
 __attribute__((noinline)) F with_outliers(const Weight &weight, const Outliers &outliers, int64_t row, int64_t panel, int vector,
                                           F total) {
-    const Group here{weight, panel * kColumns};
-    const uint8_t *codes = weight.codes + panel * weight.steps * Codes<8>::kStep;
-    const F zero = here.zero(vector * kWidth);
-    F sum = zeros();
+    const uint8_t *codes = weight.codes + panel * weight.steps * Codes<Bits>::kStep;
+    int64_t group = 0;
     for (int64_t word = 0; word < outliers.words; word++) {
         for (uint64_t left = outliers.places[row * outliers.words + word]; left; left &= left - 1) {
-            const int64_t place = word * 64 + __builtin_ctzll(left);
+            const int64_t place = word * 64 + __builtin_ctzll(left), step = place / kStepPlaces, at = place % kStepPlaces;
+            while (weight.group_ends[group] <= step) group++;
+            const Group here{weight, (panel * weight.groups + group) * kColumns};
             const int64_t feature = weight.places ? weight.places[place] : place;
             const F x = all_floats(from_bfloat16(outliers.x[row * weight.in_features + feature]));
-            const I unit = load_integers(codes + place / 4 * kColumns * 4 + vector * kWidth * 4);
-            const __m512i code = _mm512_and_si512(_mm512_srli_epi32(unit.v, unsigned(place % 4 * 8)), _mm512_set1_epi32(255));
-            sum = add_product(to_float({code}) - zero, x, sum);
+            const uint8_t *from = codes + step * Codes<Bits>::kStep;
+            I words;
+            int64_t shift;
+            if constexpr (Bits == 8) {
+                words = load_integers(from + (at / 4 * kColumns + vector * kWidth) * 4);
+                shift = at % 4 * 8;
+            } else {
+                words = load_words<Bits>(from + vector * kWidth * Bits);
+                shift = at * Bits;
+            }
+            const __m512i code = _mm512_and_si512(_mm512_srl_epi32(words.v, _mm_cvtsi64_si128(shift)), _mm512_set1_epi32((1 << Bits) - 1));
+            const F number = here.scale(vector * kWidth) * (to_float({code}) - here.zero(vector * kWidth));
+            total = add_product(number, x, total);
         }
     }
-    return add_product(here.scale(vector * kWidth), sum, total);
+    return total;
 }
 
 template <class C>
 INLINE F finished(const Weight &weight, const Units &units, int64_t row, int64_t panel, int vector, F total) {
-    if constexpr (std::is_same_v<C, Codes<8>>)
-        if (units.outliers && units.outliers->counts[row])
-            return with_outliers(weight, *units.outliers, row, panel, vector, total);
+    if constexpr (C::kExact)
+        if (units.outliers.counts[row]) return with_outliers<C::kBits>(weight, units.outliers, row, panel, vector, total);
     return total;
 }
 
@@ -404,44 +414,55 @@ INLINE void gather_row(const Weight &weight, const uint16_t *from, float *to) {
     for (; place % kWidth; place++) to[place] = 0;
 }
 
-// Takes the outliers out of a row that `gather_row` made.
-INLINE void set_outliers_apart(const Weight &weight, int64_t row, const Outliers &outliers, float *x) {
-    uint16_t *parts = (uint16_t *)(outliers.places + row * outliers.words);
-    const F threshold = all_floats(weight.outlier_threshold);
-    int32_t count = 0;
-    for (int64_t part = 0; part < outliers.words * 4; part++, x += kWidth) {
-        parts[part] = 0;
-        if (part * kWidth >= weight.steps * kStepPlaces) continue;
-        const F value = load_floats(x);
-        const __mmask16 beyond = _mm512_cmp_ps_mask(_mm512_abs_ps(value), threshold, _CMP_GE_OQ);
-        if (!beyond) continue;
-        parts[part] = beyond;
-        count += __builtin_popcount(beyond);
-        store_floats(x, F(_mm512_maskz_mov_ps(__mmask16(~beyond), value)));
-    }
-    outliers.counts[row] = count;
-}
+// What stands out of a block: what has more than 16 times the mean square of what does not. Of numbers that are normally
+// distributed one in 16,000. What is left has errors of 4 / (127 sqrt(12)) of itself at most, less than 1 %. In a short block even a
+// number beside zeros has not 16 times the mean.
+INLINE float outstanding(int64_t size) { return std::min(16.0f, float(size) / 2); }
 
-// A block of activations as 8-bit integers, and what each of them stands for; not a number if one of them is none.
-INLINE float quantize_block(const float *x, int64_t size, int8_t *to, int32_t *sum) {
-    F most = zeros();
-    __mmask16 odd = 0;
-    for (int64_t at = 0; at < size; at += kWidth) {
-        const __mmask16 there = __mmask16(size - at >= kWidth ? 0xFFFF : (1 << (size - at)) - 1);
-        const F value = _mm512_maskz_loadu_ps(there, x + at);
-        most = maximum(most, _mm512_abs_ps(value));
-        odd |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+// A block of activations as 8-bit integers, and what each of them stands for; not a number if one of them is none. What stands
+// out, or is at least `threshold` if there is one, becomes 0 and is noted in `outliers`, a byte for each step.
+INLINE float quantize_block(const float *x, int64_t size, float threshold, int8_t *to, int32_t *sum, uint8_t *outliers,
+                            int32_t *num_outliers) {
+    constexpr int kParts = kBlockSteps * kStepPlaces / kWidth;
+    F value[kParts];
+    __mmask16 there[kParts], kept[kParts], odd = 0;
+    repeat<kParts>([&](auto i) {
+        const int64_t left = std::max<int64_t>(0, size - i * kWidth);
+        there[i] = __mmask16(left >= kWidth ? 0xFFFF : (1 << left) - 1);
+        value[i] = _mm512_maskz_loadu_ps(there[i], x + i * kWidth);
+        odd |= _mm512_cmp_ps_mask(value[i], value[i], _CMP_UNORD_Q);
+        kept[i] = threshold > 0 ? _mm512_cmp_ps_mask(_mm512_abs_ps(value[i]), all_floats(threshold), _CMP_NGE_UQ) : __mmask16(0xFFFF);
+    });
+    // What is taken away lowers the mean of the rest, beside which more may stand out.
+    for (bool changed = true; changed;) {
+        F squares = zeros();
+        repeat<kParts>([&](auto i) { squares = _mm512_mask3_fmadd_ps(value[i], value[i], squares, kept[i]); });
+        const F most = all_floats(_mm512_reduce_add_ps(squares) * (outstanding(size) / float(size)));
+        changed = false;
+        repeat<kParts>([&](auto i) {
+            const __mmask16 beyond = _mm512_mask_cmp_ps_mask(kept[i], value[i] * value[i], most, _CMP_GT_OQ);
+            kept[i] &= __mmask16(~beyond);
+            changed |= beyond != 0;
+        });
     }
+    F most = zeros();
+    repeat<kParts>([&](auto i) {
+        value[i] = _mm512_maskz_mov_ps(kept[i], value[i]);
+        most = maximum(most, _mm512_abs_ps(value[i]));
+    });
     const float largest = highest_of(most);
     const F inverse = all_floats(largest > 0 ? 127.0f / largest : 0.0f);
     int32_t total = 0;
-    for (int64_t at = 0; at < size; at += kWidth) {
-        const __mmask16 there = __mmask16(size - at >= kWidth ? 0xFFFF : (1 << (size - at)) - 1);
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(there, x + at) * inverse);
-        const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
-        _mm_mask_storeu_epi8(to + at, there, bytes);
+    repeat<kParts>([&](auto i) {
+        if (!there[i]) return;
+        const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value[i] * inverse));
+        _mm_mask_storeu_epi8(to + i * kWidth, there[i], bytes);
         total += _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(bytes));
-    }
+        const __mmask16 noted = there[i] & __mmask16(~kept[i]);
+        outliers[2 * i] = uint8_t(noted);
+        if (size > i * kWidth + 8) outliers[2 * i + 1] = uint8_t(noted >> 8);
+        *num_outliers += __builtin_popcount(noted);
+    });
     *sum = total;
     return odd ? NAN : largest / 127.0f;
 }
@@ -455,14 +476,19 @@ void prepare_units_of(const Weight &weight, const void *activations, int64_t row
         gather_row(weight, (const uint16_t *)activations + (row + m) * weight.in_features, scratch);
         uint32_t *x = to.x + row * units + m;
         if constexpr (C::kExact) {
-            if (to.outliers) set_outliers_apart(weight, row + m, *to.outliers, scratch);
+            const Outliers &outliers = to.outliers;
+            uint64_t *noted = outliers.places + (row + m) * outliers.words;
+            noted[outliers.words - 1] = 0;
+            outliers.counts[row + m] = 0;
             int64_t step = 0, block = 0;
             for (int64_t group = 0; group < weight.groups; group++) {
                 float sum = 0;
                 while (step < weight.group_ends[group]) {
                     const int64_t last = std::min<int64_t>(step + kBlockSteps, weight.group_ends[group]);
                     int32_t whole;
-                    const float scale = quantize_block(scratch + step * kStepPlaces, (last - step) * kStepPlaces, bytes, &whole);
+                    const float scale =
+                        quantize_block(scratch + step * kStepPlaces, (last - step) * kStepPlaces, weight.outlier_threshold, bytes,
+                                       &whole, reinterpret_cast<uint8_t *>(noted) + step, &outliers.counts[row + m]);
                     for (int64_t unit = 0; unit < (last - step) * C::kUnits; unit++)
                         std::memcpy(x + (step * C::kUnits + unit) * count, bytes + unit * 4, 4);
                     const int64_t at = row * to.blocks + block * count + m;

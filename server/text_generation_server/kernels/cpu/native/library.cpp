@@ -70,19 +70,15 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
     const int64_t outlier_words = (weight.steps * kStepPlaces + 63) / 64;
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
-        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, nullptr};
+        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, {}};
         to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units));
+        const uint16_t *from = x + begin * weight.in_features;
         if (counts.eight) {
+            uint64_t *places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
+            to.outliers = {outlier_words, reinterpret_cast<int32_t *>(places + count * outlier_words), places, from};
             to.scales = scales_buffer.floats(count * counts.blocks);
             to.offsets = reinterpret_cast<int32_t *>(offsets_buffer.floats(count * counts.blocks));
             if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups);
-        }
-        const uint16_t *from = x + begin * weight.in_features;
-        Outliers outliers{outlier_words, nullptr, nullptr, from};
-        if (counts.eight && weight.outlier_threshold > 0) {
-            outliers.places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
-            outliers.counts = reinterpret_cast<int32_t *>(outliers.places + count * outlier_words);
-            to.outliers = &outliers;
         }
         struct Rows { int64_t first, count; };
         std::vector<Rows> tiles;

@@ -38,7 +38,7 @@ struct Weight {
     const int32_t *places;      // [steps * 8]: IN feature or -1; null: each place is its own feature
     const float *table;         // 16 numbers, of kTable4 and kTable4Bytes
     float middle;
-    float outlier_threshold;    // activations of at least this are never rounded; 0: any may be. kInt8 in one group only
+    float outlier_threshold;    // activations of at least this are never rounded, besides those that stand out; 0: no such number
 };
 
 // Activations as the product reads them.
@@ -72,11 +72,12 @@ void each_tile_of(int64_t count, int64_t most, Function &&function) {
     }
 }
 
-// Activations that are left out of the units and multiplied as they are: of each row how many, and a bit for each place.
+// Activations that are left out of units of 8 bits and multiplied as they are: one of them would cost the others of its block
+// their digits.
 struct Outliers {
     int64_t words;              // of a row: 64 places each
     int32_t *counts;            // [rows]
-    uint64_t *places;           // [rows][words]
+    uint64_t *places;           // [rows][words]: a bit for each place, lowest first
     const uint16_t *x;          // [rows][in_features] in bfloat16
 };
 
@@ -87,7 +88,7 @@ struct WritableUnits {
     float *scales;              // [tiles][blocks][rows of the tile]
     int32_t *offsets;           // the same: what the middle of the codes takes away from the sum of a block
     float *sums;                // [tiles][groups][rows of the tile]; null where the middle is every zero point
-    Outliers *outliers;         // or null: none are kept
+    Outliers outliers;          // of units of 8 bits
 };
 
 struct Units {
@@ -97,7 +98,7 @@ struct Units {
     const float *scales;
     const int32_t *offsets;
     const float *sums;
-    const Outliers *outliers;
+    Outliers outliers;
     uint16_t *y;                // [count][out_features]
 
     template <class Function>
