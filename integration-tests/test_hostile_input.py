@@ -13,12 +13,15 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import LLAMA
+from support.opened import Opened
 from support.server import JSON_HEADERS, Server
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "20"))
@@ -218,3 +221,129 @@ def test_a_body_that_is_no_object_or_has_a_field_twice_is_422(server: Server) ->
             assert assert_refused_or_answered(ask(server, path, body), path, str(body)) == 422, (path, body)
     for body in (b'{"inputs":"a","inputs":"b"}', b'{"inputs":"a","parameters":{"seed":1,"seed":2}}'):
         assert assert_refused_or_answered(ask(server, "/generate", body), "/generate", str(body)) == 422
+
+
+CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "In the"}], "max_tokens": 3, "temperature": 0}
+PROMPT: dict[str, Any] = {"prompt": "In the", "max_tokens": 3, "temperature": 0}
+
+
+def sent(server: Server, path: str, fields: dict[str, Any]) -> tuple[int, Any]:
+    """What a request of the least that its route wants, and these fields, is answered."""
+    body = {CHAT: SAID, COMPLETIONS: PROMPT, GENERATE: {"inputs": "In the"}}[path] | fields
+    found = ask(server, path, json.dumps(body).encode())
+    status = assert_refused_or_answered(found, path, str(fields)[:80])
+    return status, json.loads(found[2]) if found[2][:1] == b"{" else {}
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """The value of every series, named with its labels; of the buckets none."""
+    lines = server.get("/metrics")[1].decode().splitlines()
+    series = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#") and "_bucket{" not in line)
+    return {name: float(value) for name, value in series}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_number_of_answers_beyond_the_limit_is_refused_at_once_and_costs_nothing(server: Server, path: str) -> None:
+    """Row 24: with room for 8 at once."""
+    router = psutil.Process(server.router_pid())
+    assert sent(server, path, {"n": 9})[0] == 422
+    before = router.memory_info().rss
+    for n in (0, 9, 129, 1_000_000, 4294967296, -1, 1.5, "2"):
+        times = []
+        for _ in range(5):
+            begun = time.monotonic()
+            status, body = sent(server, path, {"n": n})
+            times.append(time.monotonic() - begun)
+            assert status == 422, (n, body)
+            assert body["error"]["param"] == "n", (n, body)
+        # Other work on the machine may hold up one of them.
+        assert min(times) <= 0.010, (n, times)
+    assert router.memory_info().rss - before < 4 << 20
+    status, body = sent(server, path, {"n": 2})
+    assert status == 200
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_bias_for_what_is_no_id_or_beyond_the_limit_is_refused(server: Server, path: str) -> None:
+    """Row 26. The model has 4,096 ids."""
+    for biases in (
+        {"191222": -100}, {"4096": 1}, {"AI": -100}, {"-1": 1}, {"1.0": 1}, {"": 1}, [[1, 1]], [], "1", {"5": 101},
+        {"5": -100.5}, {"5": "1"}, {"5": None}, {"4294967301": 1},
+    ):  # fmt: skip
+        status, body = sent(server, path, {"logit_bias": biases})
+        assert status == 422, (biases, body)
+        assert body["error"]["param"].startswith("logit_bias"), (biases, body)
+    for biases in ({"4095": -100}, {"0": 100}, {}, None):
+        assert sent(server, path, {"logit_bias": biases})[0] == 200, biases
+
+
+def test_the_name_of_a_model_is_never_a_path_and_never_a_label(server: Server, tmp_path: Path) -> None:
+    """Row 29: files that such names lead to are opened by nobody."""
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text("{}")
+    names = [
+        "../../../../etc/passwd", "../" * 20 + str(adapter).lstrip("/"), str(adapter), str(tmp_path), f"file://{adapter}",
+        "nobody/knows-this", "a" * 1_000_000, "",
+    ]  # fmt: skip
+    asked = [(path, {"model": name}, 404) for path in (CHAT, COMPLETIONS) for name in names]
+    asked += [(GENERATE, {"parameters": {"adapter_id": name}}, 422) for name in names if name]
+    for path, field, status in ((CHAT, {"model": "x"}, 404), (GENERATE, {"parameters": {"adapter_id": "x"}}, 422)):
+        assert sent(server, path, field)[0] == status
+    before = set(metrics(server))
+    with Opened(tmp_path) as opened:
+        for path, field, status in asked:
+            found, body = sent(server, path, field)
+            assert found == status, (path, str(field)[:80], body)
+            assert len(json.dumps(body)) < 1024
+        assert opened.names() == []
+        # That it would be seen.
+        adapter.read_text()
+        assert opened.names() == [adapter.name]
+    assert set(metrics(server)) == before
+
+
+def test_prompts_of_which_one_is_refused_are_all_refused_and_none_runs(server: Server) -> None:
+    """Row 30: at most 4 prompts."""
+    assert sent(server, COMPLETIONS, {"prompt": ["In the", "And"]})[0] == 200
+    server.wait_clean()
+
+    def work() -> dict[str, float]:
+        counted = ("tgi_batch_inference_count", "tgi_request_generated_tokens", "tgi_request_success")
+        return {name: value for name, value in metrics(server).items() if name.startswith(counted)}
+
+    before = work()
+    assert len(before) > 2
+    for prompt in (
+        [], ["a"] * 5, ["a", ""], ["", "a"], "", [""], [[]], [[1], []], ["a", None], ["a", 5],
+        [[1], [5000]], ["a", "b" * 5000], [1, -1], [1, 1.5], {"a": 1}, 7,
+    ):  # fmt: skip
+        for stream in (False, True):
+            status, body = sent(server, COMPLETIONS, {"prompt": prompt, "stream": stream})
+            assert status in (413, 422), (str(prompt)[:80], body)
+    assert work() == before
+
+
+def test_fields_that_contradict_each_other_or_are_of_another_type_are_refused(server: Server) -> None:
+    """Row 31."""
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    both: list[dict[str, Any]] = [
+        {"stream": "true"}, {"stream": 1}, {"stream": []}, {"stream_options": {"include_usage": True}},
+        {"stream": False, "stream_options": {"include_usage": True}}, {"stream": True, "stream_options": True},
+        {"stream": True, "stream_options": {"include_usage": "yes"}},
+    ]  # fmt: skip
+    of_chats: list[dict[str, Any]] = [
+        {"response_format": []}, {"response_format": "json"}, {"response_format": {}},
+        {"response_format": {"type": "yaml"}}, {"response_format": {"type": None}},
+        {"response_format": {"type": "json_object"}, "tools": [tool]},
+    ]  # fmt: skip
+    for path, refused in ((CHAT, both + of_chats), (COMPLETIONS, both)):
+        for fields in refused:
+            status, body = sent(server, path, fields)
+            assert status == 422, (path, fields, body)
+    for path in (CHAT, COMPLETIONS):
+        absent = {"stream": None, "stream_options": None}
+        assert sent(server, path, absent)[0] == 200
+        assert sent(server, path, {"stream": True, "stream_options": {"include_usage": True}})[0] == 200
+    assert sent(server, CHAT, {"response_format": None, "tools": None})[0] == 200

@@ -92,7 +92,8 @@ async fn metrics_tell_what_became_of_requests_under_the_names_of_tgi() {
     has(r#"tgi_request_generated_tokens_bucket{le="64"} 2"#);
     has(r#"tgi_request_generated_tokens_bucket{le="1.92"} 0"#);
     has(r#"tgi_request_generated_tokens_bucket{le="2.56"} 2"#);
-    has(r#"tgi_request_duration_bucket{le="0.00015"} 0"#);
+    // The first of TGI's steps; how many were that fast is for the machine to say.
+    assert!(lines.iter().any(|line| line.starts_with(r#"tgi_request_duration_bucket{le="0.00015"} "#)));
     for name in
         ["duration", "validation_duration", "queue_duration", "inference_duration", "mean_time_per_token_duration"]
     {

@@ -225,8 +225,8 @@ class Runner:
         constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
         missing = {row: c for row, c in constraints.items() if row not in self.begun or self.begun[row][0] is not c}
         if missing:
-            masks = self.grammars.begin(missing)
-            self.begun.update({row: (c, masks, i) for i, (row, c) in enumerate(missing.items())})
+            for masks in self.grammars.begin(missing):
+                self.begun.update({row: (missing[row], masks, i) for i, row in enumerate(masks.rows)})
 
     def take_masks(self, rows: Sequence[int]) -> tuple[Allowed | None, dict[int, str]]:
         """What was begun for these rows, and the errors; None if no row is constrained."""

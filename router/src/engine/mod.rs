@@ -251,6 +251,16 @@ impl Engine {
         self.status.clone()
     }
 
+    /// Whether nothing is admitted any more.
+    pub fn is_draining(&self) -> bool {
+        self.status.borrow().is_draining
+    }
+
+    /// The model, once it is known.
+    pub fn model(&self) -> Option<Arc<ModelFacts>> {
+        self.status.borrow().model.clone()
+    }
+
     /// Lets the shards make a grammar ready, before sequences with it are queued. Why they cannot, if they say so.
     pub async fn prepare(&self, grammar: &Grammar) -> Result<(), GenerateError> {
         let (epoch, rank) = {

@@ -5,10 +5,10 @@ use std::panic::AssertUnwindSafe;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures::FutureExt;
+use tower::ServiceExt;
 use tracing::error;
 
 use super::error::ApiError;
@@ -36,10 +36,21 @@ pub(super) fn route_name(path: &str) -> &'static str {
     WORKING.into_iter().find(|route| *route == path).unwrap_or("infer")
 }
 
-/// All routes.
-pub(super) fn router(state: State) -> Router {
+/// All routes, and what is around each. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct App {
+    state: State,
+    routes: Router,
+}
+
+impl App {
+    pub fn new(state: State) -> Self {
+        Self { routes: routes(state.clone()), state }
+    }
+}
+
+fn routes(state: State) -> Router {
     let version = "/v2/models/{model_name}/versions/{model_version}";
-    let layered = state.clone();
     Router::new()
         .route("/", get(page::root).post(generate::compat_generate))
         .route("/generate", post(generate::generate))
@@ -71,7 +82,6 @@ pub(super) fn router(state: State) -> Router {
         .route("/api-doc/openapi.json", get(docs::json))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
-        .layer(middleware::from_fn(move |request, next| around(layered.clone(), request, next)))
         .with_state(state)
 }
 
@@ -83,36 +93,41 @@ async fn no_such_method() -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this route has no such method")
 }
 
-/// What happens around every handler.
-async fn around(state: State, mut request: Request, next: Next) -> Response {
-    let id = entry::name(&mut request);
-    let origin = request.headers().get(header::ORIGIN).cloned();
-    let is_preflight = request.method() == Method::OPTIONS
-        && origin.is_some()
-        && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
-    let speaks_openai = request.uri().path().starts_with("/v1/");
-    let mut response = if is_preflight { StatusCode::OK.into_response() } else { answer(&state, request, next).await };
-    if speaks_openai && let Some(error) = response.extensions_mut().remove::<ApiError>() {
-        let allow = response.headers_mut().remove(header::ALLOW);
-        response = error.for_openai().into_response();
-        response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
+impl App {
+    /// Answers a request, and does what is done around every handler. No layer of the router's own: each of these would
+    /// take two allocations and a virtual call for every request.
+    pub async fn answer(self, mut request: Request) -> Response {
+        let Self { state, routes } = self;
+        let id = entry::name(&mut request);
+        let origin = request.headers().get(header::ORIGIN).cloned();
+        let is_preflight = request.method() == Method::OPTIONS
+            && origin.is_some()
+            && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let speaks_openai = request.uri().path().starts_with("/v1/");
+        let mut response =
+            if is_preflight { StatusCode::OK.into_response() } else { run(&state, routes, request).await };
+        if speaks_openai && let Some(error) = response.extensions_mut().remove::<ApiError>() {
+            let allow = response.headers_mut().remove(header::ALLOW);
+            response = error.for_openai().into_response();
+            response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
+        }
+        let headers = response.headers_mut();
+        // While the server ends, a client is not to send its next request here.
+        if state.engine.is_draining() {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Ok(id) = HeaderValue::try_from(id.0) {
+            headers.insert(HeaderName::from_static("x-request-id"), id);
+        }
+        if let Some(origin) = origin {
+            allow(&state, origin, is_preflight, &mut response);
+        }
+        response
     }
-    let headers = response.headers_mut();
-    // While the server ends, a client is not to send its next request here.
-    if state.engine.status().borrow().is_draining {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    if let Ok(id) = HeaderValue::from_str(&id.0) {
-        headers.insert(HeaderName::from_static("x-request-id"), id);
-    }
-    if let Some(origin) = origin {
-        allow(&state, origin, is_preflight, &mut response);
-    }
-    response
 }
 
 /// Asks for the key, and calls the handler. One that panics fails its own request.
-async fn answer(state: &State, mut request: Request, next: Next) -> Response {
+async fn run(state: &State, routes: Router, mut request: Request) -> Response {
     let path = request.uri().path();
     // The page holds no secret, and asks for the key itself.
     let is_open = PROBES.contains(&path) || page::is_asked_for(&request);
@@ -121,8 +136,8 @@ async fn answer(state: &State, mut request: Request, next: Next) -> Response {
         Err(_) if is_open => {}
         Err(error) => return error.into_response(),
     }
-    match AssertUnwindSafe(next.run(request)).catch_unwind().await {
-        Ok(response) => response,
+    match AssertUnwindSafe(routes.oneshot(request)).catch_unwind().await {
+        Ok(response) => response.unwrap_or_else(|never| match never {}),
         Err(_) => {
             error!("a handler panicked");
             ApiError::internal("internal error").into_response()

@@ -7,7 +7,6 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -20,10 +19,10 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
-use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::Deadlines;
+use super::app::App;
 use super::error::ApiError;
 use super::wire::{Head, MAX_HEAD_BYTES, Wire, has_content_length};
 
@@ -115,7 +114,7 @@ impl Drop for Guard {
 /// Serves connections until `shutdown`; then no more are accepted, and those that are answering finish.
 pub(super) async fn accept(
     listener: TcpListener,
-    app: Router,
+    app: App,
     deadlines: Deadlines,
     mut shutdown: BoxFuture<'static, ()>,
 ) -> io::Result<()> {
@@ -147,7 +146,7 @@ pub(super) async fn accept(
 
 async fn serve(
     stream: TcpStream,
-    app: Router,
+    app: App,
     deadlines: Deadlines,
     connections: Connections,
     mut is_closing: watch::Receiver<bool>,
@@ -178,13 +177,13 @@ async fn serve(
     log(connection.await);
 }
 
-async fn answer(app: Router, head: &Head, deadlines: &Deadlines, request: Request<Incoming>) -> Response {
+async fn answer(app: App, head: &Head, deadlines: &Deadlines, request: Request<Incoming>) -> Response {
     let bytes = head.begin();
     let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
     let response = if is_chunked && has_content_length(&bytes) {
         ApiError::unreadable(StatusCode::BAD_REQUEST).into_response()
     } else {
-        app.oneshot(request.map(Body::new)).await.unwrap_or_else(|never| match never {})
+        app.answer(request.map(Body::new)).await
     };
     head.end(response.status(), deadlines);
     response

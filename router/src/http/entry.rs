@@ -8,7 +8,6 @@ use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue};
 use futures::future::BoxFuture;
-use metrics::histogram;
 
 use super::State;
 use super::app;
@@ -50,9 +49,9 @@ impl FromRequestParts<State> for Entry {
         let id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(|| RequestId::new(&parts.headers));
         // Names of routes are few and known; a path is whatever a client sends.
         let route = app::route_name(parts.uri.path());
-        let ticket = Some(Ticket::new(id, route, &parts.headers, state.config.traces.clone()));
+        let ticket = Some(Ticket::new(id, route, &parts.headers, state.clone()));
         let namespace = parts.extensions.get::<Namespace>().map_or(0, |namespace| namespace.0);
-        Ok(Self { state: state.clone(), headers: parts.headers.clone(), namespace, ticket })
+        Ok(Self { state: state.clone(), headers: std::mem::take(&mut parts.headers), namespace, ticket })
     }
 }
 
@@ -153,9 +152,10 @@ impl Entry {
             self.check_form(grammar).await?;
         }
         let validated = Instant::now();
+        let lengths = self.state.metrics.lengths();
         for request in &valid {
-            histogram!("tgi_request_input_length").record(request.prompt_ids.len() as f64);
-            histogram!("tgi_request_max_new_tokens").record(request.max_new_tokens as f64);
+            lengths.input.record(request.prompt_ids.len() as f64);
+            lengths.max_new.record(request.max_new_tokens as f64);
         }
         let num_prompt_tokens = valid.iter().map(|request| request.prompt_ids.len()).sum();
         let max_new_tokens = valid.first().map_or(0, |request| request.max_new_tokens);
@@ -206,7 +206,7 @@ fn candidates(request: ValidRequest, count: usize, namespace: u64) -> impl Itera
 
 /// The model, if a request may come now.
 pub(super) fn admit(state: &State) -> Result<Arc<ModelFacts>, ApiError> {
-    if state.engine.status().borrow().is_draining {
+    if state.engine.is_draining() {
         return Err(ApiError::draining());
     }
     state.model().ok_or_else(ApiError::not_ready)

@@ -33,6 +33,7 @@ use crate::chat::answer::Dialect;
 use crate::engine::{Engine, ModelFacts};
 use crate::grammar::Judge;
 use crate::telemetry::metrics::Exporter;
+use crate::telemetry::requests::RequestMetrics;
 use crate::telemetry::traces::Traces;
 use crate::text::tokenizer::{Encode, TokenizerPool};
 
@@ -147,12 +148,13 @@ pub(crate) struct Parts {
     template: ChatTemplate,
     /// What the template tells about the model's answers.
     dialect: Dialect,
+    metrics: RequestMetrics,
 }
 
 impl State {
     /// The model, once it is known.
     fn model(&self) -> Option<Arc<ModelFacts>> {
-        let model = self.engine.status().borrow().model.clone()?;
+        let model = self.engine.model()?;
         self.config.metrics.know(model.max_input_tokens, model.max_total_tokens);
         Some(model)
     }
@@ -192,7 +194,16 @@ async fn accept(
     let deadlines = config.deadlines;
     let template = config.template.clone();
     let dialect = Dialect::detect(|mark| template.mentions(mark));
-    let parts = Parts { config: Arc::new(config), engine, tokenizer, pool, judge, template, dialect };
-    let app = app::router(State(Arc::new(parts)));
+    let parts = Parts {
+        config: Arc::new(config),
+        engine,
+        tokenizer,
+        pool,
+        judge,
+        template,
+        dialect,
+        metrics: RequestMetrics::default(),
+    };
+    let app = app::App::new(State(Arc::new(parts)));
     connection::accept(listener, app, deadlines, shutdown).await
 }

@@ -4,14 +4,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use metrics::{counter, histogram};
+use metrics::counter;
 use opentelemetry::KeyValue;
 use tracing::{error, info, warn};
 
+use super::State;
 use super::error::{ApiError, ErrorBody};
 use crate::engine::{FinishReason, Output};
 use crate::request::Options;
-use crate::telemetry::traces::{RequestTrace, Traces};
+use crate::telemetry::traces::RequestTrace;
 
 /// The longest name of a client's that is logged, in bytes.
 const MAX_ID: usize = 128;
@@ -40,7 +41,7 @@ pub(super) struct Ticket {
     arrived: Instant,
     /// Its end is counted.
     is_settled: bool,
-    traces: Traces,
+    state: State,
 }
 
 /// The longest `traceparent` that is looked at; those of the present version have 55 bytes.
@@ -48,11 +49,11 @@ const MAX_PARENT: usize = 512;
 
 impl Ticket {
     /// Takes note of a request that arrives, and counts it.
-    pub fn new(id: RequestId, route: &'static str, headers: &HeaderMap, traces: Traces) -> Self {
-        counter!("tgi_request_count").increment(1);
+    pub fn new(id: RequestId, route: &'static str, headers: &HeaderMap, state: State) -> Self {
+        state.metrics.count.increment(1);
         let parent = headers.get("traceparent").and_then(|value| value.to_str().ok());
         let parent = parent.filter(|parent| parent.len() <= MAX_PARENT).map(str::to_owned);
-        Self { id: id.0, route, parent, arrived: Instant::now(), is_settled: false, traces }
+        Self { id: id.0, route, parent, arrived: Instant::now(), is_settled: false, state }
     }
 
     /// The trace that the client says the request belongs to.
@@ -63,19 +64,21 @@ impl Ticket {
 
     /// Sends a trace, where traces are sent.
     fn tell(&self, phases: &[(&'static str, Instant)], attributes: Vec<KeyValue>, error: Option<String>) {
-        if self.traces.is_on() {
+        let traces = &self.state.config.traces;
+        if traces.is_on() {
             let (route, parent, arrived) = (self.route, self.parent.as_deref(), self.arrived);
             let mut attributes = attributes;
             attributes.push(KeyValue::new("request.id", self.id.clone()));
-            self.traces.tell(RequestTrace { route, parent, arrived, phases, attributes, error });
+            traces.tell(RequestTrace { route, parent, arrived, phases, attributes, error });
         }
     }
 
     /// A request that has come to its end without tokens.
     pub fn done(mut self) {
         self.is_settled = true;
-        counter!("tgi_request_success").increment(1);
-        histogram!("tgi_request_duration").record(self.arrived.elapsed());
+        let metrics = &self.state.metrics;
+        metrics.success.increment(1);
+        metrics.duration.record(self.arrived.elapsed());
     }
 
     /// Counts and logs a request that ends with an error. What clients do wrong is no error of the server.
@@ -146,9 +149,10 @@ impl Flight {
     pub fn saw(&mut self, output: &Output) {
         self.started = self.started.or(output.started);
         let now = Instant::now();
+        let metrics = &self.ticket.state.metrics;
         match self.last_token.replace(now) {
-            None => histogram!("tgi_request_time_to_first_token_duration").record(now - self.ticket.arrived),
-            Some(before) => histogram!("tgi_request_inter_token_duration").record(now - before),
+            None => metrics.first_token.record(now - self.ticket.arrived),
+            Some(before) => metrics.inter_token.record(now - before),
         }
     }
 
@@ -165,16 +169,17 @@ impl Flight {
     /// Counts and logs an answer that came to its end.
     pub fn succeeded(&mut self, num_tokens: usize, reason: FinishReason) {
         let [total, validation, queue, inference, per_token] = self.times(num_tokens);
+        let metrics = &self.ticket.state.metrics;
         if !self.is_part {
             self.ticket.is_settled = true;
-            counter!("tgi_request_success").increment(1);
-            histogram!("tgi_request_duration").record(total);
+            metrics.success.increment(1);
+            metrics.duration.record(total);
         }
-        histogram!("tgi_request_validation_duration").record(validation);
-        histogram!("tgi_request_queue_duration").record(queue);
-        histogram!("tgi_request_inference_duration").record(inference);
-        histogram!("tgi_request_mean_time_per_token_duration").record(per_token);
-        histogram!("tgi_request_generated_tokens").record(num_tokens as f64);
+        metrics.validation.record(validation);
+        metrics.queue.record(queue);
+        metrics.inference.record(inference);
+        metrics.per_token.record(per_token);
+        metrics.lengths().generated.record(num_tokens as f64);
         info!(
             id = self.ticket.id,
             trace = self.ticket.trace(),
@@ -208,7 +213,7 @@ impl Flight {
 
     /// TGI's headers. `num_tokens`: generated, of an answer that is whole.
     pub fn headers(&self, num_tokens: Option<usize>) -> HeaderMap {
-        let mut headers = HeaderMap::new();
+        let mut headers = HeaderMap::with_capacity(if num_tokens.is_some() { 16 } else { 4 });
         headers.insert(HeaderName::from_static("x-compute-type"), self.compute_type.clone());
         headers.insert(HeaderName::from_static("x-compute-characters"), self.num_characters.into());
         let Some(num_tokens) = num_tokens else { return headers };
@@ -217,7 +222,7 @@ impl Flight {
         for (name, time) in names.into_iter().zip(times) {
             headers.insert(HeaderName::from_static(name), u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into());
         }
-        if let Ok(seconds) = HeaderValue::from_str(&times[0].as_secs_f64().to_string()) {
+        if let Ok(seconds) = HeaderValue::try_from(times[0].as_secs_f64().to_string()) {
             headers.insert(HeaderName::from_static("x-compute-time"), seconds);
         }
         headers.insert(HeaderName::from_static("x-prompt-tokens"), self.num_prompt_tokens.into());

@@ -171,10 +171,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<S> {
             return read;
         }
         if read.is_pending() {
-            if wire.head_timer.deadline() != head.deadline {
+            // Every request moves the deadline, most of the time to a later one. The timer is moved when it has rung: all
+            // connections share a lock for that.
+            if head.deadline < wire.head_timer.deadline() {
                 wire.head_timer.as_mut().reset(head.deadline);
             }
-            ready!(wire.head_timer.as_mut().poll(cx));
+            loop {
+                ready!(wire.head_timer.as_mut().poll(cx));
+                if head.deadline <= wire.head_timer.deadline() {
+                    break;
+                }
+                wire.head_timer.as_mut().reset(head.deadline);
+            }
             if head.bytes.is_empty() || wire.is_late {
                 return Poll::Ready(Err(late("the client does not finish its request")));
             }

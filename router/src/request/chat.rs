@@ -10,7 +10,7 @@ use super::chat_checks::{check_messages, check_tools};
 use super::completions::Stop;
 use super::form::{self, Form};
 use super::limits::MAX_TOP_LOGPROBS;
-use super::openai::{Shared, StreamOptions, check_model, include_usage, options};
+use super::openai::{Shared, StreamOptions, check_model, include_usage, options, shared};
 use super::{Limits, Options, Refused, invalid, json};
 
 /// Body of `/v1/chat/completions`.
@@ -211,24 +211,7 @@ pub fn check(mut request: ChatRequest, limits: &Limits) -> Result<Chat, Refused>
         (None, Some(most)) => ("max_completion_tokens", Some(most)),
         (most, None) => ("max_tokens", most),
     };
-    let shared = Shared {
-        temperature: request.temperature,
-        top_p: request.top_p,
-        top_k: request.top_k,
-        frequency_penalty: request.frequency_penalty,
-        presence_penalty: request.presence_penalty,
-        repetition_penalty: request.repetition_penalty,
-        logit_bias: request.logit_bias.as_ref(),
-        max_tokens,
-        min_tokens: request.min_tokens,
-        stop: request.stop.as_ref(),
-        seed: request.seed,
-        n: request.n,
-        best_of: None,
-        ignore_eos: request.ignore_eos,
-        top_n,
-        prompt_name: "messages",
-    };
+    let shared = Shared { max_tokens, top_n, prompt_name: "messages", ..shared!(request) };
     let mut options = options(&shared, limits)?;
     options.sampling.grammar = match (response_format, &choice) {
         (Some(form), _) => Some(form::bind(form, "response_format", &[])?),

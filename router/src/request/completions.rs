@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::limits::MAX_TOP_LOGPROBS;
 pub use super::openai::StreamOptions;
-use super::openai::{Shared, check_model, include_usage, options};
+use super::openai::{Shared, check_model, include_usage, options, shared};
 use super::{Limits, Options, Refused, invalid, json};
 
 /// Body of `/v1/completions`.
@@ -151,24 +151,8 @@ pub fn check(request: &CompletionRequest, limits: &Limits) -> Result<Completions
         return Err(invalid("`best_of` above `n` is not supported when streaming tokens"));
     }
     let drops_answer = echo && request.max_tokens == Some(0);
-    let shared = Shared {
-        temperature: request.temperature,
-        top_p: request.top_p,
-        top_k: request.top_k,
-        frequency_penalty: request.frequency_penalty,
-        presence_penalty: request.presence_penalty,
-        repetition_penalty: request.repetition_penalty,
-        logit_bias: request.logit_bias.as_ref(),
-        max_tokens: ("max_tokens", if drops_answer { Some(1) } else { request.max_tokens }),
-        min_tokens: request.min_tokens,
-        stop: request.stop.as_ref(),
-        seed: request.seed,
-        n: request.n,
-        best_of: request.best_of,
-        ignore_eos: request.ignore_eos,
-        top_n,
-        prompt_name: "prompt",
-    };
+    let max_tokens = ("max_tokens", if drops_answer { Some(1) } else { request.max_tokens });
+    let shared = Shared { max_tokens, best_of: request.best_of, top_n, prompt_name: "prompt", ..shared!(request) };
     let mut options = options(&shared, limits)?;
     options.wants_prompt_logprobs = echo && request.logprobs.is_some();
     for prompt in &prompts {

@@ -29,6 +29,28 @@ pub(super) struct Shared<'a> {
     pub prompt_name: &'static str,
 }
 
+/// Those of them that both bodies spell alike.
+macro_rules! shared {
+    ($request:expr) => {
+        $crate::request::openai::Shared {
+            temperature: $request.temperature,
+            top_p: $request.top_p,
+            top_k: $request.top_k,
+            frequency_penalty: $request.frequency_penalty,
+            presence_penalty: $request.presence_penalty,
+            repetition_penalty: $request.repetition_penalty,
+            min_tokens: $request.min_tokens,
+            seed: $request.seed,
+            n: $request.n,
+            ignore_eos: $request.ignore_eos,
+            logit_bias: $request.logit_bias.as_ref(),
+            stop: $request.stop.as_ref(),
+            ..Default::default()
+        }
+    };
+}
+pub(super) use shared;
+
 /// As in TGI, these routes sample unless the temperature is 0.
 pub(super) fn options(shared: &Shared<'_>, limits: &Limits) -> Result<Options, Refused> {
     let is_greedy = shared.temperature == Some(0.0);

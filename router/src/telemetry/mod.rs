@@ -2,5 +2,6 @@
 
 pub mod metrics;
 pub mod names;
+pub mod requests;
 pub mod traces;
 pub mod tracing;

@@ -4,3 +4,4 @@ pub mod detokenizer;
 mod pieces;
 pub mod stop_strings;
 pub mod tokenizer;
+mod words;

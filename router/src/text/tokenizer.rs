@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use super::pieces::Pieces;
+use super::words::Words;
 
 /// Texts that wait for a thread of a lane, beyond one for each.
 const MAX_WAITING: usize = 64;
@@ -77,6 +78,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: HashSet<u32>,
     pieces: Option<Pieces>,
+    words: Option<Words>,
     max_token_bytes: Option<usize>,
 }
 
@@ -102,11 +104,15 @@ impl Tokenizer {
             inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         let pieces = Pieces::read(&inner);
         let max_token_bytes = pieces.as_ref().and_then(|pieces| max_token_bytes(&inner, pieces));
-        Self { inner, special, pieces, max_token_bytes }
+        let words = Words::read(&inner);
+        Self { inner, special, pieces, words, max_token_bytes }
     }
 
     /// The ids of a text, with the special tokens that the model expects around it if `add_special`.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        if let Some(ids) = self.words.as_ref().and_then(|words| words.encode(&self.inner, text, add_special)) {
+            return Ok(ids);
+        }
         let encoding = self.inner.encode_fast(text, add_special).map_err(|error| {
             warn!(%error, "a text cannot be tokenized");
             TokenizerError::Text

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jsonschema
@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from text_generation_server.sampling import grammar as grammar_module
 from text_generation_server.sampling.constraint import GrammarError
-from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided
+from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided, Masks
 from tokenizers import Tokenizer
 
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
@@ -217,14 +217,36 @@ class Slow:
     def advance(self, token_id: int) -> None: ...
 
 
+def found(begun: Sequence[Masks]) -> tuple[dict[int, NDArray[np.int32]], dict[int, str]]:
+    """The masks and the errors of all rows."""
+    words = {row: mask for masks in begun for row, mask in zip(masks.rows, masks.wait(), strict=True)}
+    return words, {row: cause for masks in begun for row, cause in masks.errors.items()}
+
+
+def are_beside(begun: Sequence[Masks]) -> list[bool]:
+    return [masks._filled is not None for masks in begun]
+
+
 def test_masks_are_found_beside_the_caller_and_an_error_is_its_rows_alone(grammars):
     started = time.monotonic()
-    masks = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
+    begun = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
     assert time.monotonic() - started < 0.4
-    words = masks.wait()
-    assert masks.errors == {5: "too bad"}
-    assert [len(ids_of(row)) for row in words] == [1, VOCAB, 1]
-    assert ids_of(words[0]) == [0]
+    words, errors = found(begun)
+    assert errors == {5: "too bad"}
+    assert {row: len(ids_of(mask)) for row, mask in words.items()} == {3: 1, 5: VOCAB, 9: 1}
+    assert ids_of(words[3]) == [0]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_threads_find_the_masks_of_several_rows_at_a_time(threads):
+    grammars = Grammars(MODEL / "tokenizer.json", VOCAB, [EOS], threads)
+    started = time.monotonic()
+    words, errors = found(grammars.begin({row: Slow(0.3, fails=row == 4) for row in range(6)}))
+    took = time.monotonic() - started
+    assert took > 1.7 if threads == 1 else took < 1.5
+    assert list(errors) == [4]
+    assert sorted(words) == list(range(6))
+    grammars.close()
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 70])
@@ -235,36 +257,57 @@ def test_masks_of_many_rows_are_those_of_each_alone(vocab):
     if vocab == VOCAB:
         forms += [of_schema(SCHEMAS["object"]), Grammar(REGEX, "[0-9]{3}")]
         rows = [(form, log) for form in forms for log in ([], written(grammars.constraint(form, []), 4)[:-1], [EOS])]
-    masks = grammars.begin({7 + i: grammars.constraint(*row) for i, row in enumerate(rows)})
-    assert masks.rows == list(range(7, 7 + len(rows)))
-    for words, row in zip(masks.wait(), rows, strict=True):
-        assert ids_of(words, vocab) == allowed(grammars.constraint(*row), vocab)
-    assert not masks.errors
+    constraints = {7 + i: grammars.constraint(*row) for i, row in enumerate(rows)}
+    # By another thread, and once more at once.
+    for _ in range(2):
+        words, errors = found(grammars.begin(constraints))
+        assert not errors
+        for i, row in enumerate(rows):
+            assert ids_of(words[7 + i], vocab) == allowed(grammars.constraint(*row), vocab)
+        for constraint in constraints.values():
+            constraint.expected_s = 0.0
     grammars.close()
 
 
 def test_what_takes_but_a_moment_is_found_at_once_and_what_took_longer_is_not(grammars):
     """To wake a thread takes longer than a cheap mask; a costly one must not hold up the steps, but once."""
     digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    assert grammars.begin({1: digits})._filled is not None, "nobody knows what the first takes"
-    assert grammars.begin({1: digits}).wait()[0].any()
+    assert are_beside(grammars.begin({1: digits})) == [True], "nobody knows what the first takes"
+    assert found(grammars.begin({1: digits}))[0][1].any()
     for _ in range(200):
         digits.took(1e-6)
-    found = grammars.begin({1: digits})
-    assert found._filled is None
-    assert ids_of(found.wait()[0]) == allowed(digits)
+    begun = grammars.begin({1: digits})
+    assert are_beside(begun) == [False]
+    assert ids_of(found(begun)[0][1]) == allowed(digits)
+    assert are_beside(grammars.begin({1: Slow(0)})) == [True], "nobody knows what others take"
+    # One that is costly does not take a cheap one with it.
+    assert are_beside(grammars.begin({1: digits, 2: Slow(0)})) == [True, False]
+    many = [grammars.constraint(Grammar(REGEX, "[0-9]{300}"), []) for _ in range(20)]
+    for one in many:
+        one.expected_s = 40e-6
+    beside, at_once = grammars.begin(dict(enumerate(many)))
+    assert (are_beside([beside, at_once]), len(at_once.rows)) == ([True, False], 12), "together they take too long"
+    found([beside, at_once])
     digits.took(0.01)
-    assert grammars.begin({1: digits})._filled is not None
-    assert grammars.begin({1: Slow(0)})._filled is not None, "nobody knows what others take"
+    assert are_beside(grammars.begin({1: digits})) == [True]
+
+
+def test_what_a_mask_takes_is_the_time_of_its_own_thread(grammars, monkeypatch):
+    """A machine that does other things meanwhile does not make a form a costly one."""
+    digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
+    monkeypatch.setattr(digits, "check", lambda: time.sleep(0.05))
+    follow = digits.follow
+    monkeypatch.setattr(digits, "follow", lambda: (time.sleep(0.05), follow())[1])
+    found(grammars.begin({1: digits}))
+    assert digits.expected_s < 0.02
 
 
 def test_an_id_that_does_not_follow_is_the_error_of_its_row(grammars):
     digits = Grammar(REGEX, "[0-9]+")
-    masks = grammars.begin({1: grammars.constraint(digits, []), 2: grammars.constraint(digits, [300])})
-    words = masks.wait()
-    assert list(masks.errors) == [2]
-    assert "does not follow" in masks.errors[2]
-    assert ids_of(words[0]) == allowed(grammars.constraint(digits, []))
+    words, errors = found(grammars.begin({1: grammars.constraint(digits, []), 2: grammars.constraint(digits, [300])}))
+    assert list(errors) == [2]
+    assert "does not follow" in errors[2]
+    assert ids_of(words[1]) == allowed(grammars.constraint(digits, []))
 
 
 def test_a_compilation_does_not_hold_up_who_asks(grammars):

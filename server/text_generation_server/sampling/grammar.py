@@ -45,10 +45,11 @@ MAX_SOURCE_BYTES = 64 << 10
 STACK_BYTES = 64 << 20
 # Compilation gives way to steps.
 NICENESS = 10
-# Masks that are expected within this time are found at once: to wake a thread and hear from it takes longer. After one
-# that took longer they are found beside the steps, until many cheaper ones have come.
-AT_ONCE_S = 50e-6
-FORGETTING = 0.95
+# A mask that is expected within this time is found at once, together with others up to so much: to wake a thread and
+# hear from it takes longer, and during the forward pass every core is taken. After one that took longer they are found
+# beside the steps, until some cheaper ones have come: of a common schema one in ten takes many times the others' time.
+AT_ONCE_S, ALL_AT_ONCE_S = 150e-6, 500e-6
+FORGETTING = 0.8
 # No grammar within the limits takes as long.
 COMPILE_TIMEOUT_S = 20.0
 
@@ -77,8 +78,8 @@ class Grammars:
     ) -> None:
         self._tokenizer_file, self._vocab_size, self._eos = tokenizer_file, vocab_size, sorted(set(eos_token_ids))
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar", initializer=give_way)
-        self._fillers = ThreadPoolExecutor(1, thread_name_prefix="mask")
-        self._executor = llguidance.LLExecutor(num_threads)
+        self._num_fillers = max(1, num_threads)
+        self._fillers = ThreadPoolExecutor(self._num_fillers, thread_name_prefix="mask")
         self._tokens: Future[llguidance.LLTokenizer] | None = None
         self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._lock = threading.Lock()
@@ -108,11 +109,25 @@ class Grammars:
         """The state after the ids generated so far."""
         return Guided(self.prepare(grammar), self._eos, generated)
 
-    def begin(self, constraints: Mapping[int, Constraint]) -> "Masks":
-        """Begins to find out which ids may come next, for each row; does it at once if that takes but a moment."""
-        expected = sum(c.expected_s if isinstance(c, Guided) else np.inf for c in constraints.values())
-        fillers = self._fillers if expected > AT_ONCE_S else None
-        return Masks(constraints, self._vocab_size, fillers, self._executor)
+    def begin(self, constraints: Mapping[int, Constraint]) -> "list[Masks]":
+        """Begins to find out which ids may come next in each row, in parts; at once where that takes but a moment."""
+        at_once: dict[int, Constraint] = {}
+        beside: dict[int, Constraint] = {}
+        expected = 0.0
+        for row, constraint in constraints.items():
+            each = constraint.expected_s if isinstance(constraint, Guided) else np.inf
+            is_quick = each <= AT_ONCE_S and expected + each <= ALL_AT_ONCE_S
+            (at_once if is_quick else beside)[row] = constraint
+            expected += each if is_quick else 0.0
+        rows, parts = list(beside), min(len(beside), self._num_fillers)
+        # These first: they are worked on meanwhile.
+        begun = [
+            Masks({row: beside[row] for row in rows[part::parts]}, self._vocab_size, self._fillers)
+            for part in range(parts)
+        ]
+        if at_once:
+            begun.append(Masks(at_once, self._vocab_size, None))
+        return begun
 
     def close(self) -> None:
         """Ends the threads; what they have begun is finished."""
@@ -197,11 +212,14 @@ class Guided:
         matcher = self.follow()
         if matcher is None:
             set_bits(words, self._eos)
-            return
-        mask = np.zeros(self.num_words, np.int32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        elif self.num_words == len(words):
+            # The library clears what was there.
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        else:
+            mask = np.zeros(self.num_words, np.int32)
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            copy_words(mask, words)
         self.check()
-        copy_words(mask, words)
 
     def follow(self) -> llguidance.LLMatcher | None:
         """Follows the ids of which note was taken. What the mask is to be had of; None: the end is all that is left."""
@@ -237,14 +255,8 @@ def copy_words(mask: NDArray[np.int32], words: NDArray[np.int32]) -> None:
 class Masks:
     """Which ids may come next in some `rows`, found out beside the caller, or by it if there is no pool."""
 
-    def __init__(
-        self,
-        constraints: Mapping[int, Constraint],
-        vocab_size: int,
-        pool: ThreadPoolExecutor | None,
-        executor: llguidance.LLExecutor,
-    ) -> None:
-        self.rows, self._constraints, self._executor = list(constraints), list(constraints.values()), executor
+    def __init__(self, constraints: Mapping[int, Constraint], vocab_size: int, pool: ThreadPoolExecutor | None) -> None:
+        self.rows, self._constraints = list(constraints), list(constraints.values())
         self._words = np.zeros((len(self.rows), -(-vocab_size // 32)), np.int32)
         self.errors: dict[int, str] = {}
         self._filled = None if pool is None else submit(pool, self._fill)
@@ -261,38 +273,21 @@ class Masks:
         return self._words
 
     def _fill(self) -> None:
-        begun = time.perf_counter()
-        guided: list[tuple[int, Guided, llguidance.LLMatcher]] = []
+        own, before = time.thread_time(), time.perf_counter()
         for i, constraint in enumerate(self._constraints):
             try:
-                if isinstance(constraint, Guided) and (matcher := constraint.follow()) is not None:
-                    guided.append((i, constraint, matcher))
-                else:
-                    constraint.fill(self._words[i])
+                constraint.fill(self._words[i])
             except (GrammarError, TimeoutError) as error:
                 self._fail(i, str(error) or "the grammar was not compiled in time")
-        if guided:
-            self._compute(guided)
-            each = (time.perf_counter() - begun) / len(guided)
-            for _, one, _ in guided:
-                one.took(each)
+            now = time.perf_counter()
+            if isinstance(constraint, Guided):
+                # What else the machine does meanwhile says nothing about a grammar. To ask for this thread's own time
+                # is a system call.
+                took = now - before
+                constraint.took(took if took <= AT_ONCE_S else min(took, time.thread_time() - own))
+            before = now
         for i in np.nonzero(~self._words.any(axis=1))[0].tolist():
             self._fail(i, "the grammar leaves no id to go on with")
-
-    def _compute(self, guided: Sequence[tuple[int, Guided, llguidance.LLMatcher]]) -> None:
-        """By one call for all: Python's lock, for which this thread vies with that of the steps, is let go but once."""
-        width = guided[0][1].num_words  # of all: they are masks of one tokenizer
-        is_whole = width == self._words.shape[1]
-        masks = self._words if is_whole else np.zeros((len(self.rows), width), np.int32)
-        matchers = [(matcher, i) for i, _, matcher in guided]
-        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, 4 * width, len(masks))
-        for i, constraint, _ in guided:
-            if not is_whole:
-                copy_words(masks[i], self._words[i])
-            try:
-                constraint.check()
-            except GrammarError as error:
-                self._fail(i, str(error))
 
     def _fail(self, i: int, cause: str) -> None:
         self.errors[self.rows[i]] = cause
