@@ -1,7 +1,4 @@
-"""Prints what an installation that broke off left in part, which pip does not see.
-
-    .venv/bin/python scripts/broken_packages.py server/requirements.lock
-"""
+"""Prints what an installation that broke off left in part, which pip does not see. Takes the path of the lock."""
 
 import re
 import sys
