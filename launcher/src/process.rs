@@ -78,6 +78,12 @@ impl Exit {
         let lines = &self.last_lines[self.last_lines.len().saturating_sub(SHOWN)..];
         format!("{text}; its last lines:\n    {}", lines.join("\n    "))
     }
+
+    /// What a rank said in its last line, without the time and the level.
+    pub fn last_words(&self, rank: u32) -> Option<String> {
+        let line = self.last_lines.last()?;
+        Some(line.split_once(&format!("rank {rank}: ")).map_or(line.as_str(), |(_, said)| said).to_owned())
+    }
 }
 
 fn likely_cause(signal: i32) -> &'static str {
@@ -343,6 +349,13 @@ mod tests {
 
     fn silent() -> Output {
         Output::start(Format::Text, io::sink()).unwrap()
+    }
+
+    #[test]
+    fn what_a_rank_said_last_is_told_without_its_time() {
+        let said = |line: &str| Exit { cause: Cause::Code(1), last_lines: vec![line.to_owned()] }.last_words(3);
+        assert_eq!(said("2026-11-29T16:18:52.434 ERROR   rank 3: no such tensor").as_deref(), Some("no such tensor"));
+        assert_eq!(said("Segmentation fault").as_deref(), Some("Segmentation fault"));
     }
 
     #[tokio::test]

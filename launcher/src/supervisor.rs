@@ -455,9 +455,7 @@ impl Supervisor {
             // Code 1 before the model is loaded: the shard says itself that it cannot; trying again would say the same.
             if exit.cause == Cause::Code(1) && !was_loaded && !self.ever_served {
                 self.ranks[rank as usize].life = Life::Gone;
-                let line = exit.last_lines.last().cloned().unwrap_or(reason);
-                // Without the time and the level of the rank's own line, which was printed already.
-                let message = line.split_once(&format!("rank {rank}: ")).map_or(line.as_str(), |(_, said)| said);
+                let message = exit.last_words(rank).unwrap_or(reason);
                 return self.give_up(now, format!("rank {rank} could not load the model: {message}"));
             }
             self.lose(&reason);
