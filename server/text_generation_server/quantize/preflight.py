@@ -77,14 +77,18 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     block = model.recorded_in(model.decoder.blocks[0])
     tokens = max(1, STEP_TOKENS // length) * length
     activations = num_sequences * length * settings.hidden_size * size
-    walk = activations + _block_bytes(block, options.scheme.method, size, tokens, settings.hidden_size)
+    # The host sums moments in float32, of copies where it computes in another type.
+    copied = FLOAT * tokens if machine.is_host and size < FLOAT else 0
+    step_bytes = _step_bytes(block, size, tokens, settings.hidden_size)
+    measuring = step_bytes + copied * max(one.num_inputs for one in block)
+    walk = activations + _block_bytes(block, options.scheme.method, size, measuring)
     vocabulary = settings.vocab_size * settings.hidden_size * size
     head = 0 if settings.tie_word_embeddings else 2 * vocabulary
     # Two models at once: their embeddings (one is there already), heads and activations, and a few rows of logits.
     proof = (
         2 * num_held * length * settings.hidden_size * size + vocabulary + head + 6 * 128 * settings.vocab_size * FLOAT
     )
-    proof = max(proof, proof - head + _weights(block, size) + _step_bytes(block, size, tokens, settings.hidden_size))
+    proof = max(proof, proof - head + _weights(block, size) + step_bytes)
     writing = 2 * max(_weights(block, FLOAT) // 8, vocabulary)
     base = anonymous_bytes() + BUFFERS
     seconds = _seconds(model, options, num_sequences * length)
@@ -109,8 +113,9 @@ def _step_bytes(block: Sequence[Recorded], size: int, tokens: int, hidden: int) 
     return tokens * (hidden * (2 * size + 2 * FLOAT) + 2 * widest * size)
 
 
-def _block_bytes(block: Sequence[Recorded], method: str, size: int, tokens: int, hidden: int) -> int:
-    weights, step = _weights(block, size), _step_bytes(block, size, tokens, hidden)
+def _block_bytes(block: Sequence[Recorded], method: str, size: int, step: int) -> int:
+    """step: while a step is measured."""
+    weights = _weights(block, size)
     moments = [FLOAT * one.num_inputs**2 for one in block]
     if method == "gptq":
         return weights + max(
