@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..kernels.offline import Machine
 from . import awq
 from .progress import anonymous_bytes, duration, gib
 from .recording import Model, Recorded
-from .rounding import CHUNK_VALUES, SHRINK
+from .rounding import CHUNK_VALUES, SHRINK, Grid
 from .settings import Options
 from .solve import JUDGED_ROWS as MOST_JUDGED
 from .walk import STEP_TOKENS, resting_bytes
@@ -28,9 +28,11 @@ SMALL_FILES = 64 << 20
 FLOAT = 4
 # Of a piece of a weight, while its grids are searched.
 SEARCH_COPIES = 6
-# On one core, seconds of one weight in one range that is tried, and of all that is done with a weight besides: it is
-# read, turned, rounded column by column, made a number again, judged, packed and stored.
-TRIED_S, WEIGHT_S = 5e-9, 1e-7
+# All that is done with a weight besides products and trying ranges, as so many ranges tried: it is read, turned,
+# rounded column by column, made a number again, judged, packed and stored.
+RANGES_OF_THE_REST = 20
+# Weights on which trying ranges is timed, and how long anything is timed.
+TIMED_WEIGHTS, TIMED_S = 1 << 18, 0.2
 # How much longer factors and triangular solutions take than products of as many operations.
 FACTORS = 2.0
 # What is done once.
@@ -164,7 +166,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
         solving += sum(tried * 2.0 * out * in_ * (in_ if size == -1 else size) for out, in_ in sizes)
     elif options.scheme.in_gptq_layout and options.solver.mse:
         tried = len(SHRINK)
-    each = weights * (tried * TRIED_S + WEIGHT_S) / torch.get_num_threads() if machine.is_host else 0.0
+    each = weights * (tried + RANGES_OF_THE_REST) * _tried_s() if machine.is_host else 0.0
     fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
     # On the host the moments are summed by products of float32.
     products = forward / fast + moments / (plain if machine.is_host else fast) + solving / plain
@@ -172,15 +174,30 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
 
 
 def _speed(machine: Machine, dtype: torch.dtype) -> float:
-    """Operations per second."""
+    """Operations per second of products, here and now."""
     x = torch.ones(1024, 1024, dtype=dtype, device=machine.device)
-    best = float("inf")
-    for _ in range(3):
-        begun = time.monotonic()
+
+    def multiply() -> None:
         x @ x
         machine.wait()
-        best = min(best, time.monotonic() - begun)
-    return 2 * 1024**3 / best
+
+    return 2 * 1024**3 / _time(multiply)
+
+
+def _tried_s() -> float:
+    """Seconds of the host for one weight in one range that is tried, here and now."""
+    weight = torch.arange(TIMED_WEIGHTS, dtype=torch.float32).sin_().view(-1, 8, 128)
+    grid = Grid(4, sym=True, search=True)
+    return _time(lambda: grid.fit(weight)) / (TIMED_WEIGHTS * len(SHRINK))
+
+
+def _time(work: Callable[[], object]) -> float:
+    """The fewest seconds that it takes: what another process takes away in between is not the machine's."""
+    begun, best = time.monotonic(), float("inf")
+    while (now := time.monotonic()) < begun + TIMED_S or best == float("inf"):
+        work()
+        best = min(best, time.monotonic() - now)
+    return best
 
 
 def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -> Fit:
