@@ -31,6 +31,12 @@ TIMEOUT_S = 1800.0
 # Perplexity may grow by so many times what the peer's grows by.
 QUALITY_LIMIT, TIME_LIMIT = 1.02, 1.0
 LOGITS_LIMIT = 1e-2
+# How OpenMP's threads wait for each other, of both sides.
+WAITS = {
+    "brief": "spinning a thousand times, then asleep (GOMP_SPINCOUNT)",
+    "passive": "asleep (OMP_WAIT_POLICY)",
+    "active": "spinning (OMP_WAIT_POLICY)",
+}
 Settings = dict[str, Any]
 
 # Name -> our flags, the peer's settings (None: it has no such thing).
@@ -57,10 +63,12 @@ GROUPS = {
 }
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Of both sides. The peer looks for things on the network unless told not to, and needs two workers to begin."""
-    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **own, "GPTQMODEL_CPU_WORKERS": str(max(2, threads))}
+    own = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The peer sets nothing by itself; it is given what our command sets.
+    own |= {"GOMP_SPINCOUNT": "1000"} if arguments.wait == "brief" else {"OMP_WAIT_POLICY": arguments.wait}
+    return {**os.environ, **own, "GPTQMODEL_CPU_WORKERS": str(max(2, arguments.threads))}
 
 
 def cut(length: int, samples: int) -> list[list[int]]:
@@ -73,12 +81,12 @@ def cut(length: int, samples: int) -> list[list[int]]:
     return make_windows(open_documents(None, MODEL), MODEL, sampling, 2048, 4096).measured
 
 
-def ours(model: Path, output: Path, flags: list[str], length: int, samples: int, threads: int) -> float:
+def ours(arguments: argparse.Namespace, output: Path, flags: list[str]) -> float:
     """Seconds of the command, without starting Python and importing torch."""
     program = (
         # The command prepares the environment before it imports torch too.
         "from text_generation_server.config import prepare_environment\n"
-        "prepare_environment()\n"
+        "prepare_environment(serves=False)\n"
         "import sys, time, torch, matplotlib.figure, text_generation_server.quantize.run\n"
         "from text_generation_server.cli import app\n"
         "begun = time.perf_counter()\n"
@@ -90,24 +98,24 @@ def ours(model: Path, output: Path, flags: list[str], length: int, samples: int,
         "-c",
         program,
         "quantize",
-        str(model),
+        str(MODEL),
         str(output),
         *flags,
         "--num-threads",
-        str(threads),
+        str(arguments.threads),
     ]
-    command += ["--num-samples", str(samples), "--sequence-length", str(length)]
-    return float(run(command, threads).splitlines()[-1])
+    command += ["--num-samples", str(arguments.samples), "--sequence-length", str(arguments.length)]
+    return float(run(command, arguments).splitlines()[-1])
 
 
-def peer(python: str, model: Path, output: Path, settings: Settings, ids: Path, threads: int) -> float:
+def peer(arguments: argparse.Namespace, output: Path, settings: Settings, ids: Path) -> float:
     """Seconds of loading, quantizing and saving, without imports."""
-    return float(run([python, __file__, "--peer", json.dumps(settings), str(model), str(output), str(ids)], threads)
-                 .splitlines()[-1])  # fmt: skip
+    command = [arguments.peer_python, __file__, "--peer", json.dumps(settings), str(MODEL), str(output), str(ids)]
+    return float(run(command, arguments).splitlines()[-1])
 
 
-def run(command: list[str], threads: int, **more: str) -> str:
-    settings = environment(threads) | more
+def run(command: list[str], arguments: argparse.Namespace, **more: str) -> str:
+    settings = environment(arguments) | more
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=settings, check=False)
     if done.returncode:
         raise common.MeasureError(f"{command[:3]} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -210,7 +218,7 @@ def same_logits(
     ids.write_text(json.dumps(windows[:2]))
     # Reading is not timed: without compiling for each shape, which takes a minute.
     command = [arguments.peer_python, __file__, "--peer-logits", str(folder), str(ids), str(out)]
-    run(command, arguments.threads, TORCHDYNAMO_DISABLE="1")
+    run(command, arguments, TORCHDYNAMO_DISABLE="1")
     with torch.no_grad():
         expected = torch.stack([model(torch.tensor([window])).logits[0] for window in windows[:2]])
     return max(float((logits - expected).norm() / expected.norm()) for logits in load_file(out).values())
@@ -232,9 +240,9 @@ def measure(arguments: argparse.Namespace, scratch: Path, environment_table: str
         own_times, peer_times = [], []
         for turn in range(arguments.rounds):
             mine, theirs = scratch / f"ours-{number}-{turn}", scratch / f"peer-{number}-{turn}"
-            own_times.append(ours(MODEL, mine, flags, arguments.length, arguments.samples, arguments.threads))
+            own_times.append(ours(arguments, mine, flags))
             if settings is not None and arguments.peer_python:
-                peer_times.append(peer(arguments.peer_python, MODEL, theirs, settings, ids, arguments.threads))
+                peer_times.append(peer(arguments, theirs, settings, ids))
         result = dequantized(mine)
         own = grown[name] = perplexity(result, windows) - base
         row = [name, f"{base + own:.4f}", f"{own:+.4f}"]
@@ -273,7 +281,9 @@ def report(
         and name.split(" g128")[0][-6:] == other.split(" g128")[0][-6:]
     ]
     body = [
-        f"The model without quantization: {base:.4f}. {arguments.samples} sequences of {arguments.length} tokens.\n",
+        f"The model without quantization: {base:.4f}. {arguments.samples} sequences of {arguments.length} tokens. "
+        f"{arguments.threads} threads of OpenMP on both sides, which wait for each other: {WAITS[arguments.wait]}"
+        f"{'; times are medians of ' + str(arguments.rounds) if arguments.rounds > 1 else ''}.\n",
         common.table(head, rows),
         f"\nWhat these grow by, ÷ what rounding to nearest with as many bits does: {'; '.join(nearest)}."
         if nearest
@@ -299,6 +309,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each side; times are medians")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
+    parser.add_argument(
+        "--wait",
+        choices=list(WAITS),
+        default="brief",
+        help="how OpenMP's threads wait for each other, on both sides; brief is what our command sets by itself",
+    )
     arguments = parser.parse_args()
     arguments.cases = GROUPS[arguments.group]
     arguments.result = "quantize_quality" + ("" if arguments.group == "all" else f"_{arguments.group}")

@@ -333,7 +333,7 @@ def quantize(
         read_size,
     )
 
-    prepare_environment()
+    prepare_environment(serves=False)
     # A polite end is Ctrl-C: what is finished is safe, and it says how to go on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -53,8 +53,13 @@ class ServeConfig:
             raise ConfigError(f"--uds-path {self.uds_path} is longer than the 107 bytes of a Unix socket's name")
 
 
-def prepare_environment() -> None:
+def prepare_environment(serves: bool = True) -> None:
     """Settings of libraries that read the environment once, as they are loaded. A user's own setting wins."""
-    # Threads that spin at barriers steal the processor from other ranks, the router and each other: a step of 12 ms
-    # took 140 ms on two busy cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if serves:
+        # Threads that spin at barriers steal the processor from other ranks, the router and each other: a step of 12 ms
+        # took 140 ms on two busy cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    elif "OMP_WAIT_POLICY" not in os.environ:
+        # Who computes alone would lose up to a half of its time by sleeping at once, and as much by spinning for long
+        # where another process wants the processor too.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS
-from text_generation_server.kernels.columns import _round_columns, has_triton
-from text_generation_server.kernels.cpu.native import columns as native
+from text_generation_server.kernels.columns import _round_columns, has_triton, round_columns
+from text_generation_server.kernels.cpu.native.columns import NativeColumns, usual_columns
 from text_generation_server.kernels.cpu.native.library import Library
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def test_our_own_column_loop_equals_the_plain_one_in_float64(
         weight, upper, scale, zero = run_of(num, outputs, shared, dtype)
         codes, errors = torch.empty(num, outputs, dtype=torch.uint8), torch.empty(num, outputs, dtype=dtype)
         if dtype == torch.float32:
-            native.round_columns(library, weight, upper, scale, zero, 15, codes, errors)
+            NativeColumns(library).round_columns(weight, upper, scale, zero, 15, codes, errors)
         else:
             _round_columns(weight, upper, scale, zero, 15, codes, errors)
         results += [codes, weight.double(), errors.double()]
@@ -96,9 +96,25 @@ def test_our_own_column_loop_has_the_same_bits_on_any_number_of_threads(library:
             torch.set_num_threads(threads)
             weight, upper, scale, zero = run_of(32, 2003, False)
             codes, errors = torch.empty(32, 2003, dtype=torch.uint8), torch.empty(32, 2003)
-            native.round_columns(library, weight, upper, scale, zero, 15, codes, errors)
+            NativeColumns(library).round_columns(weight, upper, scale, zero, 15, codes, errors)
             results.append((codes, weight, errors))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_the_library_is_looked_into_once_however_many_columns_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    real = Library.function
+
+    def function(self: Library, name: str, arguments: str) -> object:
+        looked.append(name)
+        return real(self, name, arguments)
+
+    monkeypatch.setattr(Library, "function", function)
+    usual_columns.cache_clear()
+    for _ in range(3):
+        weight, upper, scale, zero = run_of(32, 100, False)
+        round_columns(weight, upper, scale, zero, 15, torch.empty(32, 100, dtype=torch.uint8), torch.empty_like(weight))
+    assert looked == (["round_columns"] if LIBRARIES else [])

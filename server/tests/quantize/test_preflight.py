@@ -1,6 +1,7 @@
 """What a run is said to take before it begins."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from text_generation_server.config import prepare_environment
 from text_generation_server.kernels.offline import Machine
 from text_generation_server.planning import plan_model
 from text_generation_server.quantize import preflight
@@ -69,7 +71,7 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eight_billion_parameters_need_less_than_12_gib_of_a_device_and_24_gib_of_the_host(
     method: str, eight_billion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_speed", lambda machine, dtype: 1e11)  # nothing is multiplied
+    monkeypatch.setattr(preflight, "_time", lambda work: 1e-2)  # nothing is multiplied
     plan = plan_model(eight_billion, world_size=1)
     options = Options(
         eight_billion, eight_billion / "out", "8B", Scheme(method, 4, 128, True), Solver(), Sampling(), Resources()
@@ -82,3 +84,32 @@ def test_eight_billion_parameters_need_less_than_12_gib_of_a_device_and_24_gib_o
         # At least the activations and a block in the type that is computed in.
         assert need.host > 128 * 2048 * 4096 * 2
         assert max(need.host, need.device) > 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+
+
+def test_the_time_that_is_told_is_measured_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as slow a machine is told twice the time, besides what is done once."""
+    model = tiny.make(tmp_path / "model", "llama")
+    told = []
+    for slowness in (1, 2):
+        monkeypatch.setattr(preflight, "_time", lambda work, slowness=slowness: 1.0 * slowness)
+        opened = open_model(plan_model(model, world_size=1), Machine(torch.device("cpu"), torch.float32), 48)
+        told.append(preflight.estimate(opened, tiny.options(model, tmp_path / "out"), 6, 1, 48, 1).seconds)
+        opened.close()
+    assert told[1] - preflight.ONCE_S == pytest.approx(2 * (told[0] - preflight.ONCE_S))
+
+
+@pytest.mark.parametrize(
+    ("serves", "before", "after"),
+    [
+        (True, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (False, {}, {"GOMP_SPINCOUNT": "1000"}),
+        (False, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (False, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_who_computes_alone_does_not_sleep_at_every_barrier(
+    serves: bool, before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(before))
+    prepare_environment(serves)
+    assert os.environ == after

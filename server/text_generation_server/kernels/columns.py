@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .cpu.native import columns as native
+from .cpu.native.columns import usual_columns
 
 
 def round_columns(
@@ -33,8 +33,8 @@ def round_columns(
         from .cuda.columns import round_columns_fused
 
         round_columns_fused(weight, upper, scale, zero, most, codes, errors)
-    elif native.takes(weight) and (library := native.usual_library()) is not None:
-        native.round_columns(library, weight, upper, scale, zero, most, codes, errors)
+    elif (native := usual_columns()) is not None and native.takes(weight):
+        native.round_columns(weight, upper, scale, zero, most, codes, errors)
     else:
         _round_columns(weight, upper, scale, zero, most, codes, errors)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..kernels.offline import Machine
 from . import awq
 from .progress import anonymous_bytes, duration, gib
 from .recording import Model, Recorded
-from .rounding import CHUNK_VALUES, SHRINK
+from .rounding import CHUNK_VALUES, SHRINK, Grid
 from .settings import Options
 from .solve import JUDGED_ROWS as MOST_JUDGED
 from .walk import STEP_TOKENS, resting_bytes
@@ -28,9 +28,11 @@ SMALL_FILES = 64 << 20
 FLOAT = 4
 # Of a piece of a weight, while its grids are searched.
 SEARCH_COPIES = 6
-# On one core, seconds of one weight in one range that is tried, and of all that is done with a weight besides: it is
-# read, turned, rounded column by column, made a number again, judged, packed and stored.
-TRIED_S, WEIGHT_S = 5e-9, 1e-7
+# All that is done with a weight besides products and trying ranges, as so many ranges tried: it is read, turned,
+# rounded column by column, made a number again, judged, packed and stored.
+RANGES_OF_THE_REST = 20
+# Weights on which trying ranges is timed, and how long anything is timed.
+TIMED_WEIGHTS, TIMED_S = 1 << 18, 0.2
 # How much longer factors and triangular solutions take than products of as many operations.
 FACTORS = 2.0
 # What is done once.
@@ -77,14 +79,18 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     block = model.recorded_in(model.decoder.blocks[0])
     tokens = max(1, STEP_TOKENS // length) * length
     activations = num_sequences * length * settings.hidden_size * size
-    walk = activations + _block_bytes(block, options.scheme.method, size, tokens, settings.hidden_size)
+    # The host sums moments in float32, of copies where it computes in another type.
+    copied = FLOAT * tokens if machine.is_host and size < FLOAT else 0
+    step_bytes = _step_bytes(block, size, tokens, settings.hidden_size)
+    measuring = step_bytes + copied * max(one.num_inputs for one in block)
+    walk = activations + _block_bytes(block, options.scheme.method, size, measuring)
     vocabulary = settings.vocab_size * settings.hidden_size * size
     head = 0 if settings.tie_word_embeddings else 2 * vocabulary
     # Two models at once: their embeddings (one is there already), heads and activations, and a few rows of logits.
     proof = (
         2 * num_held * length * settings.hidden_size * size + vocabulary + head + 6 * 128 * settings.vocab_size * FLOAT
     )
-    proof = max(proof, proof - head + _weights(block, size) + _step_bytes(block, size, tokens, settings.hidden_size))
+    proof = max(proof, proof - head + _weights(block, size) + step_bytes)
     writing = 2 * max(_weights(block, FLOAT) // 8, vocabulary)
     base = anonymous_bytes() + BUFFERS
     seconds = _seconds(model, options, num_sequences * length)
@@ -109,8 +115,9 @@ def _step_bytes(block: Sequence[Recorded], size: int, tokens: int, hidden: int) 
     return tokens * (hidden * (2 * size + 2 * FLOAT) + 2 * widest * size)
 
 
-def _block_bytes(block: Sequence[Recorded], method: str, size: int, tokens: int, hidden: int) -> int:
-    weights, step = _weights(block, size), _step_bytes(block, size, tokens, hidden)
+def _block_bytes(block: Sequence[Recorded], method: str, size: int, step: int) -> int:
+    """step: while a step is measured."""
+    weights = _weights(block, size)
     moments = [FLOAT * one.num_inputs**2 for one in block]
     if method == "gptq":
         return weights + max(
@@ -159,7 +166,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
         solving += sum(tried * 2.0 * out * in_ * (in_ if size == -1 else size) for out, in_ in sizes)
     elif options.scheme.in_gptq_layout and options.solver.mse:
         tried = len(SHRINK)
-    each = weights * (tried * TRIED_S + WEIGHT_S) / torch.get_num_threads() if machine.is_host else 0.0
+    each = weights * (tried + RANGES_OF_THE_REST) * _tried_s() if machine.is_host else 0.0
     fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
     # On the host the moments are summed by products of float32.
     products = forward / fast + moments / (plain if machine.is_host else fast) + solving / plain
@@ -167,15 +174,30 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
 
 
 def _speed(machine: Machine, dtype: torch.dtype) -> float:
-    """Operations per second."""
+    """Operations per second of products, here and now."""
     x = torch.ones(1024, 1024, dtype=dtype, device=machine.device)
-    best = float("inf")
-    for _ in range(3):
-        begun = time.monotonic()
+
+    def multiply() -> None:
         x @ x
         machine.wait()
-        best = min(best, time.monotonic() - begun)
-    return 2 * 1024**3 / best
+
+    return 2 * 1024**3 / _time(multiply)
+
+
+def _tried_s() -> float:
+    """Seconds of the host for one weight in one range that is tried, here and now."""
+    weight = torch.arange(TIMED_WEIGHTS, dtype=torch.float32).sin_().view(-1, 8, 128)
+    grid = Grid(4, sym=True, search=True)
+    return _time(lambda: grid.fit(weight)) / (TIMED_WEIGHTS * len(SHRINK))
+
+
+def _time(work: Callable[[], object]) -> float:
+    """The fewest seconds that it takes: what another process takes away in between is not the machine's."""
+    begun, best = time.monotonic(), float("inf")
+    while (now := time.monotonic()) < begun + TIMED_S or best == float("inf"):
+        work()
+        best = min(best, time.monotonic() - now)
+    return best
 
 
 def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -> Fit:

@@ -238,6 +238,7 @@ class _Run:
             rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
             write_text(staging.path(f"rows-{i:05d}.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
             self._store(staging, self.shards[i + 1], self._tensors_of(block, result.tensors))
+            del result
             if i + 1 < self.num_blocks:
                 sweep.forward()
             del sweep
@@ -246,6 +247,7 @@ class _Run:
             self.progress.ends_block()
         del activations
         staging.drop_scratch()
+        self.device.trim()
         self.device.release()
 
     def _tell(self, report: LayerReport) -> None:

@@ -84,11 +84,13 @@ class BlockSolver:
                 self.model.machine.trim()
         elif wanted:
             moments = sweep.measure_all(wanted, with_means=self.scheme.method == "awq")
+            self.model.machine.trim()
             if self.scheme.method == "awq":
                 self._solve_awq(block, wanted, moments, result)
             else:
                 for stage in wanted:
-                    self._round_stage(stage, moments[stage], result)
+                    self._round_stage(stage, moments.pop(stage), result)
+                    self.model.machine.trim()
         return result
 
     # GPTQ ---------------------------------------------------------------------------------------------------------
