@@ -1,8 +1,8 @@
 """Measure our 4-bit kernels and server beside llama.cpp and OpenVINO GenAI, on a model of TinyLlama's dimensions.
 
 Random weights of one seed, made here: as a gptq checkpoint (4 bits, groups of 128, head in bfloat16) for us, as GGUF for the
-peers. llama.cpp's Q4_0 has groups of 32; it is measured with the head in bfloat16, as ours, and with the head that its
-own quantizer chooses. OpenVINO GenAI reads the first of these files.
+llama.cpp. Its Q4_0 has groups of 32; it is measured with the head in bfloat16, as ours, and with the head that its own
+quantizer chooses. OpenVINO GenAI has groups of 128 and its usual head, of 8 bits.
 
   decode, prefill   one process each, no HTTP: a token after 32 others; a prompt of 2,048 tokens
   clients           through HTTP, each sends its next request when it has its answer: prompts of about 128 tokens, answers of 128
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -134,6 +135,9 @@ class Bench:
         self.arguments, self.folder, self.threads = arguments, folder, len(os.sched_getaffinity(0))
         self.ours = servable(folder)
         self.files = {SAME_HEAD: folder / "same-head.gguf", OWN_HEAD: folder / "own-head.gguf"}
+        self.openvino = folder / "openvino"
+        if OPENVINO in arguments.sides and not (self.openvino / "openvino_model.xml").exists():
+            self._export(folder / "bf16")
         plain = folder / "plain.gguf"
         if not all(file.exists() for file in self.files.values()):
             command = [arguments.peer_python, __file__, "--role", "gguf", "--file", plain]
@@ -152,6 +156,17 @@ class Bench:
                 ]
                 subprocess.run(command, check=True, timeout=600, capture_output=True)
             plain.unlink()
+
+    def _export(self, dense: Path) -> None:
+        """The model as OpenVINO has it, from a checkpoint in bfloat16."""
+        if not dense.exists():
+            quantized.make_checkpoint("bf16", dense)
+        for path in self.ours.glob("*token*.json"):
+            shutil.copy(path, dense / path.name)
+        command = [Path(self.arguments.peer_python).parent / "optimum-cli", "export", "openvino", "--model", dense]
+        command += ["--task", "text-generation-with-past", "--weight-format", "int4", "--group-size", "128", "--sym"]
+        command += ["--ratio", "1.0", self.openvino]
+        subprocess.run(command, check=True, timeout=1200, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
     def alone(self, side: str, server: common.Server | None) -> dict[str, float]:
         """Tokens per second of `decode` and `prefill`."""
@@ -182,7 +197,7 @@ class Bench:
             self.loaded = json.loads(server.read_line(START_TIMEOUT_S))
             return server
         if side == OPENVINO:
-            command = [self.arguments.peer_python, __file__, "--role", "openvino", "--file", self.files[SAME_HEAD]]
+            command = [self.arguments.peer_python, __file__, "--role", "openvino", "--file", self.openvino]
             server = common.Server([*command, "--threads", str(self.threads)], log=self.folder / "openvino.log")
             server.read_line(START_TIMEOUT_S)
             return server
@@ -308,7 +323,9 @@ def main() -> None:
     parser.add_argument(
         "--llama-cpp", type=Path, default=Path("target/peers/llama.cpp/bin"), help="folder of llama.cpp's programs"
     )
-    parser.add_argument("--peer-python", default="target/peers/openvino/bin/python", help="has openvino-genai and gguf")
+    parser.add_argument(
+        "--peer-python", default="target/peers/openvino/bin/python", help="has openvino-genai, optimum-intel and gguf"
+    )
     every = [OURS, SAME_HEAD, OWN_HEAD, OPENVINO]
     parser.add_argument("--sides", nargs="+", choices=every, default=every, help="ours among them")
     parser.add_argument("--rounds", type=int, default=3)

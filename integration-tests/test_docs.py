@@ -26,7 +26,7 @@ ELSEWHERE = {
         "integration-tests/support/lm_eval_tasks.py",
         "lm-eval",
     ),
-    r"python -m venv target/|target/\w+/bin/pip install": ("benchmark/README.md", "environment of its own"),
+    r"python -m venv target/|target/[\w/]+/bin/pip install": ("benchmark/README.md", "environment of its own"),
 }
 
 
