@@ -237,21 +237,12 @@ class Bench:
         log = self.folder / f"{port}.log"
         with common.Server(command, log=log, speaks=False) as server:
             server.wait_until_healthy(f"http://127.0.0.1:{port}/health", START_TIMEOUT_S)
-            return self._load(
+            return common.load(
                 f"127.0.0.1:{port}",
                 *("--api", api, "--model", "model", "--streams", str(streams), "--words", "110"),
                 *("--requests", str(streams * self.arguments.requests), "--warmup", str(streams)),
                 *("--max-new-tokens", str(ANSWER), "--duration", "240", "--timeout", "300"),
             )
-
-    def _load(self, *arguments: str) -> common.Report:
-        """llama-server now and then closes a connection that it has just answered on: then all is measured once more."""
-        for _ in range(2):
-            try:
-                return common.load(*arguments)
-            except common.MeasureError as error:
-                print(error, file=sys.stderr, flush=True)
-        return common.load(*arguments)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> str:
