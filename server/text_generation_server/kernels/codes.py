@@ -8,12 +8,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .cpu.native.library import Library, load_library
+from .cpu.native.library import Library
 
 
 @cache
 def _library() -> Library | None:
-    return load_library()
+    """Without a word: which variant multiplies is chosen, and told, elsewhere; what is done here is the same in all."""
+    try:
+        return Library()
+    except OSError:
+        return None
 
 
 def spread_bits(data: Tensor, bits: int) -> Tensor:
