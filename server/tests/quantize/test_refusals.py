@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from loguru import logger
 from safetensors.torch import load_file, save_file
 from text_generation_server.errors import ShardError
 from text_generation_server.quantize.settings import (
@@ -108,7 +109,14 @@ def test_damping_that_had_to_be_raised_is_said_and_recorded(
         return factor, info + next(tries, 0)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_twice)
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]))
     tiny.run(model, tmp_path / "out")
+    logger.remove(sink)
+    assert [line for line in said if "damping raised" in line] == [
+        "model.layers.0.self_attn.q_proj: the Hessian is not positive definite with damping 0.01; "
+        "damping raised to 0.16"
+    ]
     damping = [row["damping"] for row in tiny.report(tmp_path / "out", "layer")]
     assert damping[:3] == [0.16] * 3 and set(damping[3:]) == {0.01}
     assert "| 0.16 |" in (tmp_path / "out" / "README.md").read_text()
