@@ -285,18 +285,25 @@ impl Stream {
         }
     }
 
+    /// A peer may close a kept connection at any moment: a request that finds it closed goes out once more, on a new one.
     async fn send(&self, connection: &mut Option<Sender>, body: Bytes) -> Result<Response<Incoming>, String> {
-        let request = Request::post(self.plan.api.path())
-            .header(HOST, &self.plan.host)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(body))
-            .map_err(|error| error.to_string())?;
-        let mut sender = match connection.take() {
-            Some(sender) if !sender.is_closed() => sender,
-            _ => connect(self.plan.address).await.map_err(|error| format!("connecting: {error}"))?,
+        let request = || {
+            Request::post(self.plan.api.path())
+                .header(HOST, &self.plan.host)
+                .header(CONTENT_TYPE, "application/json")
+                .body(Full::new(body.clone()))
+                .map_err(|error| error.to_string())
         };
+        if let Some(mut sender) = connection.take()
+            && sender.ready().await.is_ok()
+            && let Ok(response) = sender.send_request(request()?).await
+        {
+            *connection = Some(sender);
+            return Ok(response);
+        }
+        let mut sender = connect(self.plan.address).await.map_err(|error| format!("connecting: {error}"))?;
         sender.ready().await.map_err(|error| format!("connecting: {error}"))?;
-        let response = sender.send_request(request).await.map_err(|error| format!("sending: {error}"))?;
+        let response = sender.send_request(request()?).await.map_err(|error| format!("sending: {error}"))?;
         *connection = Some(sender);
         Ok(response)
     }
