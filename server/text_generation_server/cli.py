@@ -4,10 +4,11 @@ Nothing heavy is imported before it is needed.
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +18,8 @@ from .version import version
 app = typer.Typer(
     help="Tensor-parallel shard of a text generation server. `text-generation-launcher` starts it.",
     no_args_is_help=True,
+    # Frames and columns leave no room for names of options where a terminal has 80 columns.
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -206,7 +209,10 @@ def compile_kernels(
         refuse(error)
 
 
-@app.command()
+@app.command(
+    epilog="Ends with 0; with 1 if something is wrong, or --max-ppl-increase was exceeded; with 2 for a wrong option; "
+    "with 130 after Ctrl-C."
+)
 def quantize(
     model_id: Model,
     output_dir: Annotated[Path, typer.Argument(help="Folder for the result: an empty one, or one that is not there.")],
@@ -268,8 +274,9 @@ def quantize(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a .txt, .jsonl or .parquet file with texts ('text') or chats ('messages', "
-            "'conversations'), or wikitext2, c4, ptb from the hub. If absent: text that is bundled, no network needed."
+            help="Calibration text: a .txt (a line %%%% between two texts), .jsonl or .parquet file with texts "
+            "('text') or chats ('messages', 'conversations'), or wikitext2, c4, ptb from the hub. If absent: text "
+            "that is bundled, no network needed."
         ),
     ] = None,
     num_samples: Annotated[
@@ -308,9 +315,9 @@ def quantize(
     """Quantize a model: block by block, so that it fits into memory; kill it and give the same command to go on.
 
     Makes a folder that the launcher serves as it is. At first it says how much memory, disk and time it will take. At
-    the end the result is read back and compared with the model on text that was held back: perplexity of both, and
-    divergence. A line of JSON on standard output has these figures; README.md, quantization_report.jsonl and
-    quantization_error.png of the folder have them too, with the error of each layer.
+    the end the result is read back and compared with the model on text that was held back (an eighth of what is
+    measured): perplexity of both, and divergence. A line of JSON on standard output has these figures; README.md,
+    quantization_report.jsonl and quantization_error.png of the folder have them too, with the error of each layer.
 
     Four bits, no network needed: text-generation-server quantize path/of/model path/of/result
 
@@ -334,8 +341,7 @@ def quantize(
     )
 
     prepare_environment(serves=False)
-    # A polite end is Ctrl-C: what is finished is safe, and it says how to go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_stop(_leave)
     try:
         set_up(logger_level, json_output, None)
         chosen = read_module_bits(module_bits or [])
@@ -357,11 +363,12 @@ def quantize(
             overwrite=overwrite,
             upload_to=upload_to_model_id,
         )
-        outcome = carry_out(options)
+        outcome = carry_out(options, begins=lambda: on_stop(signal.default_int_handler))
+        on_stop(signal.SIG_IGN)  # all is done
     except ShardError as error:
         refuse(error, error.exit_code)
     except KeyboardInterrupt:
-        refuse("stopped; nothing was changed; give the same command again to begin, or to go on", 130)
+        refuse(STOPPED, 130)
     typer.echo(json.dumps({"model_dir": str(outcome.folder), "proof": outcome.proof}))
     if outcome.too_bad:
         raise typer.Exit(1)
@@ -384,6 +391,21 @@ def download_weights(
     except ShardError as error:
         refuse(error)
     typer.echo(json.dumps({"model_dir": str(folder)}))
+
+
+STOPPED = "stopped; nothing was changed; give the same command again to begin, or to go on"
+
+
+def on_stop(handler: Any) -> None:
+    """What Ctrl-C does, and a polite end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _leave(number: int, frame: object) -> None:
+    """While modules are loaded: some swallow an exception, and one that is half loaded fails later."""
+    os.write(sys.stderr.fileno(), f"error: {STOPPED}\n".encode())
+    os._exit(130)
 
 
 def local_folder(model_id: str, revision: str | None, download: bool = False) -> Path:

@@ -244,9 +244,12 @@ def check_tensors(
     ignored = {"lm_head.weight"} if settings.tie_word_embeddings else set()
     unread = [n for n in index if n not in known and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
     if unread:
+        unexpected = (
+            f"tensor {unread[0]} is" if len(unread) == 1 else f"tensor {unread[0]} and {len(unread) - 1} more are"
+        )
         raise CheckpointError(
-            f"{index[unread[0]].path}: tensor {unread[0]} and {len(unread) - 1} more are not part of a "
-            f"{settings.architecture} as its configuration describes it; expected no other tensors"
+            f"{index[unread[0]].path}: {unexpected} not part of a {settings.architecture} as its configuration "
+            "describes it; expected no other tensors"
         )
     return [name for name in index if name in known]
 

@@ -97,7 +97,11 @@ def test_a_full_disk_leaves_nothing_half_named_and_the_run_goes_on_when_there_is
     code, said, names, code_again, said_again = json.loads(done.stdout.splitlines()[-1])
     assert code == 1 and "Traceback" not in said
     error = said.splitlines()[-1]
-    assert f"{output}: cannot be written: No space left on device" in error and "give the same command again" in error
+    assert (
+        f"{output}: cannot be written: " in error
+        and "No space left on device" in error
+        and "give the same command again" in error
+    )
     assert names == ["ballast", "lock", "state.json"]
     assert code_again == 0, said_again
     assert tiny.files(copy) == golden

@@ -81,6 +81,46 @@ def test_overwrite_replaces_a_result(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
 
 
+def test_overwrite_removes_results_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    tiny.run(model, output, "rtn")
+    for name in ("notes.txt", "experiments.json", "LICENSE.mine", "adapter.safetensors"):
+        (output / name).write_text("mine")
+        with pytest.raises(ShardError, match=f"holds {name}, which is not what a run leaves"):
+            tiny.run(model, output, "awq", overwrite=True)
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
+    (output / "quantization_report.jsonl").write_text("{]")
+    with pytest.raises(ShardError, match=r"which is not what a run leaves"):
+        tiny.run(model, output, "awq", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "tokenizer.json"])
+def test_a_finished_result_that_is_damaged_is_not_called_finished(name: str, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    tiny.run(model, output, "rtn")
+    said = f"{name} is missing or is not as it was written; give --overwrite"
+    (output / name).write_bytes((output / name).read_bytes()[:-3])
+    with pytest.raises(ShardError, match=said):
+        tiny.run(model, output, "rtn")
+    (output / name).unlink()
+    with pytest.raises(ShardError, match=said):
+        tiny.run(model, output, "rtn")
+    report = output / "quantization_report.jsonl"
+    report.write_text("".join(report.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ShardError, match=r"quantization_report.jsonl is missing or is not as it was written"):
+        tiny.run(model, output, "rtn")
+
+
+def test_text_with_fewer_tokens_than_a_layer_has_inputs_is_told(model: Path, tmp_path: Path) -> None:
+    for sampling, told in ((tiny.FEW, False), (Sampling(num_samples=2, length=32), True)):
+        said: list[str] = []
+        sink = logger.add(lambda message, said=said: said.append(message.record["message"]))
+        tiny.run(model, tmp_path / f"out-{told}", sampling=sampling)
+        logger.remove(sink)
+        assert any("fewer than the widest layer has inputs (128)" in line for line in said) == told
+
+
 def test_activations_that_are_not_finite_name_the_layer(model: Path, tmp_path: Path) -> None:
     path = model / "model.safetensors"
     tensors = load_file(path)

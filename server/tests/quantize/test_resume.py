@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ class Child:
 
     def wait_for_blocks(self, output: Path, count: int) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while len(list((output / STAGED).glob("model-*.safetensors"))) < count:
+        while len(list((output / STAGED).glob("rows-*.jsonl"))) < count:
             assert self._process.is_alive() and time.monotonic() < deadline, self.said.read_text()
             time.sleep(0.002)
 
@@ -75,7 +76,7 @@ def wait_after(output: Path, blocks: int) -> None:
 
     def ends_block(self: Any) -> None:
         original(self)
-        while len(list((output / STAGED).glob("model-*.safetensors"))) >= blocks:
+        while len(list((output / STAGED).glob("rows-*.jsonl"))) >= blocks:
             signal.pause()
 
     run_module.Progress.ends_block = ends_block  # type: ignore[method-assign]
@@ -108,7 +109,7 @@ def test_a_killed_run_goes_on_at_the_first_unfinished_block_to_the_same_bytes(
         child.send(signal.SIGKILL)
         child.finish(-signal.SIGKILL)
         assert not (output / "config.json").exists()
-    stored = len(list((output / STAGED).glob("model-*.safetensors")))
+    stored = len(list((output / STAGED).glob("rows-*.jsonl")))
     said = Child(output).finish()
     assert f"going on: {stored} of 6 blocks are stored" in said, blocks
     assert tiny.files(output) == golden, blocks
@@ -170,6 +171,30 @@ def test_stopped_before_it_began_it_says_so(number: signal.Signals, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_modules_are_loaded_it_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    """A module that swallows what is raised while it is loaded, as extension modules do, must not swallow the end."""
+    program = (
+        "import os, sys\n"
+        "class Swallows:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            try:\n                os.kill(os.getpid(), int(os.environ['NUMBER']))\n"
+        "            except BaseException: pass\n"
+        "sys.meta_path.insert(0, Swallows())\n"
+        "from text_generation_server.cli import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "quantize", str(tiny.LLAMA), str(tmp_path / "out"), "--num-samples", "2",
+         "--sequence-length", "32"],
+        stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path), "NUMBER": str(int(number))},
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == ("error: stopped; nothing was changed; give the same command again to begin, or to go on\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing_half_named(golden: dict[str, bytes], tmp_path: Path) -> None:
     """Blocks are smaller than the limit, the embedding is not."""
     output = tmp_path / "out"
@@ -188,6 +213,68 @@ def test_the_same_command_again_says_that_all_is_there(golden: dict[str, bytes],
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     tiny.run(tiny.LLAMA, tmp_path / "out")
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda staged: (staged / "model-00003-of-00008.safetensors").write_bytes(b"cut"),
+        lambda staged: (staged / "model-00003-of-00008.safetensors").unlink(),
+        lambda staged: flip_a_bit(staged / "model-00003-of-00008.safetensors"),
+        lambda staged: (staged / "rows-00001.jsonl").write_text(""),
+        lambda staged: (staged / "rows-00001.jsonl").write_text('{"a": 1}\n{]'),
+    ],
+    ids=["cut", "missing", "a bit", "no rows", "no JSON"],
+)
+def test_a_stored_block_that_is_damaged_is_made_again(
+    damage: Callable[[Path], object], golden: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, scheme = tmp_path / "out", Scheme("gptq", 4, 128, True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(run_module.StoppedError, match="4 of 6 blocks"):
+            tiny.run(tiny.LLAMA, output, scheme=scheme)
+    damage(output / STAGED)
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]))
+    tiny.run(tiny.LLAMA, output, scheme=scheme)
+    logger.remove(sink)
+    assert "block 2 is not as it was stored; it and those behind it are made again" in said
+    assert "going on: 1 of 6 blocks are stored" in said
+    assert tiny.files(output) == golden
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", ["", "{]", "{}", "[1]", "[" * 100_000], ids=["empty", "cut", "{}", "[1]", "deep"])
+def test_a_damaged_state_says_what_to_do(content: str, unfinished: tuple[Path, Path], tmp_path: Path) -> None:
+    model, output = unfinished[0], tmp_path / "out"
+    shutil.copytree(unfinished[1], output)
+    (output / STAGED / "state.json").write_text(content)
+    (output / STAGED / "folder").mkdir()
+    with pytest.raises(ShardError, match=r"does not say what run it is of; give --overwrite to begin anew"):
+        tiny.run(model, output)
+    tiny.run(model, output, overwrite=True)
+    assert (output / "config.json").exists() and not (output / STAGED).exists()
+
+
+@pytest.mark.parametrize("content", ["", "{]", "[]", '["../../x"]', '["config.json", "/etc/passwd"]', '["absent"]'])
+def test_a_list_of_files_that_is_damaged_loses_nothing(
+    content: str, unfinished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, output = unfinished[0], tmp_path / "out"
+    shutil.copytree(unfinished[1], output)
+    (output / STAGED / "complete").write_text(content)
+    before = sorted(path.name for path in (output / STAGED).iterdir())
+    with pytest.raises(ShardError, match=r"is not there though the run was finished; give --overwrite"):
+        tiny.run(model, output)
+    assert sorted(path.name for path in (output / STAGED).iterdir()) == before
+    tiny.run(model, output, overwrite=True)
+    assert (output / "config.json").exists() and not (output / STAGED).exists()
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:

@@ -118,11 +118,16 @@ REFUSED: list[tuple[str, str | bytes | None, str]] = [
     ("short.txt", "A few words. " * 20, "--num-samples 1"),
     ("data.csv", "a,b", "files of type '.csv' are not read"),
     ("data.jsonl", "{]", "line 1 is not JSON"),
-    ("data.jsonl", '{"prompt": "x"}', "the first record has prompt; expected 'text'"),
+    ("data.jsonl", '{"prompt": "x"}', "the first record has prompt (str); expected 'text'"),
     ("data.jsonl", '{"text": "x"}\n{"text": 3}', "record 2 has no text in 'text'"),
     ("data.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "has no chat template"),
     ("data.parquet", "no parquet", "cannot be read as parquet"),
     ("latin.txt", b"caf\xe9 " * 400, "is not UTF-8 at byte 3"),
+    ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "is not UTF-8 behind line "),
+    ("deep.jsonl", "[" * 100_000, "line 1 cannot be read: it is nested too deeply"),
+    ("long.jsonl", '{"text": ' + "7" * 6000 + "}", "line 1 cannot be read: a number has too many digits"),
+    ("data.jsonl", '{"text": {"a": 1}}', "the first record has text (dict); expected 'text' (a text)"),
+    ("data.json", "{}", "files of type '.json' are not read; expected .txt, .jsonl (a JSON value in each line)"),
 ]
 
 
@@ -139,6 +144,32 @@ def test_what_holds_no_text_is_refused_in_words(
     with pytest.raises(ShardError) as caught:
         cut(path, model, num_samples=16, length=32)
     assert said in str(caught.value)
+
+
+def test_what_sets_that_people_collect_have_beside_text_is_passed_over(tmp_path: Path) -> None:
+    """A byte order mark, records without text, halves of surrogates, an upper-case name."""
+    plain, odd = tmp_path / "plain.jsonl", tmp_path / "odd.JSONL"
+    text = "A sentence of some words. " * 40
+    plain.write_text(json.dumps({"text": text + "?"}) + "\n")
+    lines = [{"text": None}, {"text": text + "\ud800"}, {"text": None}]
+    odd.write_bytes("\ufeff".encode() + "".join(json.dumps(line) + "\n" for line in lines).encode())
+    model = model_with_template(tmp_path / "model", "none")
+    windows = [cut(path, model, num_samples=2, length=32) for path in (odd, plain)]
+    assert windows[0].measured == windows[1].measured
+
+
+def test_a_folder_is_not_called_absent(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="is not a plain file"):
+        cut(tmp_path)
+
+
+def test_a_turn_that_calls_a_tool_needs_no_text(tmp_path: Path) -> None:
+    model = model_with_template(tmp_path / "model", "file")
+    path = tmp_path / "chats.jsonl"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    turns = [{"role": "user", "content": "A sentence of some words. " * 40}, call]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    assert cut(path, model, num_samples=2, length=32).measured
 
 
 def test_a_record_that_the_template_does_not_take_is_refused(tmp_path: Path) -> None:

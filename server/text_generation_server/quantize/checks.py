@@ -5,7 +5,7 @@ Importing this does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,8 @@ class Checked:
     done: Mapping[str, Any] | None
 
 
-def quantize(options: Options) -> Outcome:
-    """The whole command.
+def quantize(options: Options, begins: Callable[[], None] = lambda: None) -> Outcome:
+    """The whole command. `begins` is called when everything is checked and all modules are there.
 
     Raises:
         ShardError: in one line, what is wrong and what to do.
@@ -42,7 +42,7 @@ def quantize(options: Options) -> Outcome:
     checked = check(options)
     from .run import carry_out
 
-    return carry_out(options, checked)
+    return carry_out(options, checked, begins)
 
 
 def check(options: Options) -> Checked:

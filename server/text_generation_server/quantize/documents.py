@@ -13,6 +13,8 @@ from ..errors import ConfigError
 
 BUNDLED = Path(__file__).parent / "texts" / "calibration.txt"
 SEPARATOR = "%%%%"
+# With the mark that some editors write before the first character, or without.
+UTF8 = "utf-8-sig"
 # A longer text is taken in pieces of about so many characters, cut between lines.
 MOST_CHARACTERS = 1 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -61,13 +63,14 @@ def open_documents(dataset: str | None, model_dir: Path) -> Documents:
     if dataset in HUB and not path.exists():
         return _from_hub(dataset)
     if not path.is_file():
+        found = "is not a plain file" if path.exists() else "no such file"
         raise ConfigError(
-            f"--dataset {dataset!r}: no such file; expected a .txt, .jsonl or .parquet file, or one of "
+            f"--dataset {dataset!r}: {found}; expected a .txt, .jsonl or .parquet file, or one of "
             f"{', '.join(HUB)} from the hub; leave it out for the set that is bundled"
         )
     if path.stat().st_size == 0:
         raise ConfigError(f"--dataset {dataset}: the file is empty; expected text")
-    match path.suffix:
+    match path.suffix.lower():
         case ".txt":
             return Documents(path.name, lambda: split(path))
         case ".jsonl":
@@ -75,7 +78,8 @@ def open_documents(dataset: str | None, model_dir: Path) -> Documents:
         case ".parquet":
             return _records(path, dataset, lambda: parquet_rows(path), model_dir)
     raise ConfigError(
-        f"--dataset {dataset}: files of type {path.suffix!r} are not read; expected .txt, .jsonl, .parquet"
+        f"--dataset {dataset}: files of type {path.suffix!r} are not read; expected .txt, .jsonl (a JSON value in each "
+        "line), .parquet"
     )
 
 
@@ -84,7 +88,7 @@ def split(path: Path) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=UTF8) as file:
             for line in file:
                 is_end = line.rstrip("\n") == SEPARATOR
                 if is_end or size > MOST_CHARACTERS:
@@ -100,13 +104,25 @@ def split(path: Path) -> Iterator[str]:
 
 def json_lines(path: Path) -> Iterator[Any]:
     """One JSON value for each line that is not empty."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(f"--dataset {path}: line {number} is not JSON: {error}") from error
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding=UTF8) if path.suffix == ".gz" else path.open(encoding=UTF8) as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield _json(line, path, number)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--dataset {path}: is not UTF-8 behind line {number}: {error.reason}") from error
+
+
+def _json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--dataset {path}: line {number} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise ConfigError(f"--dataset {path}: line {number} cannot be read: {reason}") from error
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -126,11 +142,12 @@ def _records(path: Path, dataset: str, rows: Callable[[], Iterator[Any]], model_
     first = next(rows(), None)
     if first is None:
         raise ConfigError(f"--dataset {dataset}: holds no record; expected text")
-    if isinstance(first, str) or (isinstance(first, dict) and isinstance(first.get("text"), str)):
+    if isinstance(first, str) or (isinstance(first, dict) and isinstance(first.get("text", 0), str | None)):
         return Documents(path.name, lambda: (text_of(row, dataset, i) for i, row in enumerate(rows(), 1)))
     key = next((k for k in ("messages", "conversations") if isinstance(first, dict) and k in first), None)
     if key is None:
-        found = ", ".join(first) if isinstance(first, dict) else type(first).__name__
+        kinds = {key: type(value).__name__ for key, value in first.items()} if isinstance(first, dict) else {}
+        found = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or type(first).__name__
         raise ConfigError(
             f"--dataset {dataset}: the first record has {found[:100]}; expected 'text' (a text), or 'messages' or "
             "'conversations' (a list of turns)"
@@ -143,6 +160,9 @@ def _records(path: Path, dataset: str, rows: Callable[[], Iterator[Any]], model_
 
 def text_of(row: Any, dataset: str, number: int, column: str = "text") -> str:
     text = row.get(column) if isinstance(row, dict) else row
+    # A record without text is common in sets that people collect.
+    if text is None and isinstance(row, dict) and column in row:
+        return ""
     if not isinstance(text, str):
         raise ConfigError(f"--dataset {dataset}: record {number} has no text in {column!r}; found {str(row)[:80]!r}")
     return text
@@ -158,6 +178,9 @@ def turns_of(row: Any, key: str, dataset: str, number: int) -> list[dict[str, An
     for turn in turns:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if isinstance(turn, dict) and content is None and turn.get("tool_calls"):
+            messages.append({**turn, "role": role, "content": ""})
+            continue
         if not isinstance(role, str) or content is None:
             raise ConfigError(
                 f"--dataset {dataset}: record {number} has a turn {str(turn)[:80]!r}; expected role and content"

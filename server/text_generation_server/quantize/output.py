@@ -14,7 +14,7 @@ from ..checkpoint.index import DTYPE_BYTES, INDEX_NAME, TensorInfo, read_header,
 from ..checkpoint.model_config import CONFIG_NAME
 from ..quantization.format import WeightFormat
 from ..quantization.spec import Along, Shape
-from .settings import Options
+from .settings import Options, Solver
 from .staging import REPORT, Staging, write_durably, write_text
 
 # What belongs to a model beside its weights and its configuration.
@@ -22,20 +22,21 @@ COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "chat_template.json", "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
 )  # fmt: skip
-CARD, CHART = "README.md", "quantization_error.png"
+CARD, CHART, QUANTIZE_CONFIG = "README.md", "quantization_error.png", "quantize_config.json"
 
 
 def shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def copy_companions(model_dir: Path, staging: Staging) -> list[str]:
-    """Tokenizer, generation config, chat template, licence. The names of the files."""
-    names = []
-    for path in sorted({path for pattern in COPIED for path in model_dir.glob(pattern) if path.is_file()}):
+def companions(model_dir: Path) -> list[Path]:
+    """Files of tokenizer, generation config, chat template, licence."""
+    return sorted({path for pattern in COPIED for path in model_dir.glob(pattern) if path.is_file()})
+
+
+def copy_companions(model_dir: Path, staging: Staging) -> None:
+    for path in companions(model_dir):
         write_durably(staging.path(path.name), partial(_copy, path))
-        names.append(path.name)
-    return names
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -58,7 +59,7 @@ def write_configs(model_dir: Path, staging: Staging, quantization: Mapping[str, 
     """config.json as it was, with what says how the weights are stored; the same in quantize_config.json."""
     config = read_json(model_dir / CONFIG_NAME) | {"quantization_config": quantization}
     write_text(staging.path(CONFIG_NAME), json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_text(staging.path("quantize_config.json"), json.dumps(quantization, indent=2) + "\n")
+    write_text(staging.path(QUANTIZE_CONFIG), json.dumps(quantization, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,21 @@ def write_card(staging: Staging, options: Options, run: Mapping[str, Any], rows:
     """A model card. It says nothing that differs between two runs of one command, so no times."""
     scheme = options.scheme
     bits = ", ".join(f"{bits} bits: {pattern}" for pattern, bits in scheme.module_bits)
-    group = "one group for each output" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    group = "all of an output" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     facts = [
         ("method", scheme.method),
         ("bits", f"{scheme.bits}" + (f" ({bits})" if bits else "")),
-        ("groups", "blocks of 64" if scheme.method in ("bitsandbytes-nf4", "bitsandbytes-fp4") else
+        ("inputs that share a scale", "blocks of 64" if scheme.method in ("bitsandbytes-nf4", "bitsandbytes-fp4") else
          "one scale for each output" if scheme.method == "bitsandbytes" else group),
         ("zero points", "symmetric" if scheme.sym else "stored"),
         ("left as it is", ", ".join(["lm_head", *scheme.excluded])),
         ("calibration text", f"{run['text']['source']}, {run['text']['measured']} sequences of {run['text']['length']} "
                              f"tokens, seed {options.sampling.seed}"),
         ("made with", f"text-generation-server {run['machine']['version']}, torch {run['machine']['torch']}, "
-                      f"{run['machine']['device']}"),
+                      f"{run['machine']['device']} in {run['machine']['dtype']}, {run['machine']['threads']} threads"),
     ]  # fmt: skip
     if scheme.method == "gptq":
-        solver = options.solver
-        facts.insert(4, ("solver", f"damping {solver.damping:g}, act-order {solver.act_order}, static groups "
-                                   f"{solver.static_groups}, ranges by search {solver.mse}"))  # fmt: skip
+        facts.insert(4, ("solver", _solver_in_words(options.solver)))
     layers = "\n".join(
         f"| {row['layer']} | {row['bits']} | {row['error_before']:.3e} | {row['error_after']:.3e} | "
         f"{'' if row['damping'] is None else format(row['damping'], 'g')} |"
@@ -113,7 +112,9 @@ def write_card(staging: Staging, options: Options, run: Mapping[str, Any], rows:
 
 # {options.title.rsplit("/", 1)[-1]}, quantized ({scheme.method}, {scheme.bits} bits)
 
-Made from {options.title}; its licence holds.
+Made from {options.title}, whose licence holds for it too. To serve it:
+
+    text-generation-launcher --model-id path/of/this/folder
 
 | | |
 |---|---|
@@ -138,6 +139,16 @@ Relative squared error of the outputs on the calibration text: rounded to neares
 {layers}
 """
     write_text(staging.path(CARD), text)
+
+
+def _solver_in_words(solver: Solver) -> str:
+    switches = {
+        "act-order": solver.act_order,
+        "static groups": solver.static_groups,
+        "ranges by search": solver.mse,
+    }
+    chosen = ", ".join(f"{name}: {'yes' if value else 'no'}" for name, value in switches.items())
+    return f"damping {solver.damping:g}, {chosen}"
 
 
 def write_report(staging: Staging, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], proof: Mapping[str, Any],

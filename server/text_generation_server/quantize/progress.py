@@ -59,6 +59,9 @@ class Progress:
         self.num_blocks, self.watch = num_blocks, watch
         self.begun = time.monotonic()
         self._block, self._first_block, self._rows = 0, 0, list[tuple[str, str, str, str]]()
+        # What goes on where no block is quantized.
+        self._phase: str | None = "looking at the model and at this machine"
+        self._compared = 0
         self._live: Live | None = None
         self._block_begun = self.begun
 
@@ -83,7 +86,7 @@ class Progress:
 
     def starts_block(self, number: int, first: int) -> None:
         """number: from 0; first: where this run began."""
-        self._block, self._first_block = number, first
+        self._block, self._first_block, self._phase = number, first, None
         self._block_begun = time.monotonic()
 
     def layer(self, name: str, before: float, after: float, seconds: float) -> None:
@@ -97,6 +100,13 @@ class Progress:
         if self._live is None:
             self.say(f"block {self._block + 1} of {self.num_blocks} is stored; {self._times(self._block + 1)}")
 
+    def compares(self) -> None:
+        """The result with the model, behind the next block."""
+        self._compared += 1
+        self._phase = f"comparing: block {self._compared} of {self.num_blocks}"
+        if self._live is None:
+            self.say(self._phase)
+
     def _times(self, done: int) -> str:
         elapsed = time.monotonic() - self.begun
         walked = done - self._first_block
@@ -104,9 +114,13 @@ class Progress:
         remaining = "" if left is None else f", {duration(left)} left"
         return f"{duration(elapsed)}{remaining}, {gib(self.watch.peak)} of memory at most"
 
-    def _render(self) -> Table:
-        table = Table(title=f"block {self._block + 1} of {self.num_blocks}: {self._times(self._block)}", expand=False)
-        for heading in ("layer", "error to nearest", "error", "time"):
+    def _render(self) -> Table | Text:
+        if self._phase is not None:
+            elapsed = duration(time.monotonic() - self.begun)
+            return Text(f"{self._phase}; {elapsed}, {gib(self.watch.peak)} of memory at most")
+        title = Text(f"block {self._block + 1} of {self.num_blocks}: {self._times(self._block)}", no_wrap=True)
+        table = Table(title=title, expand=False, min_width=min(self.console.width, len(title)))
+        for heading in ("layer", "error if rounded to nearest", "error", "time"):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         for row in self._rows:
             table.add_row(*row)
@@ -121,4 +135,7 @@ def duration(seconds: float) -> str:
 
 
 def gib(num_bytes: float) -> str:
+    """`1.50 GiB`, `65 MiB`, `900 bytes`."""
+    if num_bytes < 1 << 20:
+        return f"{num_bytes:.0f} bytes"
     return f"{num_bytes / (1 << 30):.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / (1 << 20):.0f} MiB"

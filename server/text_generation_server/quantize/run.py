@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint.index import read_header
+from ..checkpoint.index import INDEX_NAME, read_header
 from ..checkpoint.model_config import CONFIG_NAME, TOKENIZER_NAME
 from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError, ConfigError, ShardError
@@ -34,7 +34,17 @@ from .proof import prove
 from .recording import open_model
 from .settings import Options
 from .solve import BlockSolver, LayerReport
-from .staging import FOLDER, REPORT, Staging, differences, free_bytes, write_durably, write_text
+from .staging import (
+    FOLDER,
+    REPORT,
+    Staging,
+    differences,
+    free_bytes,
+    report_lines,
+    result_files,
+    write_durably,
+    write_text,
+)
 from .upload import upload
 from .walk import Pass, block_prefix, drop_block, embed, load_block, load_finished
 from .windows import Windows
@@ -58,12 +68,13 @@ class Outcome:
     too_bad: bool = False
 
 
-def carry_out(options: Options, checked: Checked) -> Outcome:
-    """What is left when everything is checked that needs no weights.
+def carry_out(options: Options, checked: Checked, begins: Callable[[], None] = lambda: None) -> Outcome:
+    """What is left when everything is checked that needs no weights. `begins` is called when all modules are there.
 
     Raises:
         ShardError: in one line, what is wrong and what to do.
     """
+    begins()
     plan, windows = checked.plan, checked.windows
     threads = options.resources.num_threads or preflight.usable_cores()
     torch.set_num_threads(threads)
@@ -84,11 +95,10 @@ def carry_out(options: Options, checked: Checked) -> Outcome:
 
 
 def _stopped(options: Options, plan: ModelPlan) -> str:
-    stored = len(list((options.output_dir / FOLDER).glob("model-*.safetensors")))
-    blocks = min(stored, plan.settings.num_layers)
+    stored, blocks = len(list((options.output_dir / FOLDER).glob("rows-*.jsonl"))), plan.settings.num_layers
     return (
-        f"stopped; {blocks} of {plan.settings.num_layers} blocks are stored in {options.output_dir / FOLDER}; the same "
-        "command goes on with the next one"
+        f"stopped; {stored} of {blocks} blocks are stored in {options.output_dir / FOLDER}; the same command goes on "
+        f"with {'the next one' if stored < blocks else 'what is left to be done with them'}"
     )
 
 
@@ -119,13 +129,9 @@ def _digests(plan: ModelPlan) -> dict[str, str]:
     paths = {info.path for info in plan.index.values()}
     paths |= {plan.model_dir / name for name in (CONFIG_NAME, TOKENIZER_NAME)}
 
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     ordered = sorted(paths)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return {path.name: value for path, value in zip(ordered, pool.map(digest, ordered), strict=True)}
+        return {path.name: value for path, value in zip(ordered, pool.map(_sha256, ordered), strict=True)}
 
 
 def _again(options: Options, run: Mapping[str, Any], done: Mapping[str, Any], progress: Progress) -> Outcome:
@@ -135,10 +141,26 @@ def _again(options: Options, run: Mapping[str, Any], done: Mapping[str, Any], pr
             f"OUTPUT_DIR {options.output_dir}: holds a finished result that differs in {'; '.join(changed)}; take "
             "another folder, or --overwrite to replace it"
         )
-    lines = [json.loads(line) for line in (options.output_dir / REPORT).read_text().splitlines()]
-    proof = next(line for line in lines if line["kind"] == "proof")
+    folder = options.output_dir
+    proof = next((line for line in report_lines(folder / REPORT) if line.get("kind") == "proof"), None)
+    files = result_files(folder)
+    damaged = [name for name, size in files.items() if not _has_size(folder / name, size)] if files else [REPORT]
+    if proof is None or damaged:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder}: holds the result of this command, but {', '.join(damaged[:4])} is missing "
+            "or is not as it was written; give --overwrite to make it again, or take another folder"
+        )
     progress.say(f"{options.output_dir} is finished already: the same model, text and options")
     return _finish(options, proof, progress)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finish(options: Options, proof: Mapping[str, Any], progress: Progress) -> Outcome:
@@ -179,12 +201,11 @@ class _Run:
                 self._write_rest(staging)
                 proof = self._prove(staging)
                 self._write_reports(staging, proof)
-            names = [*self.shards, *self._others(staging), CONFIG_NAME]
-            staging.publish(names)
+            staging.publish(self._names(staging))
         finally:
             staging.close()
             self.model.close()
-        lines = [json.loads(line) for line in (self.options.output_dir / REPORT).read_text().splitlines()]
+        lines = report_lines(self.options.output_dir / REPORT)
         done = next(line for line in lines if line["kind"] == "proof")
         say(
             f"{self.options.output_dir}: perplexity {done['perplexity_before']:.4f} -> {done['perplexity_after']:.4f} "
@@ -207,6 +228,7 @@ class _Run:
         )
         staged = self.options.output_dir / FOLDER
         there = sum(path.stat().st_size for path in staged.glob("*.safetensors")) if staged.is_dir() else 0
+        self._say_if_few_tokens()
         fit = preflight.check_fits(need, self.options, self.device, free_bytes(self.options.output_dir) + there)
         self.need, self.resting = fit.need, fit.resting
         self.progress.say(fit.need.line(self.device))
@@ -214,11 +236,21 @@ class _Run:
             self.progress.say(f"activations ({gib(need.activations)}) are kept on the disk: memory would not suffice")
         return fit.spill
 
+    def _say_if_few_tokens(self) -> None:
+        """Second moments of fewer tokens than a layer has inputs say little of it."""
+        tokens = len(self.windows.measured) * self.windows.length
+        widest = max(self.plan.linears[name].shape.in_ for name in self.formats)
+        if self.options.scheme.method in ("gptq", "awq") and tokens < widest:
+            self.progress.say(
+                f"the text has {tokens} tokens, fewer than the widest layer has inputs ({widest}): the result will be "
+                "no better than rounding for other text; give more text, or a larger --num-samples"
+            )
+
     def _walk(self, staging: Staging, spill: bool) -> None:
         windows = torch.tensor(self.windows.measured, dtype=torch.int64)
         file = staging.scratch("activations", self.need.activations) if spill else None
         activations = embed(self.model, windows, file)
-        first = next((i for i in range(self.num_blocks) if not staging.has(self.shards[i + 1])), self.num_blocks)
+        first = next((i for i in range(self.num_blocks) if not self._is_stored(staging, i)), self.num_blocks)
         if staging.resumed:
             self.progress.say(f"going on: {first} of {self.num_blocks} blocks are stored")
         solver = BlockSolver(
@@ -235,9 +267,11 @@ class _Run:
             load_block(self.model, block)
             sweep = Pass(self.model, block, activations, self.resting)
             result = solver.run(block, sweep)
-            rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
-            write_text(staging.path(f"rows-{i:05d}.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
             self._store(staging, self.shards[i + 1], self._tensors_of(block, result.tensors))
+            rows = [report.row() for report in result.reports] + [{"kind": "order", "in_order": result.in_order}]
+            # Written last: with it the block is stored.
+            rows.append({"kind": "stored", "sha256": _sha256(staging.path(self.shards[i + 1]))})
+            write_text(staging.path(rows_name(i)), "".join(json.dumps(row) + "\n" for row in rows))
             del result
             if i + 1 < self.num_blocks:
                 sweep.forward()
@@ -252,6 +286,15 @@ class _Run:
 
     def _tell(self, report: LayerReport) -> None:
         self.progress.layer(report.layer, report.error_before, report.error_after, report.seconds)
+
+    def _is_stored(self, staging: Staging, i: int) -> bool:
+        """Whether a block is there as it was written; says so if it is not any more."""
+        rows, shard = report_lines(staging.path(rows_name(i))), staging.path(self.shards[i + 1])
+        if any(row.get("kind") == "stored" and shard.is_file() and row.get("sha256") == _sha256(shard) for row in rows):
+            return True
+        if staging.has(rows_name(i)):
+            self.progress.say(f"block {i + 1} is not as it was stored; it and those behind it are made again")
+        return False
 
     def _replay(self, staging: Staging, i: int, block: Any) -> None:
         """Brings a block as it was stored by an earlier run."""
@@ -291,8 +334,7 @@ class _Run:
         outside = [name for name in self._tensors if not name.startswith(prefixes)]
         first = [name for name in outside if "embed" in name] or outside[:1]
         for shard, names in ((self.shards[0], first), (self.shards[-1], [n for n in outside if n not in first])):
-            if not staging.has(shard):
-                self._store(staging, shard, {name: self.model.checkpoint[name].read() for name in names})
+            self._store(staging, shard, {name: self.model.checkpoint[name].read() for name in names})
         output.write_index(staging, self.shards)
         output.copy_companions(self.plan.model_dir, staging)
         dense = [name for name in self.plan.linears if name not in self.formats and name != HEAD]
@@ -303,11 +345,7 @@ class _Run:
         output.write_configs(self.plan.model_dir, staging, settings)
 
     def _rows(self, staging: Staging, kind: str) -> Rows:
-        lines = [
-            json.loads(line)
-            for i in range(self.num_blocks)
-            for line in staging.path(f"rows-{i:05d}.jsonl").read_text().splitlines()
-        ]
+        lines = [line for i in range(self.num_blocks) for line in report_lines(staging.path(rows_name(i)))]
         return [line for line in lines if line["kind"] == kind]
 
     def _prove(self, staging: Staging) -> Proof:
@@ -319,7 +357,7 @@ class _Run:
         self.model = original
         try:
             held_back = torch.tensor(self.windows.held_back, dtype=torch.int64)
-            return prove(original, result, held_back, lambda: None)
+            return prove(original, result, held_back, self.progress.compares)
         finally:
             result.close()
 
@@ -332,14 +370,24 @@ class _Run:
             "device_estimate": self.need.device, "device_peak": self.device.peak_bytes(),
         }  # fmt: skip
         seconds = {"estimate": self.need.seconds, "walk": self.walked_s, "all": time.monotonic() - self.begun}
-        line = {"kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks, "seconds": seconds}
+        files = {name: staging.path(name).stat().st_size for name in self._names(staging) if name != REPORT}
+        line = {
+            "kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks, "seconds": seconds,
+            "files": files,
+        }  # fmt: skip
         output.write_report(staging, self.run, rows, line)
 
     def _peaks(self) -> str:
         host = f"{gib(self.progress.watch.peak)} of host memory"
         return host if self.device.is_host else f"{gib(self.device.peak_bytes())} of {self.device.name}, {host}"
 
-    def _others(self, staging: Staging) -> list[str]:
-        own = {"state.json", "lock", "complete", CONFIG_NAME, *self.shards}
-        files = sorted(path.name for path in staging.folder.iterdir())
-        return [name for name in files if name not in own and not name.startswith("rows-")]
+    def _names(self, staging: Staging) -> list[str]:
+        """All of the result, config.json last."""
+        beside = output.companions(self.plan.model_dir)
+        others = {INDEX_NAME, output.QUANTIZE_CONFIG, output.CARD, CHART, REPORT, *(path.name for path in beside)}
+        return [*self.shards, *sorted(others), CONFIG_NAME]
+
+
+def rows_name(block: int) -> str:
+    """The file of a block's report."""
+    return f"rows-{block:05d}.jsonl"

@@ -15,17 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ..checkpoint.index import read_json
 from ..errors import CheckpointError, ConfigError
 
 FOLDER = ".quantizing"
 STATE, LOCK, COMPLETE = "state.json", "lock", "complete"
 REPORT = "quantization_report.jsonl"
-# What a result consists of: with --overwrite these are removed, and nothing else.
-OURS = (
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*",
-    REPORT, "quantization_error.png",
-)  # fmt: skip
 # The flags behind what is remembered of a run.
 _FLAGS = {
     "scheme.method": "--method", "scheme.bits": "--bits", "scheme.group_size": "--groupsize", "scheme.sym": "--sym",
@@ -103,22 +97,42 @@ def check_output(model_dir: Path, output_dir: Path, overwrite: bool) -> None:
             f"OUTPUT_DIR {output_dir}: is not empty (it holds {', '.join(others[:4])}); expected an empty folder; take "
             "another one, or --overwrite to replace what an earlier run left"
         )
-    foreign = [name for name in others if not any(Path(name).match(pattern) for pattern in OURS)]
-    if foreign or REPORT not in others or any((output_dir / name).is_dir() for name in others):
+    ours = {REPORT, *result_files(output_dir)}
+    if foreign := [name for name in others if name not in ours or (output_dir / name).is_dir()]:
         raise ConfigError(
-            f"OUTPUT_DIR {output_dir}: holds {', '.join((foreign or others)[:4])}, which is not what a run leaves; "
+            f"OUTPUT_DIR {output_dir}: holds {', '.join(foreign[:4])}, which is not what a run leaves; "
             "--overwrite removes results alone; take another folder"
         )
 
 
 def finished_run(output_dir: Path) -> dict[str, Any] | None:
     """What the report of a finished result says of its run; None: there is none."""
-    path = output_dir / REPORT
-    if not path.is_file() or not (output_dir / "config.json").is_file():
+    if not (output_dir / "config.json").is_file():
         return None
-    with path.open(encoding="utf-8") as file:
-        first = json.loads(file.readline() or "null")
-    return first if isinstance(first, dict) and first.get("kind") == "run" else None
+    return next((line for line in report_lines(output_dir / REPORT) if line.get("kind") == "run"), None)
+
+
+def report_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none at all if it is not there, or is not such a file."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return lines if all(isinstance(line, dict) for line in lines) else []
+
+
+def result_files(output_dir: Path) -> dict[str, int]:
+    """What a finished result consists of beside its report, and the bytes of each file, as the report has it."""
+    proof = next((line for line in report_lines(output_dir / REPORT) if line.get("kind") == "proof"), {})
+    files = proof.get("files")
+    if not isinstance(files, dict) or not all(_is_plain(n) and isinstance(size, int) for n, size in files.items()):
+        return {}
+    return files
+
+
+def _is_plain(name: object) -> bool:
+    """Of a file in the folder, and in no other."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -165,22 +179,31 @@ class Staging:
         self.drop_scratch()
         self.resumed = state.is_file()
         if self.resumed:
-            changed = differences(read_json(state), fingerprint)
-            if changed:
+            then = next(iter(report_lines(state)), {})
+            if then.get("kind") != fingerprint.get("kind"):
+                raise ConfigError(
+                    f"OUTPUT_DIR {self.output_dir}: {FOLDER}/{STATE} does not say what run it is of; give --overwrite "
+                    "to begin anew"
+                )
+            if changed := differences(then, fingerprint):
                 raise ConfigError(
                     f"OUTPUT_DIR {self.output_dir}: holds an unfinished run that differs in {'; '.join(changed)}; give "
                     "the same command to go on with it, or --overwrite to begin anew"
                 )
         else:
-            write_text(state, json.dumps(fingerprint, indent=1))
+            write_text(state, json.dumps(fingerprint) + "\n")
 
     def _clear(self) -> None:
+        names = {REPORT, *result_files(self.output_dir)}
+        if self.is_complete:
+            names |= set(self._published())
         for path in self.folder.iterdir():
-            if path.name != LOCK:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
                 path.unlink()
-        for pattern in OURS:
-            for path in self.output_dir.glob(pattern):
-                path.unlink()
+        for name in names:
+            (self.output_dir / name).unlink(missing_ok=True)
 
     @property
     def is_complete(self) -> bool:
@@ -207,13 +230,28 @@ class Staging:
         """Moves the files into the output folder; the last of them makes it a model. Can be taken up."""
         if not self.is_complete:
             write_text(self.folder / COMPLETE, json.dumps(names))
-        for name in json.loads((self.folder / COMPLETE).read_text()):
-            if (self.folder / name).is_file():
+        names = self._published()
+        absent = [name for name in names if not self.has(name) and not (self.output_dir / name).is_file()]
+        if not names or absent:
+            raise ConfigError(
+                f"OUTPUT_DIR {self.output_dir}: {', '.join(absent[:4]) or f'what {FOLDER}/{COMPLETE} names'} is not "
+                "there though the run was finished; give --overwrite to begin anew"
+            )
+        for name in names:
+            if self.has(name):
                 (self.folder / name).rename(self.output_dir / name)
         sync_folder(self.output_dir)
         self.close()
         shutil.rmtree(self.folder)
         sync_folder(self.output_dir)
+
+    def _published(self) -> list[str]:
+        """Names of the files of the result that move; none if that cannot be read."""
+        try:
+            names = json.loads((self.folder / COMPLETE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return names if isinstance(names, list) and all(_is_plain(name) for name in names) else []
 
     def close(self) -> None:
         self._lock.close()

@@ -115,7 +115,9 @@ def read_tokenizer(model_dir: Path, special: bool) -> Callable[[str], list[int]]
     tokenizer.no_padding()
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+        # JSON can hold halves of pairs of surrogates, which are no characters.
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = tokenizer.encode(whole, add_special_tokens=special).ids
         return ids
 
     return encode
