@@ -308,7 +308,7 @@ class Runner:
         return draw(raw, processed, params, self.table.length[rows], allowed, chosen, self.drawing), errors
 
     def most_probable(self, rows: list[int], logits: Tensor) -> dict[int, int]:
-        """What is drawn in those places of `rows` that are constrained and need no mask. Where one is needed it is found.
+        """What is drawn in those places of `rows` that are constrained and need no mask. The others get theirs.
 
         logits: [rows, vocab].
         """
