@@ -24,7 +24,7 @@ from text_generation_server.runner import (
     Runner,
     Work,
 )
-from text_generation_server.sampling.grammar import REGEX, Grammar, Grammars
+from text_generation_server.sampling.grammar import REGEX, Grammar, Grammars, Guided
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sequences import ProtocolError, SequenceTable
 from tokenizers import Tokenizer
@@ -97,6 +97,7 @@ TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[2] / "models/docs-lla
 # Of its tokens, the first sixty: those that are special, and then single characters.
 GRAMMARS = Grammars(Path(__file__).parents[2] / "models/docs-llama-7m/tokenizer.json", VOCAB, EOS)
 MARKS = Grammar(REGEX, "[!-+]([!-+][,-/]){3,}")
+MANY = Grammar(REGEX, "([!-<]{2}[&-Z]){3,9}")
 
 
 def runner(rank: int = 0, wire: list[Tensor] | None = None, digests: LogitsDigests | None = None) -> Runner:
@@ -219,6 +220,40 @@ def test_a_grammar_is_followed_and_kept_through_a_second_admission(params):
         log = [5, 7, 9, *whole[:emitted]]
         again = generate(runner(), 24 - emitted, tokens=log, num_prompt=3, params=params, grammar=MARKS, incarnation=2)
         assert again == whole[emitted:]
+
+
+TRIED = [
+    SamplingParams(),
+    SamplingParams(top_n=3),
+    SamplingParams(repetition_penalty=1.3, min_new_tokens=9),
+    SamplingParams(logit_bias=((10, 50.0), (11, -1000.0)), frequency_penalty=0.5, top_n=2),
+]
+
+
+@pytest.mark.parametrize("params", TRIED, ids=str)
+def test_what_needs_no_mask_yields_what_masks_would_have_left(params, monkeypatch):
+    """Ids, log-probabilities and the most probable ids, with all of them masked and without."""
+
+    def answers() -> list[tuple[list[int], list[float], Any]]:
+        run, found = runner(), []
+        for number in range(24):
+            first = [admission(row, [5 + row, 7, 9], params=params, grammar=MANY) for row in range(3)]
+            blocks = [blocks_of(row) for row in range(3)] if number == 0 else [[]] * 3
+            works = [work(row, 99 if number == 0 else 1, blocks[row]) for row in range(3)]
+            rows = step(run, *works, admit=first if number == 0 else (), number=number + 1)
+            found += [(row.ids, row.logprobs, row.top) for row in rows]
+        return found
+
+    tried: list[int | None] = []
+    most_probable = Guided.most_probable
+    monkeypatch.setattr(Guided, "most_probable", lambda *given: (tried.append(most_probable(*given)), tried[-1])[1])
+    GRAMMARS.prepare(MANY).result()
+    with_tries = answers()
+    assert sum(one is not None for one in tried) > 9
+    monkeypatch.setattr(Guided, "can_try", lambda self: False)
+    count = len(tried)
+    assert answers() == with_tries
+    assert len(tried) == count
 
 
 def test_all_ranks_leave_out_a_row_whose_grammar_fails_on_the_first():

@@ -19,7 +19,7 @@ from .faults import Faults
 from .kernels.interface import Allowed, DrawsIds, KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
-from .sampling.grammar import Grammar, Grammars, Masks
+from .sampling.grammar import Grammar, Grammars, Guided, Masks
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
@@ -171,7 +171,8 @@ class Runner:
         alive = [work for work in plan.work if work.row not in self.table.faults]
         sampling = [work.row for work in alive if work.max_ids > 0]
         logits, forwarded, scoring = None, started, Scoring(self.table)
-        self.begin_masks(sampling)
+        # Of the others it was done when they were given their last id.
+        self.begin_masks([a.row for a in plan.admit])
         if alive:
             logits = self.model(make_batch(self.table, alive, self.cache, scoring))
             forwarded = time.monotonic_ns()
@@ -216,12 +217,20 @@ class Runner:
         return constraint
 
     def begin_masks(self, rows: Sequence[int]) -> None:
-        """Begins to find out which ids may come next in those rows that are constrained, if that was not done.
+        """Begins to find out which ids may come next in those rows that need to know, if that was not done.
 
         Only rank 0 has to know.
         """
-        if self.group.rank > 0:
-            return
+        if self.group.rank == 0:
+            self.find_masks([row for row in rows if not self.tries(row)])
+
+    def tries(self, row: int) -> bool:
+        """Whether a row needs no mask if one of its most probable ids may come next, which is soon found out."""
+        state = self.table.states[row]
+        return not state.params.do_sample and isinstance(state.constraint, Guided) and state.constraint.can_try()
+
+    def find_masks(self, rows: Sequence[int]) -> None:
+        """Begins to find out which ids may come next in those rows that are constrained, if that was not done."""
         constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
         missing = {row: c for row, c in constraints.items() if row not in self.begun or self.begun[row][0] is not c}
         if missing:
@@ -230,21 +239,16 @@ class Runner:
 
     def take_masks(self, rows: Sequence[int]) -> tuple[Allowed | None, dict[int, str]]:
         """What was begun for these rows, and the errors; None if no row is constrained."""
-        bound = [i for i, row in enumerate(rows) if row in self.begun]
-        if not bound:
+        taken = [(i, *begun[1:]) for i, row in enumerate(rows) if (begun := self.begun.pop(row, None)) is not None]
+        if not taken:
             return None, {}
-        taken = [self.begun.pop(rows[i]) for i in bound]
         sources = {id(masks): masks for _, masks, _ in taken}
-        found = {key: masks.wait() for key, masks in sources.items()}
+        found = [masks.wait() for masks in sources.values()]
         errors = {row: cause for masks in sources.values() for row, cause in masks.errors.items()}
+        firsts = dict(zip(sources, np.cumsum([0, *map(len, found)]).tolist(), strict=False))
         of = np.full(len(rows), -1)
-        if len(found) == 1:
-            (words,) = found.values()
-            of[bound] = [i for _, _, i in taken]
-        else:
-            words = np.stack([found[id(masks)][i] for _, masks, i in taken])
-            of[bound] = np.arange(len(bound))
-        return Allowed(words, of), errors
+        of[[i for i, _, _ in taken]] = [firsts[id(masks)] + at for _, masks, at in taken]
+        return Allowed(found[0] if len(found) == 1 else np.concatenate(found), of), errors
 
     def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
@@ -257,8 +261,7 @@ class Runner:
             assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
-            allowed, errors = self.take_masks(rows)
-            drawn = self.draw(rows, logits, allowed)
+            drawn, errors = self.draw(rows, logits)
             told[:, 0] = torch.from_numpy(drawn.ids)
             told[:, 1] = torch.from_numpy(np.where(drawn.is_finite, DRAWN, BROKEN))
             for i, row in enumerate(rows):
@@ -282,10 +285,12 @@ class Runner:
         self.begin_masks(moved)
         return drawn
 
-    def draw(self, rows: list[int], raw: Tensor, allowed: Allowed | None) -> Draw:
-        """Processes a copy of the logits of those rows that ask for it, and draws from what is allowed."""
+    def draw(self, rows: list[int], raw: Tensor) -> tuple[Draw, dict[int, str]]:
+        """Processes a copy of the logits of those rows that ask for it, and draws from what is allowed.
+
+        The errors are of rows whose constraint cannot be used.
+        """
         states = [self.table.states[row] for row in rows]
-        params = [state.params for state in states]
         if self.digests is not None:
             for row, logits in zip(rows, raw, strict=True):
                 self.digests.note(self.table.log(row), logits)
@@ -295,9 +300,34 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
+        chosen = self.most_probable(rows, processed)
+        allowed, errors = self.take_masks(rows)
         if allowed is not None:
             self.lengthen(rows, allowed)
-        return draw(raw, processed, params, self.table.length[rows], allowed, self.drawing)
+        params = [state.params for state in states]
+        return draw(raw, processed, params, self.table.length[rows], allowed, chosen, self.drawing), errors
+
+    def most_probable(self, rows: list[int], logits: Tensor) -> dict[int, int]:
+        """What is drawn in those places of `rows` that are constrained and need no mask. The others get theirs.
+
+        logits: [rows, vocab].
+        """
+        states = self.table.states
+        bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
+        waiting = [each for each in bound if each[1] not in self.begun]
+        if not waiting:
+            return {}
+        chosen, missing, of_rows = {}, [], logits.numpy()
+        highest = of_rows.argmax(-1).tolist()
+        for i, row, constraint in waiting:
+            found = constraint.most_probable(of_rows[i], highest[i]) if isinstance(constraint, Guided) else None
+            if found is None:
+                missing.append(row)
+            else:
+                chosen[i] = found
+        if missing:
+            self.find_masks(missing)
+        return chosen
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""
@@ -312,8 +342,8 @@ class Runner:
 
     def lengthen(self, rows: list[int], allowed: Allowed) -> None:
         """Takes the end from the rows that are constrained and too short, in place."""
-        for at, row in zip(allowed.of.tolist(), rows, strict=True):
-            if at >= 0 and self.is_too_short(row, self.table.states[row]):
+        for i, row in enumerate(rows):
+            if self.is_too_short(row, self.table.states[row]) and (at := allowed.of[i]) >= 0:
                 goes_on = allowed.words[at] & ~self.ends
                 # A constraint that has come to its end counts more than a least length.
                 if goes_on.any():

@@ -74,6 +74,9 @@ fn content_encoding(headers: &HeaderMap) -> Option<String> {
 }
 
 fn is_json(content_type: &str) -> bool {
+    if content_type == "application/json" {
+        return true;
+    }
     let content_type = content_type.to_ascii_lowercase();
     let mut parts = content_type.split(';').map(str::trim);
     let essence = parts.next().unwrap_or("");

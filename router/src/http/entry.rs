@@ -196,8 +196,8 @@ impl Prompt {
 
 /// They differ in the numbers they are drawn with, and in nothing else.
 fn candidates(request: ValidRequest, count: usize, namespace: u64) -> impl Iterator<Item = ValidRequest> {
-    (0..count).map(move |branch| {
-        let mut request = request.clone();
+    // Most requests want one, which needs no copy.
+    std::iter::repeat_n(request, count).enumerate().map(move |(branch, mut request)| {
         request.sampling.branch = branch as u32;
         request.namespace = namespace;
         request
@@ -229,7 +229,10 @@ pub(super) fn limits(state: &State, model: &ModelFacts) -> Limits {
 }
 
 fn compute_type(state: &State, model: &ModelFacts) -> HeaderValue {
-    let by_device = || HeaderValue::from_str(&format!("{}+optimized", model.device)).ok();
+    let by_device = || match model.device.as_str() {
+        "cpu" => Some(HeaderValue::from_static("cpu+optimized")),
+        device => HeaderValue::from_str(&format!("{device}+optimized")).ok(),
+    };
     let said = state.config.compute_type.clone().or_else(by_device);
     said.unwrap_or(HeaderValue::from_static("unknown"))
 }

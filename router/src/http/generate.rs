@@ -1,8 +1,7 @@
 //! `/generate`, `/generate_stream` and the compatibility route `/`.
 
-use axum::Json;
 use axum::body::Body;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -154,8 +153,7 @@ pub(super) async fn answer(entry: &mut Entry, admitted: &Admitted, delivery: Del
     let wholes = best_first(collect(&mut flight, streams).await?);
     let num_tokens = wholes.iter().map(|whole| whole.finished.num_tokens as usize).sum();
     let response = response(&wire, &flight, wholes);
-    let headers = flight.headers(Some(num_tokens));
-    Ok(if is_compat { (headers, Json([response])).into_response() } else { (headers, Json(response)).into_response() })
+    Ok(if is_compat { flight.respond(num_tokens, &[response]) } else { flight.respond(num_tokens, &response) })
 }
 
 /// Queues the candidates of a prompt.

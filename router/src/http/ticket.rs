@@ -3,9 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::Response;
 use metrics::counter;
 use opentelemetry::KeyValue;
+use serde::Serialize;
 use tracing::{error, info, warn};
 
 use super::State;
@@ -209,6 +212,15 @@ impl Flight {
     /// Counts and logs a request that ends with an error.
     pub fn failed(&mut self, error: &ApiError) {
         self.ticket.failed(error);
+    }
+
+    /// An answer that is whole, with TGI's headers. They are written into one map, once: each of them is hashed.
+    pub fn respond(&self, num_tokens: usize, answer: &impl Serialize) -> Response {
+        let mut headers = self.headers(Some(num_tokens));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let mut response = Response::new(Body::from(serde_json::to_vec(answer).expect("an answer is plain data")));
+        *response.headers_mut() = headers;
+        response
     }
 
     /// TGI's headers. `num_tokens`: generated, of an answer that is whole.

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 VOCAB, EOS = 4096, 2
+DIGIT = TOKENIZER.encode("7", add_special_tokens=False).ids[-1]
 # What the router writes into every schema.
 TAKEN = {"whitespace_pattern": r"\x20"}
 
@@ -271,8 +272,9 @@ def test_masks_of_many_rows_are_those_of_each_alone(vocab):
 
 def test_what_takes_but_a_moment_is_found_at_once_and_what_took_longer_is_not(grammars):
     """To wake a thread takes longer than a cheap mask; a costly one must not hold up the steps, but once."""
+    later = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [DIGIT])
+    assert are_beside(grammars.begin({1: later})) == [True], "nobody knows what it takes to follow what there was"
     digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    assert are_beside(grammars.begin({1: digits})) == [True], "nobody knows what the first takes"
     assert found(grammars.begin({1: digits}))[0][1].any()
     for _ in range(200):
         digits.took(1e-6)
@@ -284,6 +286,7 @@ def test_what_takes_but_a_moment_is_found_at_once_and_what_took_longer_is_not(gr
     assert are_beside(grammars.begin({1: digits, 2: Slow(0)})) == [True, False]
     many = [grammars.constraint(Grammar(REGEX, "[0-9]{300}"), []) for _ in range(20)]
     for one in many:
+        one.follow()
         one.expected_s = 40e-6
     beside, at_once = grammars.begin(dict(enumerate(many)))
     assert (are_beside([beside, at_once]), len(at_once.rows)) == ([True, False], 12), "together they take too long"
@@ -300,6 +303,58 @@ def test_what_a_mask_takes_is_the_time_of_its_own_thread(grammars, monkeypatch):
     monkeypatch.setattr(digits, "follow", lambda: (time.sleep(0.05), follow())[1])
     found(grammars.begin({1: digits}))
     assert digits.expected_s < 0.02
+
+
+FORMS = [of_schema(schema) for schema in SCHEMAS.values()]
+FORMS += [Grammar(REGEX, "(.|\n)+"), Grammar(REGEX, "(never|nearly)( (never|nearly)){9}"), Grammar(REGEX, r"\w{1,30}#")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.source[:40])
+def test_the_most_probable_id_is_what_a_mask_would_have_left(grammars, form):
+    """Whatever is most probable: ids that follow, ids that do not, the end, equals, and what is impossible."""
+    draw, found = np.random.default_rng(3), 0
+    for seed in range(6):
+        log = written(grammars.constraint(form, []), seed)
+        tried, masked = grammars.constraint(form, []), grammars.constraint(form, [])
+        for token_id in log[:60]:
+            ways = allowed(masked)
+            logits = draw.integers(0, 40, VOCAB).astype(np.float32)
+            logits[draw.choice(ways, min(2, len(ways)), replace=False)] += draw.integers(0, 50)
+            logits[draw.choice(VOCAB, 2000, replace=False)] = -np.inf
+            logits[token_id] += 10
+            of_all = int(logits.argmax())
+            best = tried.most_probable(logits.copy(), of_all)
+            if best is not None:
+                found += 1
+                assert best == ways[int(logits[ways].argmax())]
+                tried.advance(best)
+                masked.advance(best)
+            elif token_id == EOS:
+                break
+            else:
+                assert allowed(tried) == ways
+                tried.advance(token_id)
+                masked.advance(token_id)
+            if best not in (None, token_id):
+                break
+    assert found
+
+
+def test_what_is_refused_again_and_again_is_tried_ever_less_often(grammars):
+    digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
+    allowed(digits)
+    pauses, pause = [], 0
+    logits = np.zeros(VOCAB, np.float32)
+    logits[TOKENIZER.encode("a b c d e f", add_special_tokens=False).ids] = 9
+    for _ in range(60):
+        if digits.can_try():
+            assert digits.most_probable(logits, int(logits.argmax())) is None
+            pauses.append(pause)
+            pause = 0
+        allowed(digits)
+        pause += 1
+        digits.advance(DIGIT)
+    assert pauses == [0, 2, 4, 8, 16, 16]
 
 
 def test_an_id_that_does_not_follow_is_the_error_of_its_row(grammars):

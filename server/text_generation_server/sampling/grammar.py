@@ -4,6 +4,7 @@ Everything slow happens beside the steps: grammars are compiled by threads of th
 found out while the forward pass runs. What a grammar allows is a function of the ids that were generated.
 """
 
+import math
 import os
 import threading
 import time
@@ -50,6 +51,11 @@ NICENESS = 10
 # beside the steps, until some cheaper ones have come: of a common schema one in ten takes many times the others' time.
 AT_ONCE_S, ALL_AT_ONCE_S = 150e-6, 500e-6
 FORGETTING = 0.8
+# Whether one id may come next costs a small part of a mask, and what is wanted is mostly among the most probable: so
+# many are tried. Where all are refused the next ones are likely to be, too: then some masks are found before the next
+# try, twice as many after each refusal in a row.
+MAX_TRIES = 4
+FIRST_PAUSE, LONGEST_PAUSE = 2, 16
 # No grammar within the limits takes as long.
 COMPILE_TIMEOUT_S = 20.0
 
@@ -67,7 +73,8 @@ class Compiled:
     """What sequences begin with. Never advanced: it is copied, with all that its lexer has learnt."""
 
     matcher: llguidance.LLMatcher
-    num_words: int  # of a mask, 32 ids each
+    first: NDArray[np.int32]  # the mask of the first id, 32 ids a word
+    mask_s: float  # what that mask costs whoever needs it once more
 
 
 class Grammars:
@@ -115,7 +122,7 @@ class Grammars:
         beside: dict[int, Constraint] = {}
         expected = 0.0
         for row, constraint in constraints.items():
-            each = constraint.expected_s if isinstance(constraint, Guided) else np.inf
+            each = constraint.expects() if isinstance(constraint, Guided) else np.inf
             is_quick = each <= AT_ONCE_S and expected + each <= ALL_AT_ONCE_S
             (at_once if is_quick else beside)[row] = constraint
             expected += each if is_quick else 0.0
@@ -172,7 +179,9 @@ class Grammars:
             raise GrammarError(first_line(matcher.get_error()))
         if not mask.any():
             raise GrammarError("no text satisfies the grammar")
-        return Compiled(matcher, len(mask))
+        begun = time.thread_time()
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return Compiled(matcher, mask, time.thread_time() - begun)
 
 
 def give_way() -> None:
@@ -192,31 +201,78 @@ class Guided:
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
         self._compiled, self._eos = compiled, list(eos_token_ids)
         self._matcher: llguidance.LLMatcher | None = None
-        self.num_words = 0  # of its masks, once it has followed something
+        self._first = np.zeros(0, np.int32)  # mask
+        self._is_at_start = True
         self._pending: list[int] = []
         self._ended = False
-        # How long the next mask takes, to judge by those before. Nobody knows of the first, for which copies are made.
+        self._tried: int | None = None  # followed already, before note was taken of it
         self.expected_s = np.inf
+        self._pause = self._masks_to_try = 0
         for token_id in generated:
             self.advance(token_id)
 
     def advance(self, token_id: int) -> None:
         """See `Constraint`. What it leads to is found out when it is needed."""
+        tried, self._tried = self._tried, None
+        if token_id == tried:
+            return
+        assert tried is None, "an id was tried, and another one drawn"
         if self._ended or token_id in self._eos:
             self._ended = True
         else:
             self._pending.append(token_id)
 
+    def expects(self) -> float:
+        """Seconds that the next mask takes, to judge by those before, and by that of all sequences for the first."""
+        if self._matcher is not None or self._pending or not self._compiled.done() or self._compiled.exception():
+            return self.expected_s
+        return min(self.expected_s, self._compiled.result().mask_s)
+
+    def can_try(self) -> bool:
+        """Whether to call `most_probable`. While masks are dear, they are rather found beside the steps."""
+        return not self._masks_to_try and not self._ended and self.expects() <= AT_ONCE_S
+
+    def most_probable(self, logits: NDArray[np.float32], token_id: int) -> int | None:
+        """The id of the highest of `logits` [vocab] that may come next, as a mask would leave it; the first of equals.
+
+        token_id: the highest of all.
+
+        If there is one, `advance` has to be called with it. None: only a mask tells, as at an end, after an error, and
+        where several of the highest are refused.
+        """
+        try:
+            matcher = self.follow()
+        except GrammarError:
+            # Who asks for the mask hears of it.
+            return None
+        if matcher is None:
+            return None
+        for turn in range(MAX_TRIES):
+            if turn:
+                logits = logits.copy() if turn == 1 else logits
+                logits[token_id] = -np.inf
+                token_id = int(logits.argmax())
+            if token_id in self._eos or not math.isfinite(logits[token_id]):
+                return None
+            if matcher.try_consume_tokens([token_id]):
+                self._tried, self._pause, self._is_at_start = token_id, 0, False
+                return token_id
+        self._pause = self._masks_to_try = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+        return None
+
     def fill(self, words: NDArray[np.int32]) -> None:
         """See `Constraint`. Waits for the grammar to be compiled."""
+        self._masks_to_try = max(0, self._masks_to_try - 1)
         matcher = self.follow()
         if matcher is None:
             set_bits(words, self._eos)
-        elif self.num_words == len(words):
+        elif self._is_at_start:
+            copy_words(self._first, words)
+        elif len(self._first) == len(words):
             # The library clears what was there.
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
         else:
-            mask = np.zeros(self.num_words, np.int32)
+            mask = np.zeros_like(self._first)
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             copy_words(mask, words)
         self.check()
@@ -227,12 +283,13 @@ class Guided:
             return None
         if self._matcher is None:
             compiled = self._compiled.result(COMPILE_TIMEOUT_S)
-            self._matcher, self.num_words = compiled.matcher.deep_copy(), compiled.num_words
+            self._matcher, self._first = compiled.matcher.deep_copy(), compiled.first
+            self.expected_s = compiled.mask_s
         if self._pending:
-            followed = self._matcher.try_consume_tokens(self._pending)
-            if followed < len(self._pending) and not self._matcher.is_error():
-                raise GrammarError(f"id {self._pending[followed]} does not follow the grammar")
-            self._pending.clear()
+            self._is_at_start = False
+            del self._pending[: self._matcher.try_consume_tokens(self._pending)]
+            if self._pending and not self._matcher.is_error():
+                raise GrammarError(f"id {self._pending[0]} does not follow the grammar")
         return self._matcher
 
     def took(self, seconds: float) -> None:
@@ -259,9 +316,11 @@ class Masks:
         self.rows, self._constraints = list(constraints), list(constraints.values())
         self._words = np.zeros((len(self.rows), -(-vocab_size // 32)), np.int32)
         self.errors: dict[int, str] = {}
-        self._filled = None if pool is None else submit(pool, self._fill)
+        self._filled: Future[None] | None = None
         if pool is None:
             self._fill()
+        else:
+            self._filled = submit(pool, self._fill)
 
     def wait(self) -> NDArray[np.int32]:
         """A bit for each id that may come next, lowest first: [rows, ceil(vocab / 32)].

@@ -5,7 +5,7 @@ vocabulary run row by row in an order that does not depend on how many rows ther
 Kernels that draw ids are preferred; torch's operators serve where there are none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ def draw(
     params: Sequence[SamplingParams],
     positions: NDArray[np.int64],
     allowed: Allowed | None = None,
+    chosen: Mapping[int, int] | None = None,
     kernels: DrawsIds | None = None,
 ) -> Draw:
     """One id for each row.
@@ -62,12 +63,16 @@ def draw(
     raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
     positions: [rows], the index that the new id will have in its sequence.
     allowed: which ids may be drawn; None: all.
+    chosen: ids of rows for which nothing is left to draw.
     kernels: who draws, if they can; torch does otherwise.
     """
     requests = requests_of(params, positions)
     drawn = kernels.draw_ids(raw, processed, requests, allowed) if kernels is not None else None
     if drawn is None:
         drawn = draw_ids(raw, leave_allowed(processed, allowed), params, requests.numbers)
+    if chosen:
+        places, ids = list(chosen), list(chosen.values())
+        drawn.ids[places], drawn.logprobs[places] = ids, raw.numpy()[places, ids] - drawn.normalizers[places]
     wanted = [(i, p.top_n) for i, p in enumerate(params) if p.top_n]
     top: list[tuple[list[int], list[float]]] = [([], [])] * len(params)
     for i, count in wanted:

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Body;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -189,7 +188,7 @@ pub(in crate::http) async fn answer(entry: &mut Entry, admitted: &Admitted) -> R
         usage: Usage::new(flight.num_prompt_tokens, num_tokens),
         prompt_token_ids: writer.prompt_ids,
     };
-    Ok((flight.headers(Some(num_tokens)), Json(body)).into_response())
+    Ok(flight.respond(num_tokens, &body))
 }
 
 /// What chunks and whole answers are written with.

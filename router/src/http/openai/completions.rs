@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Body;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures::FutureExt;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -95,10 +94,10 @@ pub(in crate::http) async fn answer(entry: &mut Entry, admitted: &Admitted) -> R
     let num_tokens = wholes.iter().map(|whole| whole.finished.num_tokens as usize).sum();
     let usage = Usage::new(flight.num_prompt_tokens, writer.told(num_tokens));
     let body = CompletionBody::new(&writer.heading, writer.choices(wholes), Some(usage));
-    let mut headers = flight.headers(Some(num_tokens));
+    let mut response = flight.respond(num_tokens, &body);
     // As in TGI, this route does not tell it.
-    headers.remove("x-compute-time");
-    Ok((headers, Json(body)).into_response())
+    response.headers_mut().remove("x-compute-time");
+    Ok(response)
 }
 
 /// What chunks and whole answers are written with.
