@@ -21,7 +21,7 @@ def built_tiles() -> Path | None:
             return None
         BUILT.mkdir(parents=True, exist_ok=True)
         made = found.with_suffix(f".{os.getpid()}")
-        flags = (*build.FLAGS, *build.AVX512_BF16, "-DKERNELS_EMULATE_TILES")
+        flags = (*build.FLAGS, *build.AVX512_BF16, "-DKERNELS_EMULATE_TILES", "-O3")
         subprocess.run(["c++", *flags, "-shared", "-o", made, build.HERE / "amx.cpp"], check=True)
         made.replace(found)
     return found

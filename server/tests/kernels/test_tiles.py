@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS
-from emulated_tiles import NAME
+from emulated_tiles import NAME, built_tiles
 from numpy.typing import NDArray
 from test_quantized_products import CODINGS, make
+from text_generation_server.kernels.cpu.native import build
 from text_generation_server.kernels.cpu.native.library import LIBRARY, Library
 from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear
 from text_generation_server.kernels.weights import Coding, Integer
@@ -46,6 +47,27 @@ def test_codes_have_the_bits_that_dot_instructions_give(coding: Integer, zeros: 
             assert torch.equal(tiles(x[:count]), dots(x[:count])), (out, in_, group, count)
 
 
+def products_of_tiles(coding: Coding | torch.dtype, count: int) -> int:
+    """How often two tiles are multiplied for `count` rows with a weight of [64, 256]."""
+    if isinstance(coding, torch.dtype):
+        matmul = dense_linear(TILES, activations(64, 256))
+    else:
+        matmul = quantized_linear(TILES, make(coding, 64, 256, 64, False, False, torch.float16)[0], torch.bfloat16)
+    emulated = ctypes.CDLL(str(built_tiles()))
+    emulated.kernels_emulated_products.restype = ctypes.c_int64
+    before = emulated.kernels_emulated_products()
+    matmul(activations(count, 256))
+    return int(emulated.kernels_emulated_products() - before)
+
+
+@pytest.mark.parametrize("coding", [*CODINGS, torch.bfloat16], ids=str)
+def test_numbers_always_go_through_tiles_and_codes_from_nine_rows_on(coding: Coding | torch.dtype) -> None:
+    # Two panels of two times 16 columns, runs of 64 places in 8 bits and of 32 in bfloat16, halves of at most 16 rows.
+    runs = 4 * 256 // (64 if isinstance(coding, Integer) else 32)
+    assert products_of_tiles(coding, 8) == (0 if isinstance(coding, Integer) else runs)
+    assert [products_of_tiles(coding, count) / runs for count in (9, 16, 17, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
+
+
 def by_the_manual(x: torch.Tensor, matrix: torch.Tensor) -> NDArray[np.float32]:
     """x @ matrix.T as TDPBF16PS adds up, 32 places at a time: chains of even and of odd places from zero, their sum, the tile."""
     x64, w64 = (np.pad(each.double().numpy(), ((0, 0), (0, -each.shape[1] % 32))) for each in (x, matrix))
@@ -65,6 +87,24 @@ def test_numbers_are_added_up_in_the_order_of_the_manual(out: int, in_: int) -> 
     matrix, x = activations(out, in_), activations(40, in_)
     wanted = torch.from_numpy(by_the_manual(x, matrix)).bfloat16()
     assert torch.equal(dense_linear(TILES, matrix)(x), wanted)
+
+
+def test_what_nobody_wrote_and_what_is_no_number_elsewhere_touch_no_row() -> None:
+    nan, one = float("nan"), torch.ones(32, 8, dtype=torch.bfloat16)
+    spoilt = torch.full((32, 24), nan, dtype=torch.bfloat16)
+    for library in (TILES, DOTS):
+        # The last places of a run are made in memory that held these.
+        assert dense_linear(library, spoilt)(torch.ones(40, 24, dtype=torch.bfloat16)).isnan().all()
+        assert (dense_linear(library, one)(torch.ones(40, 8, dtype=torch.bfloat16)) == 8).all()
+    matrix, x = activations(70, 296), activations(65, 296)
+    for count in (9, 16, 17, 33, 34, 65):
+        wanted = dense_linear(TILES, matrix)(x[:count])
+        for row in range(count):
+            broken = x[:count].clone()
+            broken[row] = nan
+            y = dense_linear(TILES, matrix)(broken)
+            others = torch.arange(count) != row
+            assert y[row].isnan().all() and torch.equal(y[others], wanted[others])
 
 
 def test_subnormal_numbers_are_zero_and_no_mode_of_the_processor_stays_changed() -> None:
@@ -95,9 +135,11 @@ def test_what_can_be_chosen_is_what_the_processor_says_that_it_has() -> None:
     dots = {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
     tiles = dots | {"avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"}
     variants = Library().variants
-    assert list(variants) == [NAME, "avx2", "avx512", "avx512_bf16", "amx"]
-    assert variants["amx"] is (tiles <= flags)
-    assert Library().name == ("amx" if variants["amx"] else "avx512_bf16")
+    built = ["amx"] if build.knows(["c++"], build.TILES) else []
+    assert list(variants) == [NAME, "avx2", "avx512", "avx512_bf16", *built]
+    usable = bool(built) and tiles <= flags
+    assert variants.get("amx", False) is usable
+    assert Library().name == ("amx" if usable else "avx512_bf16")
 
 
 def test_a_server_cannot_choose_the_emulation() -> None:
@@ -108,12 +150,36 @@ def test_a_server_cannot_choose_the_emulation() -> None:
 
 
 def test_the_library_holds_the_instructions_themselves_and_the_emulation_none() -> None:
-    emulated = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "tiles_" in line)
+    emulated = str(built_tiles())
     listings = [
         subprocess.run(["objdump", "--no-show-raw-insn", "-d", path], capture_output=True, text=True, check=True).stdout
         for path in (str(LIBRARY), emulated)
     ]
+    present = "amx" in Library().variants
     for name in ("ldtilecfg", "tileloadd", "tilestored", "tilezero", "tdpbf16ps", "tdpbsud", "tilerelease"):
-        assert re.search(rf"\s{name}\b", listings[0]), name
+        assert bool(re.search(rf"\s{name}\b", listings[0])) is present, name
         assert not re.search(rf"\s{name}\b", listings[1]), name
-    assert ctypes.CDLL(emulated).kernels_emulated_tiles
+
+
+def test_a_compiler_without_tiles_leaves_them_out_and_says_so(tmp_path: Path) -> None:
+    for source in (*build.HERE.glob("*.cpp"), *build.HERE.glob("*.h"), build.HERE / "build.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\necho "$@" >> "$0.log"\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    done = subprocess.run([sys.executable, tmp_path / "build.py", compiler], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        0, f"kernels are built without amx: {compiler} does not know -mamx-tile -mamx-bf16 -mamx-int8\n",
+    )  # fmt: skip
+    log = (tmp_path / "compiler.log").read_text()
+    assert log.count("-c ") == len(build.SOURCES) - 1 and "KERNELS_AMX" not in log and "amx" not in log
+    assert (tmp_path / "libkernels.so").exists()
+    # What is left asks for nothing that is not there.
+    flags = [*build.FLAGS, "-O0", '-DKERNELS_SOURCES=""', "-c", str(build.HERE / "library.cpp"), "-o", "library.o"]
+    for macro, wants in (("-DKERNELS_AMX", True), ("-DKERNELS_OTHER", False)):
+        subprocess.run(["c++", *flags, macro], cwd=tmp_path, check=True)
+        names = subprocess.run(["nm", "-C", "library.o"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ("kTilesAmx" in names.stdout) is wants

@@ -304,9 +304,12 @@ int64_t tile_scratch_floats(int64_t rows) {
 }  // namespace
 
 #ifdef KERNELS_EMULATE_TILES
-extern "C" __attribute__((visibility("default"))) const Dots *kernels_emulated_tiles() {
+extern "C" {
+__attribute__((visibility("default"))) const Dots *kernels_emulated_tiles() {
     static const Dots tiles{counts_of, prepare, multiply_tiles, tile_scratch_floats};
     return &tiles;
+}
+__attribute__((visibility("default"))) int64_t kernels_emulated_products() { return emulated::products; }
 }
 #else
 const Dots kTilesAmx{counts_of, prepare, multiply_tiles, tile_scratch_floats};

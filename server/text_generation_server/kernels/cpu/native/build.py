@@ -66,7 +66,7 @@ def build(command: str = "c++") -> str | None:
     if LIBRARY.exists() and STAMP.exists() and STAMP.read_text() == stamp:
         return None
     sources, macros = dict(SOURCES), [f'-DKERNELS_SOURCES="{digest_of_sources()}"']
-    if _knows(compiler, TILES):
+    if knows(compiler, TILES):
         macros.append("-DKERNELS_AMX")
     else:
         del sources["amx.cpp"]
@@ -103,7 +103,7 @@ def _stamp(compiler: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _knows(compiler: list[str], flags: tuple[str, ...]) -> bool:
+def knows(compiler: list[str], flags: tuple[str, ...]) -> bool:
     """Whether a compiler takes these flags."""
     command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -2,6 +2,7 @@
 // TDPBF16PS, TDPBSUD). Included by tiles.h. What the manual makes an exception ends the program.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 
 namespace kernels::emulated {
@@ -16,6 +17,9 @@ inline Tiles &tiles() {
     static thread_local Tiles all;
     return all;
 }
+
+// Products of two tiles so far, of all threads.
+inline std::atomic<int64_t> products{0};
 
 inline void demand(bool holds) {
     if (!holds) std::abort();
@@ -59,6 +63,7 @@ inline void store(int tile, void *at, int64_t stride) {
 inline Tiles &with_three(int to, int a, int b) {
     const Tiles &all = with(to);
     with(a), with(b);
+    products++;
     demand(to != a && to != b && a != b);
     demand(all.rows[to] == all.rows[a] && all.bytes[to] == all.bytes[b] && all.bytes[a] == 4 * all.rows[b]);
     return tiles();
