@@ -28,8 +28,8 @@ def kernels(one_thread_kernels: CpuKernels) -> CpuKernels:
 
 
 add_emulated_tiles()
-# "none": torch's operators alone. The others: our own products, in every variant that this processor executes, and that with tiles
-# whether it has them or not.
+# "none": torch's operators alone. The others: our own products, in every variant that this processor executes, and that
+# with tiles whether it has them or not.
 INSTRUCTION_SETS = ["none", *(name for name, runs in Library().variants.items() if runs)]
 
 

@@ -1,4 +1,7 @@
-"""AMX for processors without it: the source of our tiles over an emulation of their instructions, as one more instruction set."""
+"""AMX for processors without it: the source of our tiles over an emulation of their instructions.
+
+One more instruction set for tests; no server knows it.
+"""
 
 import ctypes
 import os

@@ -22,7 +22,8 @@ if NAME not in INSTRUCTION_SETS:
     pytest.skip("this processor has not what products by tiles need besides tiles", allow_module_level=True)
 
 TILES, DOTS = Library(NAME), Library("avx512_bf16")
-# Around the limits of halves of tiles (16), tiles (32) and what is computed at once (256), and of what tiles are worth for codes (8).
+# Around the limits of halves of tiles (16), tiles (32) and what is computed at once (256), and of what tiles are worth
+# for codes (8).
 COUNTS = (1, 7, 8, 9, 10, 15, 16, 17, 18, 31, 32, 33, 34, 47, 63, 65, 97, 200, 255, 256, 257, 264, 265, 300)
 # Groups of whole blocks, of parts of blocks, of more than is made at a time, and no end of a panel at a limit of any.
 SHAPES = [(70, 296, 24), (33, 520, 104), (96, 256, 64), (40, 4400, 2200), (64, 4096, 4096), (17, 9, 4)]
@@ -69,13 +70,16 @@ def test_numbers_always_go_through_tiles_and_codes_from_nine_rows_on(coding: Cod
 
 
 def by_the_manual(x: torch.Tensor, matrix: torch.Tensor) -> NDArray[np.float32]:
-    """x @ matrix.T as TDPBF16PS adds up, 32 places at a time: chains of even and of odd places from zero, their sum, the tile."""
+    """x @ matrix.T as TDPBF16PS adds up, 32 places at a time.
+
+    Chains of even and of odd places, both from zero; their sum is added to the tile (Intel's manual, volume 2).
+    """
     x64, w64 = (np.pad(each.double().numpy(), ((0, 0), (0, -each.shape[1] % 32))) for each in (x, matrix))
     total = np.zeros((len(x64), len(w64)), np.float32)
     for begin in range(0, x64.shape[1], 32):
         chains = np.zeros((2, *total.shape), np.float32)
         for place in range(32):
-            # The product of two bfloat16 numbers is exact in float32, so this rounds once, as a fused multiply-add does.
+            # The product of two bfloat16 numbers is exact, so this rounds once, as a fused multiply-add does.
             product = np.outer(x64[:, begin + place], w64[:, begin + place])
             chains[place % 2] = (chains[place % 2] + product).astype(np.float32)
         total += chains[0] + chains[1]
