@@ -279,7 +279,7 @@ void prepare(const Weight &weight, const void *activations, int64_t row, int64_t
     with_units(weight.coding, [&](auto coding) {
         uint32_t *x = to.x + row * to.units;
         prepare_runs<decltype(coding)>(weight, activations, row, count, scratch, to,
-                                       [&](int64_t m, int64_t, int64_t run, const uint32_t *units, int64_t size) {
+                                       [&](int64_t m, int64_t, int64_t run, const uint32_t *units, auto size) {
                                            uint32_t *at = x + (run * count + m) * kRunUnits;
                                            std::memcpy(at, units, size * 4);
                                            std::memset(at + size, 0, (kRunUnits - size) * 4);

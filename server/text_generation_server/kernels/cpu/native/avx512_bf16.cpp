@@ -259,7 +259,7 @@ void prepare_units(const Weight &weight, const void *activations, int64_t row, i
         using C = decltype(coding);
         uint32_t *x = to.x + row * to.units;
         prepare_runs<C>(weight, activations, row, count, scratch, to,
-                        [&](int64_t m, int64_t step, int64_t, const uint32_t *units, int64_t size) {
+                        [&](int64_t m, int64_t step, int64_t, const uint32_t *units, auto size) {
                             uint32_t *at = x + step * C::kUnits * count + m;
                             for (int64_t unit = 0; unit < size; unit++) at[unit * count] = units[unit];
                         });

@@ -227,6 +227,15 @@ EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, 
     });
 }
 
+EXPORT void kernels_penalize(int32_t variant, const PenalizedRow *how, int64_t rows, int64_t size, int32_t threads) {
+    Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            if (how[row].counts) variant_of(variant).sampling->penalize(how[row], size);
+            for (int64_t i = 0; i < how[row].num_biases; i++) how[row].logits[how[row].bias_ids[i]] += how[row].biases[i];
+        }
+    });
+}
+
 // The ids of one row, of finite numbers, that may be drawn, ascending, with their weights, and how many there are.
 EXPORT void kernels_candidates(int32_t variant, const float *row, int64_t size, const DrawRow *how, int32_t *ids,
                                float *weights, int64_t *count) {

@@ -231,6 +231,15 @@ template <class C>
 constexpr int64_t kRunSteps = kRunUnits / C::kUnits;
 static_assert(kRunSteps<Codes<4>> == kBlockSteps);
 
+// The units of a step, of numbers that were bfloat16.
+template <class C>
+INLINE void brain_units(const float *step, uint32_t *units) {
+    uint16_t parts[kStepPlaces];
+    const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(_mm256_loadu_ps(step)), 16);
+    _mm_storeu_si128((__m128i *)parts, _mm256_cvtepi32_epi16(upper));
+    repeat<C::kUnits>([&](auto u) { units[u] = uint32_t(parts[C::place(u, 0)]) | uint32_t(parts[C::place(u, 1)]) << 16; });
+}
+
 // Makes units of the rows [row, row + count), group by group and in runs of at most kRunSteps: `put(m, step, run, units, size)`
 // takes those of the row + m, `size` of them, which begin with this step and are the `run`th.
 template <class C, class Put>
@@ -261,18 +270,12 @@ INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t 
                     to.offsets[at] = to.sums ? 0 : -int32_t(weight.middle) * whole;
                     sum = std::fma(scale, float(whole), sum);
                 } else {
-                    for (int64_t i = first; i < last; i++) {
-                        uint16_t parts[kStepPlaces];
-                        const __m256 values = _mm256_loadu_ps(scratch + i * kStepPlaces);
-                        // Exact: they were bfloat16.
-                        const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(values), 16);
-                        _mm_storeu_si128((__m128i *)parts, _mm256_cvtepi32_epi16(upper));
-                        repeat<C::kUnits>([&](auto u) {
-                            units[(i - first) * C::kUnits + u] = uint32_t(parts[C::place(u, 0)]) | uint32_t(parts[C::place(u, 1)]) << 16;
-                        });
-                    }
+                    repeat<kRunSteps<C>>([&](auto i) {
+                        if (first + i < last) brain_units<C>(scratch + (first + i) * kStepPlaces, units + i * C::kUnits);
+                    });
                 }
-                put(m, first, run, units, (last - first) * C::kUnits);
+                if (last - first == kRunSteps<C>) put(m, first, run, units, std::integral_constant<int, kRunUnits>{});
+                else put(m, first, run, units, (last - first) * C::kUnits);
                 step = last, run++;
             }
             if (C::kExact && to.sums) to.sums[row * weight.groups + group * count + m] = sum;
