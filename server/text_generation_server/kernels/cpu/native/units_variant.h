@@ -245,7 +245,7 @@ INLINE void brain_units(const float *step, uint32_t *units) {
 template <class C, class Put>
 INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t row, int64_t count, float *scratch,
                          const WritableUnits &to, Put &&put) {
-    uint32_t units[kRunUnits] = {};
+    uint32_t units[kRunUnits] = {}, *brains = reinterpret_cast<uint32_t *>(scratch + weight.steps * kStepPlaces + 64);
     for (int64_t m = 0; m < count; m++) {
         gather_row(weight, (const uint16_t *)activations + (row + m) * weight.in_features, scratch);
         const Outliers &outliers = to.outliers;
@@ -254,12 +254,15 @@ INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t 
             noted = outliers.places + (row + m) * outliers.words;
             noted[outliers.words - 1] = 0;
             outliers.counts[row + m] = 0;
+        } else {
+            for (int64_t step = 0; step < weight.steps; step++) brain_units<C>(scratch + step * kStepPlaces, brains + step * C::kUnits);
         }
         int64_t step = 0, run = 0;
         for (int64_t group = 0; group < weight.groups; group++) {
             float sum = 0;
             while (step < weight.group_ends[group]) {
                 const int64_t first = step, last = std::min<int64_t>(step + kRunSteps<C>, weight.group_ends[group]);
+                const uint32_t *made = units;
                 if constexpr (C::kExact) {
                     int32_t whole;
                     const float scale = quantize_block(scratch + first * kStepPlaces, (last - first) * kStepPlaces,
@@ -270,12 +273,10 @@ INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t 
                     to.offsets[at] = to.sums ? 0 : -int32_t(weight.middle) * whole;
                     sum = std::fma(scale, float(whole), sum);
                 } else {
-                    repeat<kRunSteps<C>>([&](auto i) {
-                        if (first + i < last) brain_units<C>(scratch + (first + i) * kStepPlaces, units + i * C::kUnits);
-                    });
+                    made = brains + first * C::kUnits;
                 }
-                if (last - first == kRunSteps<C>) put(m, first, run, units, std::integral_constant<int, kRunUnits>{});
-                else put(m, first, run, units, (last - first) * C::kUnits);
+                if (last - first == kRunSteps<C>) put(m, first, run, made, std::integral_constant<int, kRunUnits>{});
+                else put(m, first, run, made, (last - first) * C::kUnits);
                 step = last, run++;
             }
             if (C::kExact && to.sums) to.sums[row * weight.groups + group * count + m] = sum;
