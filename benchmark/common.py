@@ -206,7 +206,7 @@ def processor_flags() -> set[str]:
 def processor() -> str:
     """Return the processor's name and the vector instructions that matter here."""
     fields, flags = _processor_fields(), processor_flags()
-    known = ["avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"]
+    known = ["avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"]
     return f"{fields.get('model name', 'unknown')} ({', '.join(flag for flag in known if flag in flags)})"
 
 

@@ -2,7 +2,9 @@
 #include <chrono>
 #include <cstdint>
 #include <immintrin.h>
+#include <sys/syscall.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 namespace {
@@ -61,3 +63,29 @@ ROOF(avx2, "avx2,fma", __m256, _mm256_fmadd_ps(a, b, sum[j]))
 ROOF(avx512, "avx512f", __m512, _mm512_fmadd_ps(a, b, sum[j]))
 ROOF(bf16, "avx512f,avx512bf16", __m512, _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b))
 ROOF(vnni, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum[j], a, b))
+
+#if __has_include(<amxtileintrin.h>)
+
+// The same of tiles, of which eight are all there are: four sums, each of two tiles by two.
+#define ROOF_TILES(name, step)                                                                           \
+    EXPORT double roof_##name(int64_t rounds, int threads) {                                             \
+        syscall(SYS_arch_prctl, 0x1023, 18); /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */               \
+        return seconds(threads, [=](int) __attribute__((target("amx-tile,amx-bf16,amx-int8"))) {         \
+            alignas(64) uint8_t shapes[64] = {1};                                                        \
+            for (int tile = 0; tile < 8; tile++) shapes[16 + 2 * tile] = 64, shapes[48 + tile] = 16;     \
+            asm volatile("" : : "r"(shapes) : "memory");                                                 \
+            _tile_loadconfig(shapes);                                                                    \
+            _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);                                  \
+            for (int64_t i = 0; i < rounds; i++) {                                                       \
+                _Pragma("GCC unroll 4") for (int j = 0; j < kChains; j += 4) {                           \
+                    step(0, 4, 6); step(1, 4, 7); step(2, 5, 6); step(3, 5, 7);                          \
+                }                                                                                        \
+            }                                                                                            \
+            _tile_release();                                                                             \
+        });                                                                                              \
+    }
+
+ROOF_TILES(amx_bf16, _tile_dpbf16ps)
+ROOF_TILES(amx_int8, _tile_dpbsud)
+
+#endif

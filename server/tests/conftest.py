@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from emulated_tiles import add_emulated_tiles
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.native.library import Library
 
@@ -26,7 +27,9 @@ def kernels(one_thread_kernels: CpuKernels) -> CpuKernels:
     return one_thread_kernels
 
 
-# "none": torch's operators alone. The others: our own products, in every variant that this processor executes.
+add_emulated_tiles()
+# "none": torch's operators alone. The others: our own products, in every variant that this processor executes, and that
+# with tiles whether it has them or not.
 INSTRUCTION_SETS = ["none", *(name for name, runs in Library().variants.items() if runs)]
 
 

@@ -96,8 +96,8 @@ def serve(
         str | None,
         typer.Option(
             envvar="INSTRUCTION_SET",
-            help="Of our own kernels on processors: avx2, avx512, avx512_bf16, or none for torch's operators alone; by "
-            "default the best that the processor executes.",
+            help="Our own kernels on processors: avx2, avx512, avx512_bf16, amx, or none for torch's operators alone; "
+            "by default the best that the processor executes.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,

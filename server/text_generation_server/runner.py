@@ -354,16 +354,14 @@ class Runner:
         for i in special:
             if states[i].params.watermark:
                 processors.watermark(logits[i], int(self.table.log(rows[i])[-1]), self.mark)
-        counting = [i for i in special if states[i].params.counts_ids]
-        if counting:
-            counts = torch.stack([c for i in counting if (c := states[i].counts) is not None])  # [rows, 2, vocab]
-            lengths = torch.from_numpy(self.table.length[[rows[i] for i in counting]].astype(np.float32))
-            part = logits[counting]
-            processors.penalize(part, counts[:, 0], counts[:, 1], lengths, [states[i].params for i in counting])
-            logits[counting] = part
+        changed = [i for i in special if states[i].params.counts_ids or states[i].params.logit_bias]
+        if changed:
+            params = [states[i].params for i in changed]
+            processors.change(
+                logits, changed, params, [states[i].counts for i in changed],
+                [int(self.table.length[rows[i]]) for i in changed], self.drawing,
+            )  # fmt: skip
         for i in special:
-            if states[i].params.logit_bias:
-                processors.bias(logits[i], states[i].params.logit_bias)
             if states[i].constraint is None and self.is_too_short(rows[i], states[i]):
                 processors.forbid(logits[i], self.eos_token_ids)
 

@@ -186,6 +186,28 @@ class DrawRequests:
 
 
 @dataclass(frozen=True)
+class Penalties:
+    """What changes the logits of one row, in this order; each has a neutral value.
+
+    counts: [2, vocab] float32, occurrences of every id in prompt and generated ids, and in generated ids alone; needed
+    where a penalty is not neutral. length: of prompt and generated ids.
+    repetition: divides a positive logit of an id that has occurred and multiplies a negative one; 1.
+    frequency: is subtracted, times the share that the id has of all ids; 0.
+    presence: is subtracted if the id was generated; 0.
+    count: is subtracted, times how often the id was generated; 0.
+    bias: ids, and what is added to their logits.
+    """
+
+    counts: Tensor | None
+    length: int
+    repetition: float
+    frequency: float
+    presence: float
+    count: float
+    bias: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Allowed:
     """Which ids may be drawn, for some rows of logits.
 
@@ -221,4 +243,8 @@ class DrawsIds(Protocol):
 
         None: these kernels do not draw after all, and nothing was computed.
         """
+        ...
+
+    def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> bool:
+        """Applies penalties to these rows of `logits` [.., vocab] float32, in place. False: nothing was done."""
         ...

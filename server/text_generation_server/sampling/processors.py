@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.interface import DrawsIds, Penalties
 from .params import SamplingParams
 
 WATERMARK_KEY = 15485863
@@ -49,6 +50,41 @@ def penalize(
     count = column([p.count_penalty for p in params])
     if bool((count != 0).any()):
         logits.sub_(count * generated)
+
+
+def change(
+    logits: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    counts: Sequence[Tensor | None],
+    lengths: Sequence[int],
+    kernels: DrawsIds | None = None,
+) -> None:
+    """Applies penalties, then biases, to `rows` of `logits` [.., vocab] in place.
+
+    params, counts, lengths: of each of these rows; counts: [2, vocab] where params count ids, as `penalize` takes them.
+    kernels: who does it, if they can; torch does otherwise.
+    """
+    asked = [
+        Penalties(
+            c if p.counts_ids else None, length, p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
+            p.count_penalty, p.logit_bias,
+        )
+        for p, c, length in zip(params, counts, lengths, strict=True)
+    ]  # fmt: skip
+    if kernels is not None and kernels.penalize(logits, rows, asked):
+        return
+    counting = [i for i, how in enumerate(asked) if how.counts is not None]
+    if counting:
+        stacked = torch.stack([c for i in counting if (c := asked[i].counts) is not None])  # [rows, 2, vocab]
+        where = [rows[i] for i in counting]
+        part = logits[where]
+        of_rows = torch.tensor([float(lengths[i]) for i in counting])
+        penalize(part, stacked[:, 0], stacked[:, 1], of_rows, [params[i] for i in counting])
+        logits[where] = part
+    for row, how in zip(rows, asked, strict=True):
+        if how.bias:
+            bias(logits[row], how.bias)
 
 
 def bias(logits: Tensor, biases: Sequence[tuple[int, float]]) -> None:

@@ -1,6 +1,8 @@
 """The CPU backend: our own kernels where they are built, else torch's operators; either way a row's bits depend on its
 own tokens and positions alone."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ..interface import (
     FusedBlock,
     KVCache,
     Matmul,
+    Penalties,
 )
 from ..weights import DenseRows, QuantizedWeight
 from .linear import LinearFactory
@@ -71,6 +74,11 @@ class CpuKernels:
 
     def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
         return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed)
+
+    def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> bool:
+        if self._sampling is not None:
+            self._sampling.penalize(logits, rows, penalties)
+        return self._sampling is not None
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)

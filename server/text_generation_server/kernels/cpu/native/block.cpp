@@ -22,7 +22,7 @@ char *elements(Buffer &of, int64_t count, int64_t size) { return reinterpret_cas
 // attention(norm(x)), of this rank's heads, to `to`.
 void attend(const Block &block, const BlockStep &step, char *to, int32_t variant, int32_t threads) {
     static thread_local Buffer normed_buffer, qkv_buffer, rotated_buffer, attended_buffer, head_buffer;
-    const LayerVariant &use = *layer_variant(variant);
+    const LayerVariant &use = *variant_of(variant).layer;
     const int64_t rows = step.rows, hidden = block.hidden, dim = block.head_dim, type = step.type, size = element_size(step.type);
     const int64_t heads = block.heads, kv_heads = block.kv_heads, all_heads = heads + 2 * kv_heads;
     char *normed = elements(normed_buffer, rows * hidden, size), *qkv = elements(qkv_buffer, rows * all_heads * dim, size);
@@ -60,7 +60,7 @@ void attend(const Block &block, const BlockStep &step, char *to, int32_t variant
 // x += delta, then mlp(norm(x)), of this rank's features, to where delta was.
 void feed_forward(const Block &block, const BlockStep &step, char *delta, int32_t variant, int32_t threads) {
     static thread_local Buffer normed_buffer, wide_buffer, narrow_buffer;
-    const LayerVariant &use = *layer_variant(variant);
+    const LayerVariant &use = *variant_of(variant).layer;
     const int64_t rows = step.rows, hidden = block.hidden, inner = block.down->in_features, type = step.type;
     const int64_t size = element_size(step.type);
     char *normed = elements(normed_buffer, rows * hidden, size);
@@ -79,7 +79,7 @@ void feed_forward(const Block &block, const BlockStep &step, char *delta, int32_
 
 void add_up(const Block &block, const BlockStep &step, const char *delta, int32_t variant, int32_t threads) {
     Pool::shared().run(threads, step.rows, add_grain(block), [&](int64_t first, int64_t last) {
-        layer_variant(variant)->add(step.x, delta, step.type, first * block.hidden, last * block.hidden);
+        variant_of(variant).layer->add(step.x, delta, step.type, first * block.hidden, last * block.hidden);
     });
 }
 

@@ -41,7 +41,7 @@ struct Buffer {
     }
 };
 
-const LayerVariant *layer_variant(int32_t variant);
+const Variant &variant_of(int32_t index);
 
 }  // namespace kernels
 

@@ -37,6 +37,7 @@ AVX512 = (
 )
 # What -O3 adds to code that is unrolled already is time to compile.
 AVX512_BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi", "-O2")
+TILES = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 SOURCES = {
     "library.cpp": (),
     "block.cpp": (),
@@ -46,6 +47,7 @@ SOURCES = {
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": AVX512_BF16,
+    "amx.cpp": (*AVX512_BF16, *TILES),
 }
 
 
@@ -63,16 +65,21 @@ def build(command: str = "c++") -> str | None:
     stamp = _stamp(compiler)
     if LIBRARY.exists() and STAMP.exists() and STAMP.read_text() == stamp:
         return None
+    sources, macros = dict(SOURCES), [f'-DKERNELS_SOURCES="{digest_of_sources()}"']
+    if knows(compiler, TILES):
+        macros.append("-DKERNELS_AMX")
+    else:
+        del sources["amx.cpp"]
+        print(f"kernels are built without amx: {command} does not know {' '.join(TILES)}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(source: str) -> str:
             target = f"{folder}/{source}.o"
-            macro = f'-DKERNELS_SOURCES="{digest_of_sources()}"'
-            _run([*compiler, *FLAGS, macro, *SOURCES[source], "-c", str(HERE / source), "-o", target])
+            _run([*compiler, *FLAGS, *macros, *sources[source], "-c", str(HERE / source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
+            objects = list(pool.map(compile_one, sources))
         # Not over the running file: a server may have it in its memory.
         made = HERE / f".{LIBRARY.name}.{os.getpid()}"
         _run([*compiler, "-shared", "-pthread", "-o", str(made), *objects])
@@ -94,6 +101,12 @@ def _stamp(compiler: list[str]) -> str:
     digest = hashlib.sha256(_run([*compiler, "--version"]).encode())
     digest.update(repr((compiler, FLAGS, SOURCES, digest_of_sources())).encode())
     return digest.hexdigest()
+
+
+def knows(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    """Whether a compiler takes these flags."""
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _run(command: list[str]) -> str:

@@ -1,6 +1,9 @@
 // The C interface, called by `native/__init__.py` without the interpreter's lock.
 #include <algorithm>
+#include <cpuid.h>
 #include <cstring>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <vector>
 
 #include "block.h"
@@ -14,11 +17,30 @@ constexpr int64_t kRowsAtOnce = 256;
 // Multiplications that are worth a second thread.
 constexpr int64_t kWorthThreads = 1 << 17;
 
-// Of AVX-512, but for what dot instructions do.
-const Variant kAvx512Bf16{"avx512_bf16", kAvx512.table, kAvx512.spread, kAvx512.multiply, &kDotsAvx512};
+// Of AVX-512, but for what dot instructions and tiles do.
+Variant with_dots(const char *name, const Dots *tiles) {
+    Variant variant = kAvx512;
+    variant.name = name, variant.dots = &kDotsAvx512, variant.tiles = tiles;
+    return variant;
+}
 
-const Variant *const kVariants[] = {&kAvx2, &kAvx512, &kAvx512Bf16};
-const LayerVariant *const kLayerVariants[] = {&kLayerAvx2, &kLayerAvx512, &kLayerAvx512};
+const Variant kAvx512Bf16 = with_dots("avx512_bf16", nullptr);
+#ifdef KERNELS_AMX
+const Variant kAmx = with_dots("amx", &kTilesAmx);
+#endif
+
+// The best last.
+std::vector<const Variant *> &variants() {
+    static std::vector<const Variant *> all{
+        &kAvx2,
+        &kAvx512,
+        &kAvx512Bf16,
+#ifdef KERNELS_AMX
+        &kAmx,
+#endif
+    };
+    return all;
+}
 
 // Elements that are worth a second thread.
 constexpr int64_t kWorthElements = 1 << 16;
@@ -43,16 +65,29 @@ void store_tokens(const T *k, const T *v, T *keys, T *values, const int64_t *slo
     }
 }
 
-bool supported(int variant) {
+// Whether the processor has tiles and Linux lets this process use them: their registers take 8 KiB of every thread's state.
+bool may_use_tiles() {
+    constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // of bfloat16, tiles at all, of 8 bits
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+
+bool supported(const Variant &variant) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                       __builtin_cpu_supports("bmi2");
-    if (variant == 0) return avx2;
+    if (&variant == &kAvx2) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (variant == 1) return avx512;
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512vbmi");
+    if (&variant == &kAvx512) return avx512;
+    const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512vbmi");
+#ifdef KERNELS_AMX
+    if (&variant == &kAmx) return dots && may_use_tiles();
+#endif
+    return dots;
 }
 
 int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
@@ -63,39 +98,34 @@ int64_t panels_at_once(const Weight &weight, int64_t rows, int32_t threads) {
     return std::max<int64_t>(std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work)), panels_of(weight) / (threads * 8));
 }
 
-// y = x W^T by dot instructions. x: [rows][in_features], y: [rows][out_features], of bfloat16.
-void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t rows,
+// y = x W^T by dot instructions or tiles. x: [count][in_features], y: [count][out_features], of bfloat16.
+void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t count,
                       uint16_t *y, int32_t threads) {
     static thread_local Buffer x_buffer, scales_buffer, offsets_buffer, sums_buffer, outliers_buffer;
     const int64_t outlier_words = (weight.steps * kStepPlaces + 63) / 64;
-    for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
-        const int64_t count = std::min(kRowsAtOnce, rows - begin);
-        WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, {}};
-        to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units));
-        const uint16_t *from = x + begin * weight.in_features;
-        if (counts.eight) {
-            uint64_t *places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
-            to.outliers = {outlier_words, reinterpret_cast<int32_t *>(places + count * outlier_words), places, from};
-            to.scales = scales_buffer.floats(count * counts.blocks);
-            to.offsets = reinterpret_cast<int32_t *>(offsets_buffer.floats(count * counts.blocks));
-            if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups);
-        }
-        struct Rows { int64_t first, count; };
-        std::vector<Rows> tiles;
-        each_tile_of(count, counts.tile, [&](int64_t row, int64_t size) { tiles.push_back({row, size}); });
-        Pool::shared().run(threads, int64_t(tiles.size()), 2, [&](int64_t first, int64_t last) {
-            static thread_local Buffer scratch;
-            float *own = scratch.floats(unit_scratch_floats(weight));
-            for (int64_t tile = first; tile < last; tile++)
-                dots.prepare(weight, from, tiles[tile].first, tiles[tile].count, own, to);
-        });
-        const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums,
-                          to.outliers, y + begin * weight.out_features};
-        Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count, threads), [&](int64_t first, int64_t last) {
-            static thread_local Buffer scratch;
-            dots.multiply(weight, units, first, last, scratch.floats(scratch_floats(count)));
-        });
+    WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, {}};
+    to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units + counts.spare));
+    if (counts.eight) {
+        uint64_t *places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
+        to.outliers = {outlier_words, reinterpret_cast<int32_t *>(places + count * outlier_words), places, x};
+        to.scales = scales_buffer.floats(count * counts.blocks + counts.spare);
+        to.offsets = reinterpret_cast<int32_t *>(offsets_buffer.floats(count * counts.blocks + counts.spare));
+        if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups + counts.spare);
     }
+    struct Rows { int64_t first, count; };
+    std::vector<Rows> tiles;
+    each_tile_of(count, counts.tile, [&](int64_t row, int64_t size) { tiles.push_back({row, size}); });
+    Pool::shared().run(threads, int64_t(tiles.size()), 2, [&](int64_t first, int64_t last) {
+        static thread_local Buffer scratch;
+        float *own = scratch.floats(unit_scratch_floats(weight));
+        for (int64_t tile = first; tile < last; tile++)
+            dots.prepare(weight, x, tiles[tile].first, tiles[tile].count, own, to);
+    });
+    const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums, to.outliers, y};
+    Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count, threads), [&](int64_t first, int64_t last) {
+        static thread_local Buffer scratch;
+        dots.multiply(weight, units, first, last, scratch.floats(dots.scratch_floats(count)));
+    });
 }
 
 uint32_t element(const void *source, int64_t size, int64_t at) {
@@ -139,7 +169,7 @@ void put_codes(int32_t coding, const uint32_t *codes, int column, uint8_t *to) {
 
 }  // namespace
 
-const LayerVariant *layer_variant(int32_t variant) { return kLayerVariants[variant]; }
+const Variant &variant_of(int32_t index) { return *variants()[index]; }
 
 }  // namespace kernels
 
@@ -152,16 +182,22 @@ EXPORT const char *kernels_sources() { return KERNELS_SOURCES; }
 
 // The name of variant `index`, or null beyond the last; `runs`: whether this processor executes it.
 EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
-    if (index < 0 || index >= int32_t(std::size(kVariants))) return nullptr;
-    *runs = supported(index);
-    return kVariants[index]->name;
+    if (index < 0 || index >= int32_t(variants().size())) return nullptr;
+    *runs = supported(*variants()[index]);
+    return variants()[index]->name;
+}
+
+// One more variant, which is `avx512_bf16` with these tiles: for tests, before anything else is asked. The first, since it is the last
+// that anyone should choose.
+EXPORT void kernels_add_tiles(const char *name, const Dots *tiles) {
+    variants().insert(variants().begin(), new Variant(with_dots(strdup(name), tiles)));
 }
 
 // Whether a variant has dot instructions for bfloat16 activations.
-EXPORT int32_t kernels_dots(int32_t variant) { return kVariants[variant]->dots != nullptr; }
+EXPORT int32_t kernels_dots(int32_t variant) { return variants()[variant]->dots != nullptr; }
 
 // The coding that a variant wants for codes of a table.
-EXPORT int32_t kernels_table_coding(int32_t variant) { return kVariants[variant]->table; }
+EXPORT int32_t kernels_table_coding(int32_t variant) { return variants()[variant]->table; }
 
 EXPORT int64_t kernels_step_bytes(int32_t coding) { return kStepBytes[coding]; }
 
@@ -193,27 +229,32 @@ EXPORT void kernels_pack(const Weight *weight, const void *codes, int64_t elemen
 EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *x, int32_t x_type, int64_t rows, void *y,
                       int32_t threads) {
     static thread_local Buffer spread_buffer, sums_buffer;
-    const Variant &use = *kVariants[variant];
+    const Variant &use = *variants()[variant];
     const Float type = Float(x_type);
-    UnitCounts counts;
-    if (type == kBf16 && use.dots && use.dots->counts(*weight, &counts)) {
-        multiply_by_dots(*weight, *use.dots, counts, static_cast<const uint16_t *>(x), rows, static_cast<uint16_t *>(y), threads);
-        return;
-    }
     const int64_t x_bytes = type == kF32 ? 4 : 2;
     // Rows one after another at a power of two would share few places of a cache.
     const int64_t stride = weight->steps * kStepPlaces + 16;
     const bool has_sums = weight->coding >= kInt2 && weight->coding <= kInt4;
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
+        const char *from = static_cast<const char *>(x) + begin * weight->in_features * x_bytes;
+        char *to = static_cast<char *>(y) + begin * weight->out_features * x_bytes;
+        UnitCounts counts;
+        const Dots *dots = nullptr;
+        if (type == kBf16)
+            for (const Dots *each : {use.tiles, use.dots})
+                if (!dots && each && each->counts(*weight, count, &counts)) dots = each;
+        if (dots) {
+            multiply_by_dots(*weight, *dots, counts, reinterpret_cast<const uint16_t *>(from), count, reinterpret_cast<uint16_t *>(to),
+                             threads);
+            continue;
+        }
         float *spread = spread_buffer.floats(count * stride);
         float *sums = has_sums ? sums_buffer.floats(count * weight->groups) : nullptr;
-        const char *from = static_cast<const char *>(x) + begin * weight->in_features * x_bytes;
         const int64_t grain = std::max<int64_t>(1, kWorthThreads / 4 / std::max<int64_t>(1, weight->in_features));
         Pool::shared().run(threads, count, grain, [&](int64_t first, int64_t last) {
             use.spread(*weight, from, type, first, last, stride, spread, sums);
         });
-        char *to = static_cast<char *>(y) + begin * weight->out_features * x_bytes;
         const Rows activations{count, stride, spread, sums, type == kF32 ? reinterpret_cast<float *>(to) : nullptr,
                                type == kF32 ? nullptr : reinterpret_cast<uint16_t *>(to)};
         Pool::shared().run(threads, panels_of(*weight), panels_at_once(*weight, count, threads), [&](int64_t first, int64_t last) {
@@ -227,7 +268,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
 EXPORT void kernels_rms_norm(int32_t variant, const void *x, const void *weight, void *y, int32_t type, int64_t rows,
                              int64_t size, int64_t weight_rows, float eps, int32_t threads) {
     each_row(threads, rows, size, [&](int64_t first, int64_t last) {
-        kLayerVariants[variant]->rms_norm(x, weight, y, type, size, weight_rows, eps, first, last);
+        variant_of(variant).layer->rms_norm(x, weight, y, type, size, weight_rows, eps, first, last);
     });
 }
 
@@ -235,14 +276,14 @@ EXPORT void kernels_rms_norm(int32_t variant, const void *x, const void *weight,
 EXPORT void kernels_silu_and_mul(int32_t variant, const void *x, void *y, int32_t type, int64_t rows, int64_t size,
                                  int32_t threads) {
     each_row(threads, rows, 4 * size, [&](int64_t first, int64_t last) {
-        kLayerVariants[variant]->silu_and_mul(x, y, type, size, first, last);
+        variant_of(variant).layer->silu_and_mul(x, y, type, size, first, last);
     });
 }
 
 EXPORT void kernels_rotate(int32_t variant, const void *x, const float *cos, const float *sin, void *y, int32_t type,
                            int64_t tokens, int64_t heads, int64_t dim, int64_t stride, int32_t threads) {
     each_row(threads, tokens, heads * dim, [&](int64_t first, int64_t last) {
-        kLayerVariants[variant]->rotate(x, cos, sin, y, type, heads, dim, stride, first, last);
+        variant_of(variant).layer->rotate(x, cos, sin, y, type, heads, dim, stride, first, last);
     });
 }
 
@@ -262,7 +303,7 @@ EXPORT void kernels_round_columns(int32_t variant, const Columns *run, int32_t t
     const int64_t parts = (run->outputs + kColumnOutputs - 1) / kColumnOutputs;
     const int64_t grain = std::max<int64_t>(1, kWorthThreads / (kColumnOutputs * run->num * run->num));
     Pool::shared().run(threads, parts, grain, [&](int64_t first, int64_t last) {
-        kLayerVariants[variant]->round_columns(*run, first * kColumnOutputs, std::min(last * kColumnOutputs, run->outputs));
+        variant_of(variant).layer->round_columns(*run, first * kColumnOutputs, std::min(last * kColumnOutputs, run->outputs));
     });
 }
 
@@ -284,7 +325,7 @@ EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threa
         static thread_local Buffer scratch;
         float *floats = scratch.floats(attention_scratch_floats(step->head_dim, tokens * group));
         for (int64_t tile = first; tile < last; tile++)
-            kLayerVariants[variant]->attend(*step, tiles[tile], floats, tokens * group);
+            variant_of(variant).layer->attend(*step, tiles[tile], floats, tokens * group);
     });
 }
 }

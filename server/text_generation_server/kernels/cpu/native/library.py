@@ -73,7 +73,7 @@ class Library:
 
     @property
     def dots(self) -> bool:
-        """Whether bfloat16 is multiplied by dot instructions, with codes as 8-bit integers (see avx512_bf16.cpp)."""
+        """Whether bfloat16 goes through dot instructions or tiles, codes as 8-bit integers (see avx512_bf16.cpp)."""
         return bool(self._library.kernels_dots(self.variant))
 
     def step_bytes(self, coding: int) -> int:

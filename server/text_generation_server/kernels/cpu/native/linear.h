@@ -55,6 +55,7 @@ struct Rows {
 // in tiles; what a tile has for one unit, block or group lies together.
 struct UnitCounts {
     int64_t units;   // of a row
+    int64_t spare;   // behind the last row, of which anything may be read
     int64_t blocks;  // of a row: each has a scale; none where units hold bfloat16
     bool eight;      // whether units hold 8 bits
     int64_t tile;    // rows of a tile, at most
@@ -84,7 +85,7 @@ struct Outliers {
 struct WritableUnits {
     int64_t count;              // rows
     int64_t units, blocks, groups;
-    uint32_t *x;                // [tiles][units][rows of the tile]
+    uint32_t *x;                // [tiles][units][rows of the tile], or as the product that reads them wants them within a tile
     float *scales;              // [tiles][blocks][rows of the tile]
     int32_t *offsets;           // the same: what the middle of the codes takes away from the sum of a block
     float *sums;                // [tiles][groups][rows of the tile]; null where the middle is every zero point
@@ -107,12 +108,17 @@ struct Units {
 
 // Products of bfloat16 activations by dot instructions, where a processor has them.
 struct Dots {
-    // Fills `counts`; false if weights of this coding are multiplied otherwise.
-    bool (*counts)(const Weight &, UnitCounts *counts);
+    // Fills `counts` for so many rows; false if these, or weights of this coding, are multiplied otherwise.
+    bool (*counts)(const Weight &, int64_t rows, UnitCounts *counts);
     // Makes units of the rows [row, row + count), which are a tile. `scratch`: this thread's own, of `unit_scratch_floats`.
     void (*prepare)(const Weight &, const void *activations, int64_t row, int64_t count, float *scratch, const WritableUnits &);
+    // Panels [first, last). `scratch`: this thread's own, of `scratch_floats(rows)`.
     void (*multiply)(const Weight &, const Units &, int64_t first, int64_t last, float *scratch);
+    int64_t (*scratch_floats)(int64_t rows);
 };
+
+struct LayerVariant;
+struct SamplingVariant;
 
 // What one instruction set provides.
 struct Variant {
@@ -123,7 +129,10 @@ struct Variant {
                    float *x, float *sums);
     // Panels [first, last) of the product. `scratch` is this thread's own, of `scratch_floats(rows)`.
     void (*multiply)(const Weight &, const Rows &, int64_t first, int64_t last, float *scratch);
-    const Dots *dots;  // or null
+    const Dots *dots;   // or null
+    const Dots *tiles;  // asked before `dots`; or null. Of codes both give the same bits
+    const LayerVariant *layer;
+    const SamplingVariant *sampling;
 };
 
 // Steps that are made into numbers at once, to stay in a core's first cache.
@@ -136,6 +145,6 @@ constexpr int64_t scratch_floats(int64_t rows) {
 inline int64_t unit_scratch_floats(const Weight &weight) { return 2 * weight.steps * kStepPlaces + 256; }
 
 extern const Variant kAvx2, kAvx512;
-extern const Dots kDotsAvx512;
+extern const Dots kDotsAvx512, kTilesAmx;
 
 }  // namespace kernels

@@ -13,8 +13,6 @@
 namespace kernels {
 namespace {
 
-const SamplingVariant *const kSamplingVariants[] = {&kSamplingAvx2, &kSamplingAvx512, &kSamplingAvx512};
-
 // Classes of keys whose weights are added up to find the class in which a share of all weight is reached.
 constexpr int64_t kClasses = 4096;
 // As few as these are simply sorted.
@@ -223,8 +221,17 @@ EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, 
     Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row++) {
             const int64_t of = allowed ? allowed->mask_of[row] : -1;
-            draw_row(*kSamplingVariants[variant], raw + row * raw_stride, processed + row * processed_stride,
+            draw_row(*variant_of(variant).sampling, raw + row * raw_stride, processed + row * processed_stride,
                      of < 0 ? nullptr : allowed->masks + of * allowed->words, size, how[row]);
+        }
+    });
+}
+
+EXPORT void kernels_penalize(int32_t variant, const PenalizedRow *how, int64_t rows, int64_t size, int32_t threads) {
+    Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            if (how[row].counts) variant_of(variant).sampling->penalize(how[row], size);
+            for (int64_t i = 0; i < how[row].num_biases; i++) how[row].logits[how[row].bias_ids[i]] += how[row].biases[i];
         }
     });
 }
@@ -232,7 +239,7 @@ EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, 
 // The ids of one row, of finite numbers, that may be drawn, ascending, with their weights, and how many there are.
 EXPORT void kernels_candidates(int32_t variant, const float *row, int64_t size, const DrawRow *how, int32_t *ids,
                                float *weights, int64_t *count) {
-    const SamplingVariant &use = *kSamplingVariants[variant];
+    const SamplingVariant &use = *variant_of(variant).sampling;
     Candidates found;
     find_candidates(use, row, size, use.statistics(row, size).most, *how, found);
     std::copy(found.ids.begin(), found.ids.end(), ids);

@@ -23,6 +23,17 @@ struct DrawRow {
     int32_t is_finite;  // result; else nothing else of it means anything
 };
 
+// What changes the logits of one row before an id is drawn; `PENALIZED_ROW` of native/sampling.py.
+struct PenalizedRow {
+    float *logits;         // [size]
+    const float *counts;   // [2][size]: occurrences in prompt and generated ids, and in generated ids alone; or null
+    const int64_t *bias_ids;
+    const float *biases;   // [num_biases], added last
+    int64_t num_biases;
+    float length;          // of prompt and generated ids
+    float repetition, frequency, presence, count;
+};
+
 // Of one row. finite: all of it; usable: neither a NaN nor +inf, and something above -inf.
 struct RowStatistics { float most; bool finite, usable; };
 
@@ -36,6 +47,8 @@ struct SamplingVariant {
     int64_t (*not_below)(const float *row, int64_t size, float least, int32_t *to);
     // The `count`-th largest of `size` >= `count` > 0. scratch: of select_scratch(count) floats.
     float (*largest)(const float *row, int64_t size, int64_t count, float *scratch);
+    // The penalties of a row with counts.
+    void (*penalize)(const PenalizedRow &row, int64_t size);
 };
 
 constexpr int64_t select_scratch(int64_t count) { return 2 * count + 1024; }

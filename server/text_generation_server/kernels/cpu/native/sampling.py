@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...interface import Allowed, Drawn, DrawRequests
+from ...interface import Allowed, Drawn, DrawRequests, Penalties
 from .library import Library
 
 # `DrawRow` of sampling.h.
@@ -30,6 +31,24 @@ DRAW_ROW = np.dtype(
 )
 
 
+# `PenalizedRow` of sampling.h.
+PENALIZED_ROW = np.dtype(
+    [
+        ("logits", np.uint64),
+        ("counts", np.uint64),
+        ("bias_ids", np.uint64),
+        ("biases", np.uint64),
+        ("num_biases", np.int64),
+        ("length", np.float32),
+        ("repetition", np.float32),
+        ("frequency", np.float32),
+        ("presence", np.float32),
+        ("count", np.float32),
+    ],
+    align=True,
+)
+
+
 class _Allowed(ctypes.Structure):
     """`Allowed` of sampling.h."""
 
@@ -43,6 +62,7 @@ class NativeSampling:
         self._variant = library.variant
         self._draw = library.function("draw", "iplpllppli")
         self._candidates = library.function("candidates", "iplpppp")
+        self._penalize = library.function("penalize", "iplli")
 
     def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None = None) -> Drawn:
         """raw, processed: [rows, vocab] float32, which may be the same tensor."""
@@ -56,6 +76,42 @@ class NativeSampling:
         return Drawn(
             rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
         )
+
+    def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> None:
+        """See `DrawsIds`. The bits are those of `processors.penalize` and `processors.bias`.
+
+        Raises:
+            ValueError: logits or counts of another shape or type, or a bias for an id that is none.
+        """
+        vocab = logits.shape[-1]
+        if logits.dtype != torch.float32 or logits.ndim != 2 or logits.stride(1) != 1:
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)}; expected float32 [rows, vocab], row by row"
+            )
+        asked, ids, values = np.zeros(len(penalties), PENALIZED_ROW), list[int](), list[float]()
+        for at, (row, how) in enumerate(zip(rows, penalties, strict=True)):
+            if how.counts is not None and (
+                how.counts.dtype != torch.float32 or how.counts.shape != (2, vocab) or not how.counts.is_contiguous()
+            ):
+                raise ValueError(
+                    f"counts are {how.counts.dtype} {list(how.counts.shape)}; expected float32 {[2, vocab]}, row by row"
+                )
+            if not 0 <= row < len(logits):
+                raise ValueError(f"row {row} of {len(logits)}")
+            asked[at] = (
+                logits.data_ptr() + row * logits.stride(0) * 4, 0 if how.counts is None else how.counts.data_ptr(),
+                8 * len(ids), 4 * len(ids), len(how.bias), how.length, how.repetition, how.frequency, how.presence,
+                how.count,
+            )  # fmt: skip
+            for token_id, value in how.bias:
+                ids.append(token_id)
+                values.append(value)
+        bias_ids, biases = np.array(ids, np.int64), np.array(values, np.float32)
+        if len(ids) and not 0 <= bias_ids.min() <= bias_ids.max() < vocab:
+            raise ValueError(f"biases for ids from {bias_ids.min()} to {bias_ids.max()}, of {vocab}")
+        asked["bias_ids"] += np.uint64(bias_ids.ctypes.data)
+        asked["biases"] += np.uint64(biases.ctypes.data)
+        self._penalize(self._variant, asked.ctypes.data, len(asked), vocab, torch.get_num_threads())
 
     def candidates(self, logits: Tensor, requests: DrawRequests) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ids of one row [1, vocab], all finite, that may be drawn, ascending; and their weights."""

@@ -92,3 +92,24 @@ float largest_of(const float *row, int64_t size, int64_t count, float *scratch) 
     thin();
     return least;
 }
+
+// Rounded after each operation: nothing is fused, so the bits are those of one operator after another.
+void penalize_row(const PenalizedRow &how, int64_t size) {
+    const F repetition = all_floats(how.repetition), frequency = all_floats(how.frequency), length = all_floats(how.length);
+    const F presence = all_floats(how.presence), count = all_floats(how.count), one = all_floats(1.0f);
+    auto penalized = [&](F x, F all, F generated) {
+        const F repeated = choose(less(x, zeros()), x * repetition, x / repetition);
+        x = choose(less(zeros(), all), repeated, x);
+        x = x - frequency * (all / length);
+        x = x - presence * choose(less(zeros(), generated), one, zeros());
+        return x - count * generated;
+    };
+    const float *all = how.counts, *generated = how.counts + size;
+    int64_t at = 0;
+    for (; at + kWidth <= size; at += kWidth)
+        store_floats(how.logits + at, penalized(load_floats(how.logits + at), load_floats(all + at), load_floats(generated + at)));
+    if (const int64_t rest = size - at) {
+        const F x = penalized(load_rest(how.logits + at, rest, 0), load_rest(all + at, rest, 0), load_rest(generated + at, rest, 0));
+        store_some(how.logits, kF32, at, rest, x);
+    }
+}
