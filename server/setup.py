@@ -24,12 +24,16 @@ def generate() -> None:
     """Runs the protoc that comes with grpcio-tools; makes the generated import relative."""
     from grpc_tools import protoc
 
-    TARGET.mkdir(exist_ok=True)
     arguments = ["protoc", f"-I{PROTO}", f"--python_out={TARGET}", f"--pyi_out={TARGET}", f"--grpc_python_out={TARGET}"]
     if protoc.main([*arguments, str(PROTO / "shard.proto")]) != 0:
         raise RuntimeError(f"protoc failed on {PROTO / 'shard.proto'}")
     service = TARGET / "shard_pb2_grpc.py"
     service.write_text(service.read_text().replace("import shard_pb2 as", "from . import shard_pb2 as"))
+
+
+def make_package() -> None:
+    """The folder has to be there when packages are looked for, which is before anything is built."""
+    TARGET.mkdir(exist_ok=True)
     (TARGET / "__init__.py").write_text('"""Generated from proto/shard.proto; not in git."""\n')
 
 
@@ -69,4 +73,5 @@ def programs() -> list[tuple[str, list[str]]]:
     return [("bin", [os.path.relpath(Path(folder) / name, HERE) for name in PROGRAMS])] if folder else []
 
 
+make_package()
 setup(version=version(), data_files=programs(), cmdclass={"build_py": Build}, distclass=BinaryDistribution)

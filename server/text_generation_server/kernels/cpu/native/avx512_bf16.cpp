@@ -35,6 +35,8 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     auto each = [](auto &&function) {
         repeat<R>([&](auto m) { repeat<Panels>([&](auto p) { repeat<kVectors>([&](auto v) { function(m, p, v); }); }); });
     };
+    // Exact sums may be added up in any order: of few, each has two chains, so that it need not wait for itself.
+    constexpr int kChains = C::kExact && R * Panels == 1 ? 2 : 1;
     F totals[R][Panels][kVectors];
     each([&](auto m, auto p, auto v) { totals[m][p][v] = zeros(); });
     int64_t step = 0, block = 0;
@@ -44,8 +46,11 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
         const int64_t end = weight.group_ends[group];
         while (step < end) {
             const int64_t last = C::kExact ? std::min(step + kBlockSteps, end) : end;
-            typename C::Sum sum[R][Panels][kVectors];
-            each([&](auto m, auto p, auto v) { sum[m][p][v] = begin_sum<C>(tile.offsets(block) + m); });
+            typename C::Sum sum[R][Panels][kVectors][kChains];
+            each([&](auto m, auto p, auto v) {
+                sum[m][p][v][0] = begin_sum<C>(tile.offsets(block) + m);
+                if constexpr (kChains > 1) sum[m][p][v][1] = {_mm512_setzero_si512()};
+            });
             const uint32_t *x = tile.x(step * C::kUnits);
             for (; step < last; step++, x += C::kUnits * R) {
                 repeat<Panels>([&](auto p) {
@@ -58,15 +63,16 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
                         repeat<kVectors>([&](auto v) { unit[v] = C::template unit<u>(words[v]); });
                         repeat<R>([&](auto m) {
                             const I value = broadcast_unit(x + u * R + m);
-                            repeat<kVectors>([&](auto v) { sum[m][p][v] = add_dot(sum[m][p][v], unit[v], value); });
+                            repeat<kVectors>([&](auto v) { sum[m][p][v][u % kChains] = add_dot(sum[m][p][v][u % kChains], unit[v], value); });
                         });
                     });
                 });
             }
             each([&](auto m, auto p, auto v) {
+                if constexpr (kChains > 1) sum[m][p][v][0] = sum[m][p][v][0] + sum[m][p][v][1];
                 if constexpr (C::kExact)
-                    partial[m][p][v] = add_product(to_float(sum[m][p][v]), all_floats(tile.scales(block)[m]), partial[m][p][v]);
-                else partial[m][p][v] = sum[m][p][v];
+                    partial[m][p][v] = add_product(to_float(sum[m][p][v][0]), all_floats(tile.scales(block)[m]), partial[m][p][v]);
+                else partial[m][p][v] = sum[m][p][v][0];
             });
             block++;
         }
@@ -98,6 +104,9 @@ struct Chunk {
 };
 
 constexpr int64_t kFewTiles = 4;
+// Bytes of a panel from which on two of them are streams that are long enough for a processor to read ahead; shorter ones
+// are read one after the other, which is one stream.
+constexpr int64_t kLongPanel = 40 << 10;
 
 // Rows whose sums in both kinds of numbers fit into registers.
 template <class C>
@@ -237,7 +246,8 @@ void multiply_units_of(const Weight &weight, const Units &units, int64_t first, 
                     constexpr int kPanels = m < 2 ? 2 : 1;
                     int64_t at = panel;
                     const int64_t end = std::min(panel + 2, last);
-                    for (; at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
+                    const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel;
+                    for (; !alone && at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
                     for (; at < end; at++) multiply_few<C, m + 1, 1>(weight, tile, table, at);
                 });
             });

@@ -89,6 +89,7 @@ INLINE F choose(__mmask16 condition, F a, F b) { return _mm512_mask_blend_ps(con
 INLINE F where_set(uint32_t bits, F a, F b) { return choose(__mmask16(bits), a, b); }
 INLINE F round_to_whole(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE I to_integer(F value) { return {_mm512_cvtps_epi32(value)}; }
+INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 template <int N>
 INLINE I shift_right_signed(I value) { return {_mm512_srai_epi32(value.v, N)}; }

@@ -18,6 +18,7 @@ from .library import FLOATS, Library
 logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
+HUGE_PAGE = 2 << 20
 # Codes that are packed at a time: as many bytes exist beside the weight for a moment.
 PACKED_VALUES = 1 << 20
 E4M3 = 7
@@ -251,9 +252,12 @@ def _places(order: Tensor, sizes: list[int]) -> Tensor:
 
 def _own_memory(num_bytes: int) -> Tensor:
     """uint8 in pages of its own. Among what loading makes and drops, what stays would keep the heap from shrinking."""
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_PAGE
+    # Processors read ahead within a page. The end stays in small ones, so that no memory is held that nothing fills.
+    if whole := num_bytes // HUGE_PAGE * HUGE_PAGE:
+        pages.madvise(mmap.MADV_HUGEPAGE, begin, whole)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes, offset=begin)
 
 
 def _panels(values: Tensor) -> Tensor:
