@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import LLAMA
 from support.load import Crowd, alone, assert_same, mixed_cases
-from support.server import Server, wait_until
+from support.server import Server, command_of, wait_until
 
 HUGE = json.dumps({"inputs": "a" * 1_900_000, "parameters": {"max_new_tokens": 2, "truncate": 10}})
 
@@ -112,7 +112,7 @@ def test_a_start_with_a_frozen_rank_tells_its_state() -> None:
         launcher = psutil.Process(server.process.pid)
 
         def rank_1() -> list[psutil.Process]:
-            children = [(child, " ".join(child.cmdline())) for child in launcher.children()]
+            children = [(child, " ".join(command_of(child))) for child in launcher.children()]
             return [child for child, line in children if " serve " in line and "--rank 1" in line]
 
         wait_until(rank_1, 20, "rank 1 was started")[0].suspend()

@@ -86,6 +86,14 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self.path))
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing of a process that has ended in the meantime."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 class Server:
     """`with Server(model, *flags) as server`: started and ready, then drained and gone without a trace."""
 
@@ -203,8 +211,8 @@ class Server:
     def router_pid(self) -> int:
         assert self.process is not None
         children = psutil.Process(self.process.pid).children()
-        routers = [c.pid for c in children if "text-generation-router" in " ".join(c.cmdline()[:1])]
-        assert len(routers) == 1, [c.cmdline() for c in children]
+        routers = [c.pid for c in children if "text-generation-router" in " ".join(command_of(c)[:1])]
+        assert len(routers) == 1, [command_of(c) for c in children]
         return routers[0]
 
     def wait_clean(self, timeout_s: float = 5) -> dict[str, Any]:

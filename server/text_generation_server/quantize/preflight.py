@@ -95,7 +95,7 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     base = anonymous_bytes() + BUFFERS
     seconds = _seconds(model, options, num_sequences * length)
     disk = stored + SMALL_FILES
-    steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, size)
+    steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, settings.head_dim, size)
     if options.scheme.method == "gptq":
         steps = -(-num_sequences // max(1, STEP_TOKENS // length))
     if machine.is_host:

@@ -190,13 +190,14 @@ class Moments:
             self.mean_abs /= num_tokens
 
 
-def resting_bytes(recorded: Sequence[Recorded], hidden: int, size: int) -> int:
+def resting_bytes(recorded: Sequence[Recorded], hidden: int, head_dim: int, size: int) -> int:
     """Memory of one token that rests inside a block: what the frames of the pass hold, of `size` bytes an element."""
     widest_in = max(one.num_inputs for one in recorded)
     made = sum(linear.shape.out for linear in recorded[0].stored)
     # Before the output of attention: the residual and its norm, q, k and v, turned or not, and what was attended to.
     # Before the second product of an MLP: the residual and its norm, and what the first one made.
-    return size * (2 * hidden + max(2 * made + recorded[1].num_inputs, widest_in))
+    # With each batch its positions, and what turns queries and keys there, in float32.
+    return size * (2 * hidden + max(2 * made + recorded[1].num_inputs, widest_in)) + 8 + 2 * 4 * head_dim
 
 
 def block_prefix(recorded: Sequence[Recorded]) -> str:
