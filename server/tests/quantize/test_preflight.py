@@ -69,9 +69,8 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 def test_eight_billion_parameters_need_less_than_12_gib_of_a_device_and_24_gib_of_the_host(
-    method: str, eight_billion: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, eight_billion: Path
 ) -> None:
-    monkeypatch.setattr(preflight, "_time", lambda work: 1e-2)  # nothing is multiplied
     plan = plan_model(eight_billion, world_size=1)
     options = Options(
         eight_billion, eight_billion / "out", "8B", Scheme(method, 4, 128, True), Solver(), Sampling(), Resources()
@@ -93,9 +92,28 @@ def test_the_time_that_is_told_is_measured_on_this_machine(tmp_path: Path, monke
     for slowness in (1, 2):
         monkeypatch.setattr(preflight, "_time", lambda work, slowness=slowness: 1.0 * slowness)
         opened = open_model(plan_model(model, world_size=1), Machine(torch.device("cpu"), torch.float32), 48)
-        told.append(preflight.estimate(opened, tiny.options(model, tmp_path / "out"), 6, 1, 48, 1).seconds)
+        windows = torch.zeros(6, 48, dtype=torch.int64)
+        told.append(preflight.seconds(opened, tiny.options(model, tmp_path / "out"), windows, 1, 1))
         opened.close()
     assert told[1] - preflight.ONCE_S == pytest.approx(2 * (told[0] - preflight.ONCE_S))
+
+
+def test_all_that_a_block_does_is_in_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention too, which is most of it where texts are long and a model is small."""
+    model = tiny.make(tmp_path / "model", "llama")
+    told = {}
+    for forward in (0.0, 10.0):
+        for method, resting in (("gptq", 6), ("gptq", 0), ("awq", 0)):
+            monkeypatch.setattr(preflight, "_forward_s", lambda model, windows, forward=forward: forward)
+            monkeypatch.setattr(preflight, "STEP_TOKENS", 48)
+            opened = open_model(plan_model(model, world_size=1), Machine(torch.device("cpu"), torch.float32), 48)
+            windows, options = torch.zeros(6, 48, dtype=torch.int64), tiny.options(model, tmp_path / "out", method)
+            told[method, resting, forward] = preflight.seconds(opened, options, windows, 1, resting)
+            opened.close()
+    # Two blocks of six steps, and one step of both models to judge the result.
+    for (method, resting), passes in {("gptq", 6): 1.0, ("gptq", 0): 1.6, ("awq", 0): 2.0}.items():
+        more = told[method, resting, 10.0] - told[method, resting, 0.0]
+        assert more == pytest.approx(2 * (passes * 6 + 2) * 10, rel=0.1)
 
 
 @pytest.mark.parametrize(

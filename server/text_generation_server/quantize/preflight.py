@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels.offline import Machine
@@ -18,7 +19,7 @@ from .recording import Model, Recorded
 from .rounding import CHUNK_VALUES, SHRINK, Grid
 from .settings import Options
 from .solve import JUDGED_ROWS as MOST_JUDGED
-from .walk import STEP_TOKENS, resting_bytes
+from .walk import STEP_TOKENS, Pass, drop_block, embed, load_block, resting_bytes
 
 CGROUP = Path("/sys/fs/cgroup")
 # Left to the rest of the machine, as a share of what is free.
@@ -43,24 +44,20 @@ BUFFERS = 32 << 20
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes and seconds. activations: of the calibration text between two blocks, part of `host`."""
+    """Bytes. activations: of the calibration text between two blocks, part of `host`."""
 
     host: int
     device: int  # 0 where the host computes
     disk: int
     activations: int
-    seconds: float
     # Of the steps of a pass that rest in a block: how many there are, and what one takes. Not part of the others.
     steps: int = 0
     step: int = 0
 
-    def line(self, machine: Machine) -> str:
+    def line(self, machine: Machine, seconds: float) -> str:
         """For people."""
         device = "" if machine.is_host else f"{gib(self.device)} of {machine.name}, "
-        return (
-            f"estimate: {device}{gib(self.host)} of host memory, {gib(self.disk)} of disk, "
-            f"about {duration(self.seconds)}"
-        )
+        return f"estimate: {device}{gib(self.host)} of host memory, {gib(self.disk)} of disk, about {duration(seconds)}"
 
 
 @dataclass(frozen=True)
@@ -93,15 +90,14 @@ def estimate(model: Model, options: Options, num_sequences: int, num_held: int, 
     proof = max(proof, proof - head + _weights(block, size) + step_bytes)
     writing = 2 * max(_weights(block, FLOAT) // 8, vocabulary)
     base = anonymous_bytes() + BUFFERS
-    seconds = _seconds(model, options, num_sequences * length)
     disk = stored + SMALL_FILES
     steps, step = 0, tokens * resting_bytes(block, settings.hidden_size, settings.head_dim, size)
     if options.scheme.method == "gptq":
         steps = -(-num_sequences // max(1, STEP_TOKENS // length))
     if machine.is_host:
-        return Need(base + max(walk, proof, writing), 0, disk, activations, seconds, steps, step)
+        return Need(base + max(walk, proof, writing), 0, disk, activations, steps, step)
     on_device = machine.used_bytes() + max(walk - activations, proof)
-    return Need(base + max(activations, proof) + writing, on_device, disk, activations, seconds, steps, step)
+    return Need(base + max(activations, proof) + writing, on_device, disk, activations, steps, step)
 
 
 def _weights(block: Sequence[Recorded], size: int) -> int:
@@ -142,14 +138,47 @@ def _solve_bytes(one: Recorded, method: str) -> int:
     return 4 * FLOAT * max(sizes)
 
 
-def _seconds(model: Model, options: Options, tokens: int) -> float:
-    """From the number of operations, and the speed of products that are tried now."""
-    machine, method, blocks = model.machine, options.scheme.method, len(model.decoder.blocks)
+def seconds(model: Model, options: Options, measured: Tensor, num_held: int, resting: int) -> float:
+    """How long it will take: a block is tried now with what goes through it at once, and so are products.
+
+    measured: int64 [sequences, length]. num_held: sequences that judge the result. resting: steps that rest in a block.
+    """
+    at_once = max(1, STEP_TOKENS // measured.shape[1])
+    steps = -(-len(measured) // at_once)
+    forward = _forward_s(model, measured[:at_once])
+    # Once to measure and once on into the next block; gptq rests in between. Steps that may not rest go through the
+    # first part of a block again for each of its products.
+    passes = 1 + 0.6 * (1 - resting / steps) if options.scheme.method == "gptq" else 2
+    proof = 2 * forward * -(-num_held // at_once)
+    blocks = len(model.decoder.blocks)
+    return blocks * (passes * steps * forward + proof + 1.2 * _rounding_s(model, options, measured.numel())) + ONCE_S
+
+
+def _forward_s(model: Model, windows: Tensor) -> float:
+    """Of the first block, for a step."""
+    block = model.decoder.blocks[0]
+    load_block(model, block)
+    try:
+        activations = embed(model, windows)
+        begun = activations.values.clone()
+
+        def forward() -> None:
+            activations.values.copy_(begun)
+            Pass(model, block, activations).forward()
+            model.machine.wait()
+
+        return _time(forward)
+    finally:
+        drop_block(model, block)
+        model.machine.trim()
+
+
+def _rounding_s(model: Model, options: Options, tokens: int) -> float:
+    """Of a block, besides its passes: from the number of operations, and the speed of products."""
+    machine, method = model.machine, options.scheme.method
     block = model.recorded_in(model.decoder.blocks[0])
     sizes = [(sum(linear.shape.out for linear in one.stored), one.num_inputs) for one in block]
     weights = sum(out * in_ for out, in_ in sizes)
-    # Once to measure and once on into the next block; gptq rests in between.
-    forward = 2.0 * tokens * weights * (1 if method == "gptq" else 2)
     # Of the second moments, which are symmetric, little more than a half is computed.
     moments = 2.0 * tokens * 0.6 * sum(in_**2 for _, in_ in sizes)
     # The error of each layer, twice; and what the method does with the moments, in float32.
@@ -169,8 +198,7 @@ def _seconds(model: Model, options: Options, tokens: int) -> float:
     each = weights * (tried + RANGES_OF_THE_REST) * _tried_s() if machine.is_host else 0.0
     fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
     # On the host the moments are summed by products of float32.
-    products = forward / fast + moments / (plain if machine.is_host else fast) + solving / plain
-    return blocks * (products + each) * 1.2 + ONCE_S
+    return moments / (plain if machine.is_host else fast) + solving / plain + each
 
 
 def _speed(machine: Machine, dtype: torch.dtype) -> float:
@@ -222,26 +250,24 @@ def check_fits(need: Need, options: Options, machine: Machine, free_disk: int) -
                 f"this needs {gib(need.device)} of memory of {machine.name}, {gib(device)} is {device_from}; use "
                 "--device cpu, or exclude the widest layers (--exclude down_proj)"
             )
-        need, resting = _rest(need, device - need.device, is_told=limits.max_device_memory is not None)
+        resting = _rest(need, device - need.device, is_told=limits.max_device_memory is not None)
         need = replace(need, device=need.device + resting * need.step)
     spill = need.host > host
     if spill:
         need = _spilled(need, host, host_from, free_disk)
     if machine.is_host:
-        need, resting = _rest(need, host - need.host, is_told=limits.max_memory is not None)
+        resting = _rest(need, host - need.host, is_told=limits.max_memory is not None)
         need = replace(need, host=need.host + resting * need.step)
     return Fit(need, spill, resting)
 
 
-def _rest(need: Need, free: int, is_told: bool) -> tuple[Need, int]:
+def _rest(need: Need, free: int, is_told: bool) -> int:
     """How many steps may rest; those that may not are computed several times.
 
     is_told: the limit is the user's; else a half of what is free is left to others.
     """
     free = int(free * (1 - RESERVE)) if is_told else free // 2
-    resting = max(0, min(need.steps, free // max(1, need.step)))
-    begun_anew = 1 - resting / need.steps if need.steps else 0.0
-    return replace(need, seconds=need.seconds * (1 + 0.6 * begun_anew)), resting
+    return max(0, min(need.steps, free // max(1, need.step)))
 
 
 def _spilled(need: Need, host: int, host_from: str, free_disk: int) -> Need:

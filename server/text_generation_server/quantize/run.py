@@ -231,7 +231,9 @@ class _Run:
         self._say_if_few_tokens()
         fit = preflight.check_fits(need, self.options, self.device, free_bytes(self.options.output_dir) + there)
         self.need, self.resting = fit.need, fit.resting
-        self.progress.say(fit.need.line(self.device))
+        measured = torch.tensor(windows.measured, dtype=torch.int64)
+        self.need_s = preflight.seconds(self.model, self.options, measured, len(windows.held_back), fit.resting)
+        self.progress.say(fit.need.line(self.device, self.need_s))
         if fit.spill:
             self.progress.say(f"activations ({gib(need.activations)}) are kept on the disk: memory would not suffice")
         return fit.spill
@@ -369,7 +371,7 @@ class _Run:
             "host_estimate": self.need.host, "host_peak": self.progress.watch.peak,
             "device_estimate": self.need.device, "device_peak": self.device.peak_bytes(),
         }  # fmt: skip
-        seconds = {"estimate": self.need.seconds, "walk": self.walked_s, "all": time.monotonic() - self.begun}
+        seconds = {"estimate": self.need_s, "walk": self.walked_s, "all": time.monotonic() - self.begun}
         files = {name: staging.path(name).stat().st_size for name in self._names(staging) if name != REPORT}
         line = {
             "kind": "proof", **asdict(proof), "increase": proof.increase, "memory": peaks, "seconds": seconds,
