@@ -43,7 +43,13 @@ def set_up(level: str, json_output: bool, rank: int | None) -> None:
     # What the kernels and libraries say through Python's own logging comes the same way; of the latter only warnings.
     logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
     logging.getLogger(__package__).setLevel(logging.DEBUG)
-    logger.add(sys.stderr, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)
+    logger.add(_write, level=level.upper(), format=as_json if json_output else as_text, colorize=False, catch=True)
+
+
+def _write(line: str) -> None:
+    """To what is standard error now: a live display takes its place, so that lines stand above it."""
+    sys.stderr.write(line)
+    sys.stderr.flush()
 
 
 class _Bridge(logging.Handler):

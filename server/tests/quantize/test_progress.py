@@ -1,10 +1,12 @@
 """What is told while a run goes on, on a terminal and elsewhere, and what memory it is said to take."""
 
 import io
+import re
 import sys
 
 import pytest
 from loguru import logger
+from text_generation_server.logs import set_up
 from text_generation_server.quantize.progress import MemoryWatch, Progress, duration, gib
 
 
@@ -40,6 +42,20 @@ def test_a_terminal_shows_block_layer_errors_time_left_and_memory(monkeypatch: p
         "damping raised",
     ):
         assert part in shown
+
+
+def test_lines_of_the_log_stand_above_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    set_up("INFO", json_output=False, rank=None)
+    with MemoryWatch() as watch, Progress(6, watch):
+        logger.info("kernels")
+    logger.remove()
+    # A line that begins where the display was wiped away.
+    assert re.search(r"\x1b\[[0-9;?]*[A-Za-z]\d{4}-\d\d-\d\dT[0-9:.]+ INFO    kernels\n", terminal.getvalue()), repr(
+        terminal.getvalue()
+    )
 
 
 def test_elsewhere_there_is_a_line_for_each_layer_and_block(monkeypatch: pytest.MonkeyPatch) -> None:

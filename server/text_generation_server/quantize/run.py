@@ -174,7 +174,8 @@ def _finish(options: Options, proof: Mapping[str, Any], progress: Progress) -> O
     elif options.upload_to is not None:
         progress.say(f"uploading {options.output_dir} to {options.upload_to}")
         progress.say(f"uploaded: {upload(options.output_dir, options.upload_to)}")
-    return Outcome(options.output_dir, proof, too_bad)
+    told = {name: value for name, value in proof.items() if name not in ("kind", "files")}
+    return Outcome(options.output_dir, told, too_bad)
 
 
 class _Run:
