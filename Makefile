@@ -18,12 +18,13 @@ export TORCH_INDEX_URL
 # Programs are built with it; the same everywhere, so that no step builds again what another has built.
 export GIT_COMMIT := $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 
-.PHONY: help install uninstall wheel docs run check test test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
+.PHONY: help install uninstall wheel docs run check test test-amx test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
 	@echo "make run       serve MODEL=$(MODEL) on PORT=$(PORT) and stream an answer; Ctrl-C ends it"
 	@echo "make test      every test: Rust, Python, integration"
+	@echo "make test-amx  tests that need a processor with AMX"
 	@echo "make test-gpu  tests that need an NVIDIA GPU"
 	@echo "make test-full the Python and integration tests with every type and number of shards"
 	@echo "make check     the fast lints: rustfmt, clippy, ruff, mypy, tidy"
@@ -61,6 +62,10 @@ test-python: install
 
 test-integration: install
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile integration-tests
+
+# On a processor with AMX: its products beside the emulation of its instructions, and against plain arithmetic.
+test-amx: install
+	AMX=1 $(PYTHON) -m pytest -n $(JOBS) server/tests/kernels server/tests/quantization
 
 test-gpu: install
 	$(PYTHON) -m pytest server/tests/kernels/cuda/gpu_checks.py

@@ -97,7 +97,7 @@ def serve(
         typer.Option(
             envvar="INSTRUCTION_SET",
             help="Our own kernels on processors: avx2, avx512, avx512_bf16, amx, or none for torch's operators alone; "
-            "by default the best that the processor executes.",
+            "by default the best of the first three that the processor executes.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("libkernels.so")
 # Of layer.h and linear.h.
 FLOATS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+# Used where it is asked for alone: no processor has run it yet.
+ON_DEMAND = ("amx",)
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -46,7 +48,7 @@ class Library:
             )
         if not usable:
             raise OSError(f"this processor executes none of {', '.join(self.variants)}")
-        self.name = wanted or usable[-1]
+        self.name = wanted or next(name for name in reversed(usable) if name not in ON_DEMAND)
         self.variant = list(self.variants).index(self.name)
         # What was found out about kinds of numbers on this processor; see `linear.why_not`.
         self.against: dict[object, str | None] = {}
