@@ -48,8 +48,11 @@ RUN python3 -m venv /opt/text-generation \
     && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
 
 FROM build AS environment-cuda
+# Kernels for every architecture that is served: compiled here, by the compiler that comes with torch, not at first use.
 RUN python3 -m venv /opt/text-generation \
     && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
+    && /opt/text-generation/bin/text-generation-server compile-kernels --folder /opt/text-generation/cubins >/dev/null \
+    && chmod -R a+rX /opt/text-generation/cubins \
     && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
 
 # What is shipped: no compiler, no package manager of Python or Rust ---------------------------------------------------
@@ -80,7 +83,7 @@ ENTRYPOINT ["text-generation-launcher"]
 
 FROM runtime AS cuda
 COPY --from=environment-cuda /opt/text-generation /opt/text-generation
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility CUBIN_CACHE=/opt/text-generation/cubins
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation

@@ -3,7 +3,7 @@
 # as its own user, root read-only, 64 MiB of /dev/shm, a model under /data. As root, on a Debian with network; takes about
 # ten minutes the first time.
 #
-#   deploy/tests/image.sh [cpu|sagemaker]     TORCH_INDEX_URL=... and BASE=... are passed on as build arguments
+#   deploy/tests/image.sh [cpu|sagemaker|cuda]     TORCH_INDEX_URL=... and BASE=... are passed on as build arguments
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . deploy/tests/common.sh
@@ -104,6 +104,14 @@ if [ "$target" = sagemaker ]; then
     VARIABLES+=(HF_MODEL_ID=/data/model HF_MODEL_QUANTIZE=gptq SM_NUM_GPUS=2)
     arguments=()
 fi
+if [ "$target" = cuda ]; then
+    for architecture in sm_75 sm_80 sm_86 sm_89 sm_90 sm_100; do
+        found=$(chroot --userspec=text-generation:text-generation "$root" \
+            find /opt/text-generation/cubins -name "*-$architecture-*.cubin" -readable | wc -l)
+        [ "$found" -gt 20 ] || fail "found $found modules of kernels for $architecture, expected more than 20"
+    done
+    say "kernels for six architectures: $(du -sh "$root/opt/text-generation/cubins" | cut -f1)"
+fi
 (enter writable "${arguments[@]}") >"$work/log" 2>&1 &
 server=$!
 seconds=$(wait_ready "$port" "$server" "$work/log")
@@ -161,6 +169,8 @@ with Hub() as hub:
     refused "cache /data cannot be written: No space left on device" full --model-id org/model
     refused "cache /data cannot be written: Read-only file system" readonly --model-id org/model
     kill "$holder"
+elif [ "$target" = cuda ]; then
+    refused "--device cuda is not served yet: .*; use --device cpu" writable --model-id /data/model --device cuda
 else
     VARIABLES=(PORT="$port")
     refused "HF_MODEL_ID is not set" writable
