@@ -83,7 +83,10 @@ ENTRYPOINT ["text-generation-launcher"]
 
 FROM runtime AS cuda
 COPY --from=environment-cuda /opt/text-generation /opt/text-generation
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility CUBIN_CACHE=/opt/text-generation/cubins
+# Where servers look for compiled kernels.
+RUN install -d -o text-generation -g text-generation /home/text-generation/.cache /home/text-generation/.cache/text-generation-server \
+    && ln -s /opt/text-generation/cubins /home/text-generation/.cache/text-generation-server/cubins
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation

@@ -107,7 +107,7 @@ fi
 if [ "$target" = cuda ]; then
     for architecture in sm_75 sm_80 sm_86 sm_89 sm_90 sm_100; do
         found=$(chroot --userspec=text-generation:text-generation "$root" \
-            find /opt/text-generation/cubins -name "*-$architecture-*.cubin" -readable | wc -l)
+            find /home/text-generation/.cache/text-generation-server/cubins/ -name "*-$architecture-*.cubin" -readable | wc -l)
         [ "$found" -gt 20 ] || fail "found $found modules of kernels for $architecture, expected more than 20"
     done
     say "kernels for six architectures: $(du -sh "$root/opt/text-generation/cubins" | cut -f1)"

@@ -108,12 +108,3 @@ def test_everything_can_be_compiled_ahead(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_compiled_ahead_is_every_source() -> None:
     assert {source for source, _ in MODULES} == {path.name for path in nvrtc.SOURCES.glob("*.cu")}
-
-
-def test_an_image_says_where_its_cubins_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CUBIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(nvrtc.Nvrtc, "compile", lambda *_: nvrtc.Cubin(b"code", "log"))
-    compiled("elements.cu", {}, "sm_90")
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".cubin", ".log"]
-    monkeypatch.delattr(nvrtc.Nvrtc, "compile")
-    assert compiled("elements.cu", {}, "sm_90").code == b"code"

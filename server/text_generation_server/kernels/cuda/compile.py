@@ -147,8 +147,8 @@ def nvrtc() -> Nvrtc:
 
 
 def default_cache() -> Path:
-    """Where cubins are kept: $CUBIN_CACHE, or the user's own cache."""
-    return Path(os.environ.get("CUBIN_CACHE") or "~/.cache/text-generation-server/cubins").expanduser()
+    """Where cubins are kept."""
+    return Path("~/.cache/text-generation-server/cubins").expanduser()
 
 
 def compiled(source: str, defines: Defines, architecture: str, folder: Path | None = None) -> Cubin:
