@@ -280,7 +280,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
             if server is not None:
                 server.__exit__(None, None, None)
     parts = []
-    bound = bandwidth / bench.loaded["plan_bytes"]
+    # Of the embedding, a step reads one row.
+    config = quantized.TINY_LLAMA
+    step_bytes = bench.loaded["plan_bytes"] - 2 * config["vocab_size"] * config["hidden_size"]
+    bound = bandwidth / step_bytes
     for what, title in (
         ("decode", f"Decode of one sequence, after {CONTEXT} tokens"),
         ("prefill", f"Prefill of {PROMPT} tokens"),
@@ -324,7 +327,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
     parts.append(
         f"{bench.threads} threads each; read bandwidth {bandwidth / 1e9:.1f} GB/s; if every product ran at the processor's peak, "
         f"clients would get {arithmetic_roof(roof):.0f} tokens/s. Bytes that a step of ours reads: "
-        f"{bench.loaded['plan_bytes'] / 2**20:.0f} MiB; files of the peers: "
+        f"{step_bytes / 2**20:.0f} MiB; files of the peers: "
         + ", ".join(f"{side} {file.stat().st_size / 2**20:.0f} MiB" for side, file in bench.files.items())
         + f". llama.cpp: {_version(arguments.llama_cpp)}; its server has as many slots as there are clients."
     )
