@@ -346,7 +346,7 @@ def quantize(
         set_up(logger_level, json_output, None)
         chosen = read_module_bits(module_bits or [])
         options = Options(
-            model_dir=local_folder(model_id, revision, download=True),
+            model_dir=local_folder(model_id, revision, download=True, name="MODEL_ID"),
             output_dir=output_dir,
             model_name=model_id,
             scheme=choose_scheme(method, bits, groupsize, sym, exclude or [], chosen),
@@ -408,11 +408,11 @@ def _leave(number: int, frame: object) -> None:
     os._exit(130)
 
 
-def local_folder(model_id: str, revision: str | None, download: bool = False) -> Path:
+def local_folder(model_id: str, revision: str | None, download: bool = False, name: str = "--model-id") -> Path:
     """The folder of a model: itself, or that of the hub's cache."""
     from .checkpoint.locate import locate
 
-    return locate(model_id, revision, download=download)
+    return locate(model_id, revision, download=download, name=name)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ def test_what_is_not_served_or_quantized_already_is_refused_in_under_five_second
     bloom.mkdir()
     (bloom / "config.json").write_text(json.dumps({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}))
     for folder, said in (
+        (tmp_path / "none", f"error: MODEL_ID '{tmp_path}/none': no such folder"),
         (bloom, "BloomForCausalLM is not served; expected one of LlamaForCausalLM, MistralForCausalLM"),
         (tiny.MODELS / "docs-llama-7m-gptq-4bit-g128", "is quantized already (gptq: 4 bits, groups of 128"),
     ):

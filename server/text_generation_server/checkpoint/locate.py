@@ -14,8 +14,8 @@ OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja")
 
 
-def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
-    """The folder of `model_id`: itself if it is one, else that of the hub's cache.
+def locate(model_id: str, revision: str | None, download: bool = False, name: str = "--model-id") -> Path:
+    """The folder of `model_id`: itself if it is one, else that of the hub's cache. `name`: what the user calls it.
 
     Raises CheckpointError if it is neither, or if the hub does not answer. The hub's own settings (HF_HOME, HF_TOKEN,
     HF_HUB_OFFLINE, ...) are read by its library.
@@ -25,7 +25,7 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
     if model_id and folder.is_dir():
         return folder.resolve()
     if not looks_like_hub_id(model_id):
-        raise CheckpointError(f"--model-id {model_id!r}: no such folder, and not the form of a hub id (owner/name)")
+        raise CheckpointError(f"{name} {model_id!r}: no such folder, and not the form of a hub id (owner/name)")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -36,7 +36,7 @@ def locate(model_id: str, revision: str | None, download: bool = False) -> Path:
 
     # It prints what it also gives to the logs.
     logging.getLogger("huggingface_hub").handlers.clear()
-    absent = f"--model-id {model_id!r}: no such folder here"
+    absent = f"{name} {model_id!r}: no such folder here"
     try:
         found = snapshot_download(
             model_id, revision=revision, allow_patterns=list(PATTERNS), local_files_only=not download
