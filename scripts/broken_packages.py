@@ -1,5 +1,6 @@
 """Prints what an installation that broke off left in part, which pip does not see. Takes the path of the lock."""
 
+import csv
 import re
 import sys
 from importlib.metadata import Distribution, distributions
@@ -8,12 +9,14 @@ from pathlib import Path
 
 def is_whole(package: Distribution) -> bool:
     """Whether every file that was to be installed is there, in its size."""
-    if package.files is None:
+    # Not `package.files`, from which newer versions of Python leave out what is missing.
+    record = package.read_text("RECORD")
+    if not record:
         return False
-    for file in package.files:
-        path = Path(str(file.locate()))
+    for name, _, size in csv.reader(record.splitlines()):
+        path = Path(str(package.locate_file(name)))
         # Compiled files are made and dropped at will.
-        if path.suffix != ".pyc" and (not path.exists() or file.size not in (None, path.stat().st_size)):
+        if path.suffix != ".pyc" and (not path.exists() or (size and int(size) != path.stat().st_size)):
             return False
     return True
 
