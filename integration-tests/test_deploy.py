@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def pythons() -> list[str]:
     found = [str(BINARIES / "python")]
     for version in ("3.11", "3.12", "3.13"):
         program = shutil.which(f"python{version}")
-        if program and subprocess.run([program, "-c", ""], capture_output=True, timeout=60, check=False).returncode == 0:
+        # What stands for a version may have none behind it.
+        if program and subprocess.run([program, "-c", ""], capture_output=True, timeout=60).returncode == 0:
             found.append(program)
     return found
 
