@@ -392,6 +392,13 @@ def test_tools_that_are_none_and_choices_of_none_are_refused(server: Server) -> 
         assert with_fields(server, CHAT, fields | {"tool_choice": "required"})[0] == 422
 
 
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_an_expression_in_a_tool_that_is_none_is_refused_whatever_the_choice(server: Server, choice: str) -> None:
+    unclosed = tool({"properties": {"a": {"pattern": "("}}})
+    status, answer, _ = with_fields(server, CHAT, {"tools": unclosed, "tool_choice": choice})
+    assert status == 422, answer
+
+
 def test_arguments_in_the_history_may_be_anything_and_break_nothing(server: Server) -> None:
     deep = '{"a":' * 2000 + "1" + "}" * 2000
     for arguments, expected in (("{", 200), ({"a": 1}, 200), ('{"a": 1}', 200), ("a" * 1_000_000, 422), (deep, 422)):
