@@ -6,7 +6,9 @@ PyPI's `text-generation` 0.7.0 wants a huggingface_hub before 1.0 and cannot be 
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +346,40 @@ def test_metrics_are_what_a_client_counts(server: Server, client: openai.OpenAI)
     assert grown["tgi_request_inter_token_duration_count"] == 33
     assert grown["tgi_prefix_hit_tokens"] >= 0
     assert json.dumps(sorted(name for name in after if "state=" in name)).count("tgi_kv_blocks") == 3
+
+
+def test_times_and_tokens_of_the_metrics_are_those_that_a_client_measures(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """Within five in a hundred, with several clients at once."""
+    of_metrics = (
+        "tgi_request_count", "tgi_request_success", "tgi_request_input_length_sum",
+        "tgi_request_generated_tokens_sum", "tgi_request_duration_sum", "tgi_request_inter_token_duration_sum",
+    )  # fmt: skip
+
+    def counted() -> list[float]:
+        text = client.with_options(base_url=f"http://127.0.0.1:{server.port}").get("/metrics", cast_to=str)
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#")
+        return [float(lines.get(name, 0)) for name in of_metrics]
+
+    def ask(n: int) -> list[float]:
+        options: Any = {"max_tokens": 400 + 40 * n, "extra_body": {"ignore_eos": True}, "temperature": 0}
+        begun = time.monotonic()
+        chunks = client.chat.completions.create(
+            model="tgi", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **options
+        )
+        at, usage = [], None
+        for chunk in chunks:
+            at.append(time.monotonic())
+            usage = chunk.usage or usage
+        assert usage is not None
+        return [1, 1, usage.prompt_tokens, usage.completion_tokens, at[-1] - begun, at[-1] - at[0]]
+
+    ask(0)
+    before = counted()
+    with ThreadPoolExecutor(4) as pool:
+        measured = [sum(values) for values in zip(*pool.map(ask, range(4)), strict=True)]
+    told = [after - value for after, value in zip(counted(), before, strict=True)]
+    for name, mine, its in zip(of_metrics, measured, told, strict=True):
+        assert abs(its - mine) <= 0.05 * mine, (name, mine, its)
+    assert measured[:4] == told[:4]

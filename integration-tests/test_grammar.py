@@ -228,6 +228,30 @@ def test_hostile_grammars_are_refused_at_once_and_streams_go_on(server: Server) 
     server.wait_clean()
 
 
+def test_an_expression_that_is_slow_to_follow_holds_up_nobody_else(server: Server) -> None:
+    """What another library would write out as an automaton of sixteen thousand states, and backtracking never ends."""
+    case = Case("In the beginning", (("max_new_tokens", 200), ("ignore_eos_token", True)))
+    golden = alone(server, [case])
+    pids = [server.router_pid(), server.state()["ranks"][0]["process_id"]]
+    before = [psutil.Process(pid).memory_info().rss for pid in pids]
+    crowd = Crowd(server, [case])
+    for regex in ("[ab]*a[ab]{13}", "(x+x+)+y", "(.*a){12}"):
+        begun = time.monotonic()
+        grammar = {"type": "regex", "value": regex}
+        body = {"inputs": "a", "parameters": {"grammar": grammar, "max_new_tokens": 40}}
+        status, answer = server.post("/generate", body)
+        assert status in (200, 422, 424), answer
+        # Forty tokens of an answer are in it.
+        assert time.monotonic() - begun < 5, regex
+        begun = time.monotonic()
+        assert server.get("/health")[0] == 200
+        assert time.monotonic() - begun < 1
+    assert_same(crowd.join(), golden, "beside slow expressions")
+    for pid, rss in zip(pids, before, strict=True):
+        assert psutil.Process(pid).memory_info().rss - rss < 64 << 20
+    server.wait_clean()
+
+
 def test_many_different_schemas_leave_little_behind(server: Server) -> None:
     pids = [server.router_pid(), server.state()["ranks"][0]["process_id"]]
 

@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 from conftest import LLAMA
+from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support.opened import Opened
 from support.server import JSON_HEADERS, Server
 
@@ -101,6 +103,12 @@ def test_no_request_that_the_description_allows_or_forbids_is_a_fault_of_the_ser
     tested = re.search(r"(\d+) generated", output)
     assert tested is not None, output[-2000:]
     assert int(tested[1]) > 100, output[-2000:]
+
+
+def test_the_description_is_one_by_the_rules_of_openapi(server: Server) -> None:
+    document = json.loads(server.get("/api-doc/openapi.json")[1])
+    assert document["openapi"].startswith("3.1.")
+    jsonschema.Draft202012Validator(OPENAPI_31).validate(document)
 
 
 def is_json(text: bytes) -> bool:

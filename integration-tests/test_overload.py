@@ -72,7 +72,7 @@ def test_clients_that_leave_at_once_leave_nothing(server: Server) -> None:
 def test_a_body_of_single_bytes_is_read_or_refused_without_growing(server: Server) -> None:
     router = psutil.Process(server.router_pid())
     before = router.memory_info().rss
-    for count in (65_537, 400_000):
+    for count in (65_537, 2_000_000):
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as s:
             s.sendall(head(None))
             with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ def test_a_body_of_single_bytes_is_read_or_refused_without_growing(server: Serve
                 s.sendall(b"0\r\n\r\n")
             status = int(s.recv(4096).split(b" ")[1])
         assert status in (400, 408, 413), status
-    assert router.memory_info().rss - before < 32 << 20
+    assert router.memory_info().rss - before < 16 << 20
 
 
 def test_slow_heads_cost_others_nothing_and_are_closed(server: Server) -> None:
@@ -162,6 +162,27 @@ def test_many_more_requests_than_permits_are_refused_at_once_and_the_others_are_
     assert statistics.median(held) >= PERMITS / 2, "refusing others keeps the server from its work"
     assert sum(status == 200 for status, _ in done) > PERMITS
     assert statistics.median(seconds for status, seconds in done if status == 429) < 0.25
+
+
+def test_beyond_the_permits_a_refusal_takes_10_ms_and_none_is_lost(server: Server) -> None:
+    def hold() -> None:
+        server.stream("In the beginning", max_new_tokens=240, ignore_eos_token=True)
+
+    threads = [threading.Thread(target=hold) for _ in range(PERMITS)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
+    times = []
+    for path in ("/generate", "/generate_stream", "/tokenize", "/generate"):
+        begun = time.monotonic()
+        status, answer = server.post(path, {"inputs": "a"})
+        times.append(time.monotonic() - begun)
+        assert (status, answer["error_type"]) == (429, "overloaded"), (path, answer)
+    for thread in threads:
+        thread.join(60)
+    # Other work on the machine may hold up some of them.
+    assert min(times) <= 0.010, times
+    assert server.wait_clean()["permits"] == {"free": PERMITS, "total": PERMITS}
 
 
 def test_a_flood_of_texts_to_tokenize_is_refused_beyond_the_permits_and_changes_no_stream(server: Server) -> None:
