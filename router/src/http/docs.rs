@@ -5,6 +5,7 @@ use std::sync::{Arc, LazyLock};
 use axum::extract::Path;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
+use serde_json::{Map, Value};
 use utoipa::OpenApi;
 use utoipa_swagger_ui::Config;
 
@@ -52,9 +53,24 @@ pub(super) const TAG: &str = "Text Generation Inference";
 struct Document;
 
 static JSON: LazyLock<String> = LazyLock::new(|| {
-    let document = Document::openapi().to_json();
-    document.expect("a description of types can always be written")
+    let mut document = serde_json::to_value(Document::openapi()).expect("a description of types can always be written");
+    describe_responses(&mut document);
+    document.to_string()
 });
+
+/// OpenAPI wants every response described; those of which there is no more to say are described by their status.
+fn describe_responses(document: &mut Value) {
+    let paths = document["paths"].as_object_mut().into_iter().flat_map(Map::values_mut);
+    let operations = paths.filter_map(Value::as_object_mut).flat_map(Map::values_mut);
+    let responses = operations.filter_map(|operation| operation.get_mut("responses")?.as_object_mut());
+    for (status, response) in responses.flat_map(Map::iter_mut) {
+        let Some(response) = response.as_object_mut().filter(|response| !response.contains_key("$ref")) else {
+            continue;
+        };
+        let reason = StatusCode::from_bytes(status.as_bytes()).ok().and_then(|status| status.canonical_reason());
+        response.entry("description").or_insert_with(|| reason.unwrap_or("An answer").into());
+    }
+}
 
 /// GET `/api-doc/openapi.json`.
 pub(super) async fn json() -> Response {

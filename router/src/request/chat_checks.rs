@@ -110,7 +110,7 @@ fn check_tool(n: usize, tool: &Value) -> Result<(String, Value), Refused> {
     match parameters {
         None => {}
         Some(Value::Object(_)) => check_types(parameters.unwrap_or(&Value::Null))
-            .map_err(|found| wrong(".function.parameters", &format!("a JSON schema; {found} is no type in one")))?,
+            .map_err(|found| wrong(".function.parameters", &format!("a JSON schema; {found}")))?,
         Some(_) => return Err(wrong(".function.parameters", "a JSON schema")),
     }
     let mut function = function.clone();
@@ -120,7 +120,22 @@ fn check_tool(n: usize, tool: &Value) -> Result<(String, Value), Refused> {
     Ok((name.to_owned(), json!({"type": "function", "function": function})))
 }
 
-/// Whether every `type` is one that JSON schemas know; what it is, if not. Names of properties may be anything.
+/// Whether an expression is one, as far as the dialects agree: JSON schemas speak JavaScript's, which has more.
+fn check_pattern(pattern: &str) -> Result<(), String> {
+    use regex_syntax::ast::ErrorKind::{EscapeUnexpectedEof, GroupUnclosed, GroupUnopened, RepetitionMissing};
+    match regex_syntax::ast::parse::Parser::new().parse(pattern) {
+        Err(error)
+            if matches!(error.kind(), EscapeUnexpectedEof | GroupUnclosed | GroupUnopened | RepetitionMissing) =>
+        {
+            let shown: String = pattern.chars().take(50).collect();
+            Err(format!("the pattern {shown:?} is no regular expression: {}", error.kind()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether every `type` is one that JSON schemas know, and every `pattern` an expression; what speaks against it, if not.
+/// Names of properties may be anything.
 fn check_types(schema: &Value) -> Result<(), String> {
     let Some(object) = schema.as_object() else { return Ok(()) };
     for (key, value) in object {
@@ -128,7 +143,11 @@ fn check_types(schema: &Value) -> Result<(), String> {
             ("type", Value::String(name)) if SCHEMA_TYPES.contains(&name.as_str()) => {}
             ("type", Value::Array(names))
                 if names.iter().all(|name| name.as_str().is_some_and(|name| SCHEMA_TYPES.contains(&name))) => {}
-            ("type", found) => return Err(found.to_string().chars().take(50).collect()),
+            ("type", found) => {
+                let found: String = found.to_string().chars().take(50).collect();
+                return Err(format!("{found} is no type in one"));
+            }
+            ("pattern", Value::String(pattern)) => check_pattern(pattern)?,
             ("properties" | "$defs" | "definitions" | "patternProperties", Value::Object(schemas)) => {
                 schemas.values().try_for_each(check_types)?;
             }
@@ -148,6 +167,19 @@ mod tests {
 
     fn message(message: Value) -> Result<Value, String> {
         check_messages(vec![message]).map(|mut checked| checked.remove(0)).map_err(|refused| refused.to_string())
+    }
+
+    #[test]
+    fn a_pattern_that_is_none_in_any_dialect_is_refused_and_what_javascript_has_beside_is_not() {
+        let check = |pattern: &str| check_types(&json!({"properties": {"a": {"items": {"pattern": pattern}}}}));
+        for pattern in ["(", "a)", "*a", "(?:b", "a\\"] {
+            let said = check(pattern).unwrap_err();
+            assert!(said.starts_with("the pattern ") && said.contains(" is no regular expression: "), "{said}");
+        }
+        for pattern in ["^(?!x)a", r"(a)\1", "[[]", r"\/", "a{", r"\u0041", "(?<=a)b", "^[^]$", ""] {
+            assert_eq!(check(pattern), Ok(()), "{pattern}");
+        }
+        assert_eq!(check_types(&json!({"properties": {"pattern": {"type": "string"}}})), Ok(()));
     }
 
     #[test]

@@ -150,7 +150,8 @@ pub(super) fn read(value: Option<&Value>, field: &str, is_open: bool) -> Result<
         ("regex", Some(Value::String(regex))) => Ok(Some(Form::Regex(regex.clone()))),
         ("regex", _) => Err(wrong("`value` must be a text")),
         ("json" | "json_object", Some(Value::String(text))) => {
-            let schema = serde_json::from_str(text).map_err(|_| wrong("`value` is a text that is not JSON"))?;
+            let schema = serde_json::from_str(text)
+                .map_err(|error| wrong(&format!("`value` is a text that is not JSON: {error}")))?;
             schema_form(schema, field)
         }
         ("json" | "json_object", Some(schema)) => schema_form(schema.clone(), field),
