@@ -376,10 +376,17 @@ def test_times_and_tokens_of_the_metrics_are_those_that_a_client_measures(
         return [1, 1, usage.prompt_tokens, usage.completion_tokens, at[-1] - begun, at[-1] - at[0]]
 
     ask(0)
-    before = counted()
-    with ThreadPoolExecutor(4) as pool:
-        measured = [sum(values) for values in zip(*pool.map(ask, range(4)), strict=True)]
-    told = [after - value for after, value in zip(counted(), before, strict=True)]
-    for name, mine, its in zip(of_metrics, measured, told, strict=True):
-        assert abs(its - mine) <= 0.05 * mine, (name, mine, its)
-    assert measured[:4] == told[:4]
+    off = []
+    # Where other work holds up this client, its own times are longer than the server's: not three times in a row.
+    for _ in range(3):
+        before = counted()
+        with ThreadPoolExecutor(4) as pool:
+            measured = [sum(values) for values in zip(*pool.map(ask, range(4)), strict=True)]
+        told = [after - value for after, value in zip(counted(), before, strict=True)]
+        assert measured[:4] == told[:4]
+        off.append(max(abs(its - mine) / mine for mine, its in zip(measured, told, strict=True)))
+        if off[-1] <= 0.05:
+            return
+    raise AssertionError(
+        f"times differ by {off}: {dict(zip(of_metrics, zip(measured, told, strict=True), strict=True))}"
+    )

@@ -110,7 +110,7 @@ fn check_tool(n: usize, tool: &Value) -> Result<(String, Value), Refused> {
     match parameters {
         None => {}
         Some(Value::Object(_)) => check_types(parameters.unwrap_or(&Value::Null))
-            .map_err(|found| wrong(".function.parameters", &format!("a JSON schema; {found}")))?,
+            .map_err(|(at, found)| wrong(&format!(".function.parameters{at}"), &format!("a JSON schema; {found}")))?,
         Some(_) => return Err(wrong(".function.parameters", "a JSON schema")),
     }
     let mut function = function.clone();
@@ -135,8 +135,8 @@ fn check_pattern(pattern: &str) -> Result<(), String> {
 }
 
 /// Whether every `type` is one that JSON schemas know, and every `pattern` an expression; what speaks against it, if not.
-/// Names of properties may be anything.
-fn check_types(schema: &Value) -> Result<(), String> {
+/// Names of properties may be anything. An error is where, as a JSON pointer, and what.
+fn check_types(schema: &Value) -> Result<(), (String, String)> {
     let Some(object) = schema.as_object() else { return Ok(()) };
     for (key, value) in object {
         match (key.as_str(), value) {
@@ -145,11 +145,13 @@ fn check_types(schema: &Value) -> Result<(), String> {
                 if names.iter().all(|name| name.as_str().is_some_and(|name| SCHEMA_TYPES.contains(&name))) => {}
             ("type", found) => {
                 let found: String = found.to_string().chars().take(50).collect();
-                return Err(format!("{found} is no type in one"));
+                return Err((String::new(), format!("{found} is no type in one")));
             }
-            ("pattern", Value::String(pattern)) => check_pattern(pattern)?,
+            ("pattern", Value::String(pattern)) => check_pattern(pattern).map_err(|found| (String::new(), found))?,
             ("properties" | "$defs" | "definitions" | "patternProperties", Value::Object(schemas)) => {
-                schemas.values().try_for_each(check_types)?;
+                for (name, schema) in schemas {
+                    check_types(schema).map_err(|(at, found)| (format!("/{key}/{name}{at}"), found))?;
+                }
             }
             ("anyOf" | "oneOf" | "allOf" | "prefixItems", Value::Array(schemas)) => {
                 schemas.iter().try_for_each(check_types)?;
@@ -173,7 +175,8 @@ mod tests {
     fn a_pattern_that_is_none_in_any_dialect_is_refused_and_what_javascript_has_beside_is_not() {
         let check = |pattern: &str| check_types(&json!({"properties": {"a": {"items": {"pattern": pattern}}}}));
         for pattern in ["(", "a)", "*a", "(?:b", "a\\"] {
-            let said = check(pattern).unwrap_err();
+            let (at, said) = check(pattern).unwrap_err();
+            assert_eq!(at, "/properties/a");
             assert!(said.starts_with("the pattern ") && said.contains(" is no regular expression: "), "{said}");
         }
         for pattern in ["^(?!x)a", r"(a)\1", "[[]", r"\/", "a{", r"\u0041", "(?<=a)b", "^[^]$", ""] {
