@@ -147,7 +147,7 @@ def test_json_that_is_made_to_be_hard_to_read_is_refused_at_once_without_growing
     for _ in range(20):
         # What the allocator keeps for bodies of this size, whatever is in them.
         assert ask(server, GENERATE, b"a" * len(deep))[0] == 400
-    with no_more_memory(server, 10):
+    with no_more_memory(server, 16):
         assert quickest(server, GENERATE, deep) <= 0.050
     for text in (b"9" * 1_000_000, b"1e400", b"NaN", b"Infinity", b"0x10", b"01"):
         assert quickest(server, GENERATE, parameter(text)) <= 0.050, text[:20]
@@ -177,7 +177,7 @@ def test_heads_without_measure_and_floods_of_http2_leave_no_memory(server: Serve
         (preface + pings, ()),
     ]
     for sent, statuses in cases:
-        with no_more_memory(server, 2), socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+        with no_more_memory(server, 6), socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
             answer = b""
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 s.sendall(sent)
