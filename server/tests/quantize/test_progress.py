@@ -1,11 +1,15 @@
 """What is told while a run goes on, on a terminal and elsewhere, and what memory it is said to take."""
 
+import inspect
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 from loguru import logger
+from text_generation_server.cli import quantize
 from text_generation_server.logs import set_up
 from text_generation_server.quantize.progress import MemoryWatch, Progress, duration, gib
 
@@ -83,3 +87,28 @@ def test_the_watch_sees_memory_that_is_given_back_again() -> None:
 def test_times_and_sizes_are_told_in_words() -> None:
     assert [duration(s) for s in (3.2, 119, 600, 36000)] == ["3 s", "119 s", "10 min", "10.0 h"]
     assert [gib(b) for b in (1 << 20, 1 << 28, 12 << 30)] == ["1 MiB", "0.25 GiB", "12.00 GiB"]
+
+
+def test_comparing_is_told_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with MemoryWatch() as watch, Progress(2, watch) as progress:
+        progress.starts_block(1, 0)
+        progress.compares()
+        progress.say("a line, above which the display is written anew")
+    assert "comparing: block 1 of 2; " in terminal.getvalue()
+
+
+def test_help_of_80_columns_names_every_option() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "text_generation_server.cli", "quantize", "--help"],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path), "COLUMNS": "80", "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = {parameter.replace("_", "-") for parameter in inspect.signature(quantize).parameters}
+    for option in options - {"model-id", "output-dir"}:
+        assert f"--{option}" in done.stdout, option
+    assert "130 after Ctrl-C" in " ".join(done.stdout.split())
