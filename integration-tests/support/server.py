@@ -215,6 +215,20 @@ class Server:
         assert len(routers) == 1, [command_of(c) for c in children]
         return routers[0]
 
+    @contextlib.contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """Behind it: the same processes, the same answer as before, all blocks and permits."""
+
+        def facts() -> tuple[Any, ...]:
+            state = self.wait_clean()
+            canary = self.generate("In the beginning", max_new_tokens=4)
+            assert self.get("/health")[0] == 200
+            return self.router_pid(), state["epoch"], [rank["process_id"] for rank in state["ranks"]], canary["details"]
+
+        before = facts()
+        yield
+        assert facts() == before
+
     def wait_clean(self, timeout_s: float = 5) -> dict[str, Any]:
         """The state once nothing runs: every block and permit is back, no rank holds a row."""
 

@@ -196,9 +196,9 @@ def _rounding_s(model: Model, options: Options, tokens: int) -> float:
     elif options.scheme.in_gptq_layout and options.solver.mse:
         tried = len(SHRINK)
     each = weights * (tried + RANGES_OF_THE_REST) * _tried_s() if machine.is_host else 0.0
-    fast, plain = _speed(machine, machine.dtype), _speed(machine, torch.float32)
+    plain = _speed(machine, torch.float32)
     # On the host the moments are summed by products of float32.
-    return moments / (plain if machine.is_host else fast) + solving / plain + each
+    return moments / (plain if machine.is_host else _speed(machine, machine.dtype)) + solving / plain + each
 
 
 def _speed(machine: Machine, dtype: torch.dtype) -> float:

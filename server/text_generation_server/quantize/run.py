@@ -40,6 +40,7 @@ from .staging import (
     Staging,
     differences,
     free_bytes,
+    report_line,
     report_lines,
     result_files,
     write_durably,
@@ -142,7 +143,7 @@ def _again(options: Options, run: Mapping[str, Any], done: Mapping[str, Any], pr
             "another folder, or --overwrite to replace it"
         )
     folder = options.output_dir
-    proof = next((line for line in report_lines(folder / REPORT) if line.get("kind") == "proof"), None)
+    proof = report_line(folder, "proof")
     files = result_files(folder)
     damaged = [name for name, size in files.items() if not _has_size(folder / name, size)] if files else [REPORT]
     if proof is None or damaged:
@@ -206,8 +207,8 @@ class _Run:
         finally:
             staging.close()
             self.model.close()
-        lines = report_lines(self.options.output_dir / REPORT)
-        done = next(line for line in lines if line["kind"] == "proof")
+        done = report_line(self.options.output_dir, "proof")
+        assert done is not None, "it was written just now, or before the files began to move"
         say(
             f"{self.options.output_dir}: perplexity {done['perplexity_before']:.4f} -> {done['perplexity_after']:.4f} "
             f"on {done['tokens']} tokens that were held back, divergence {done['kl_mean']:.5f} nats per token"

@@ -109,7 +109,7 @@ def finished_run(output_dir: Path) -> dict[str, Any] | None:
     """What the report of a finished result says of its run; None: there is none."""
     if not (output_dir / "config.json").is_file():
         return None
-    return next((line for line in report_lines(output_dir / REPORT) if line.get("kind") == "run"), None)
+    return report_line(output_dir, "run")
 
 
 def report_lines(path: Path) -> list[dict[str, Any]]:
@@ -121,10 +121,14 @@ def report_lines(path: Path) -> list[dict[str, Any]]:
     return lines if all(isinstance(line, dict) for line in lines) else []
 
 
+def report_line(output_dir: Path, kind: str) -> dict[str, Any] | None:
+    """The first line of that kind of a result's report; None: there is none, or no such report."""
+    return next((line for line in report_lines(output_dir / REPORT) if line.get("kind") == kind), None)
+
+
 def result_files(output_dir: Path) -> dict[str, int]:
     """What a finished result consists of beside its report, and the bytes of each file, as the report has it."""
-    proof = next((line for line in report_lines(output_dir / REPORT) if line.get("kind") == "proof"), {})
-    files = proof.get("files")
+    files = (report_line(output_dir, "proof") or {}).get("files")
     if not isinstance(files, dict) or not all(_is_plain(n) and isinstance(size, int) for n, size in files.items()):
         return {}
     return files
