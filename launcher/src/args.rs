@@ -11,6 +11,7 @@ use clap::builder::{BoolishValueParser, PossibleValuesParser};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use text_generation_router::args::{version, without_empty_variable};
 
 const MODEL: &str = "Model";
 const SHARDS: &str = "Shards";
@@ -419,12 +420,7 @@ pub fn parse(
     argv: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     commit: Option<&str>,
 ) -> Result<Args, clap::Error> {
-    let number = env!("CARGO_PKG_VERSION");
-    // Once in a process; clap wants to keep it.
-    let version: &str = match commit.filter(|commit| !commit.is_empty()) {
-        Some(commit) => format!("{number} ({commit})").leak(),
-        None => number,
-    };
+    let version = version(commit);
     let matches = command().version(version).mut_args(without_empty_variable).try_get_matches_from(argv)?;
     let mut args = Args::from_arg_matches(&matches)?;
     args.version = version;
@@ -442,12 +438,6 @@ pub fn parse(
     }
     settle_hostname(&mut args, matches.value_source("hostname"))?;
     Ok(args)
-}
-
-/// Container templates set variables to nothing where they mean to leave them out.
-fn without_empty_variable(arg: clap::Arg) -> clap::Arg {
-    let is_empty = arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
-    if is_empty { arg.env(None::<&str>) } else { arg }
 }
 
 /// A usage error (exit code 2) in clap's form.

@@ -218,7 +218,7 @@ pub fn version(commit: Option<&str>) -> &'static str {
 }
 
 /// Container templates set variables to nothing where they mean to leave them out.
-fn without_empty_variable(arg: clap::Arg) -> clap::Arg {
+pub fn without_empty_variable(arg: clap::Arg) -> clap::Arg {
     let is_empty = arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
     if is_empty { arg.env(None::<&str>) } else { arg }
 }

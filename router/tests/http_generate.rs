@@ -306,6 +306,37 @@ async fn while_the_shards_are_lost_requests_wait_and_streams_are_told_each_secon
 }
 
 #[tokio::test]
+async fn a_stream_that_waits_in_the_queue_is_told_within_15_s_and_on_every_route() {
+    assert!(Deadlines::default().comment < Duration::from_secs(15));
+    let comment = Duration::from_millis(400);
+    let deadlines = Deadlines { comment, ..Deadlines::default() };
+    let mut server = serve(Config { deadlines, ..config() }, ready(), tokenizer()).await;
+    let chat = r#"{"messages":[{"role":"user","content":"a"}],"stream":true}"#;
+    let routes = [
+        ("/generate_stream", r#"{"inputs":"a"}"#),
+        ("/", r#"{"inputs":"a","stream":true}"#),
+        ("/v1/completions", r#"{"prompt":"a","stream":true}"#),
+        ("/v1/chat/completions", chat),
+    ];
+    for (path, body) in routes {
+        let mut client = Client::connect(server.address).await;
+        let begun = Instant::now();
+        client.send(&post(path, body)).await;
+        let submission = server.submission().await;
+        let told = client.until(":\n\n").await;
+        // With the head, not an interval after it: three quarters of one are for a busy machine.
+        let waited = begun.elapsed();
+        assert!(waited >= comment && waited < comment * 7 / 4, "{path}: {waited:?}");
+        assert!(told.starts_with("HTTP/1.1 200") && !told.contains("data:"), "{path}: {told}");
+        let again = Instant::now();
+        client.until(":\n\n").await;
+        assert!(again.elapsed() >= comment / 2, "{path}: {:?}", again.elapsed());
+        answer(submission, outputs(&["x"], FinishReason::Length)).await;
+        client.until("x").await;
+    }
+}
+
+#[tokio::test]
 async fn a_stream_that_loses_its_shards_is_told_each_second_and_goes_on() {
     let mut server = start().await;
     let mut client = Client::connect(server.address).await;
@@ -440,7 +471,7 @@ struct Moody;
 
 impl Encode for Moody {
     fn encode(&self, text: &str, _add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        assert_ne!(text, "panic");
+        assert!(!text.starts_with("panic"));
         match text {
             "strange" => Err(TokenizerError::Text),
             "nothing" => Ok(vec![]),
@@ -449,7 +480,8 @@ impl Encode for Moody {
         }
     }
 
-    fn places(&self, _text: &str, _add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+    fn places(&self, text: &str, _add_special: bool) -> Result<Vec<Placed>, TokenizerError> {
+        assert!(!text.starts_with("panic"));
         Ok(vec![])
     }
 
@@ -477,6 +509,24 @@ async fn a_text_on_which_the_tokenizer_fails_fails_alone() {
         }
         assert_eq!(ask(server.address, &post("/generate", r#"{"inputs":"fine"}"#)).await.status, 200);
         assert_eq!(ask(server.address, &get("/health")).await.status, 200);
+    }
+    assert_eq!(server.engine.num_free_permits(), 4);
+}
+
+#[tokio::test]
+async fn after_a_panic_of_the_tokenizer_a_thousand_requests_are_answered() {
+    let server = serve(config(), ready(), Arc::new(Moody)).await.answer_all(&["x"]);
+    // Each is encoded elsewhere: where it is asked for, by a thread for short texts, by one for long ones, with places.
+    for (path, length) in [("/generate", 5), ("/generate", 2000), ("/generate", 100_000), ("/tokenize", 5)] {
+        let body = |text: &str| format!(r#"{{"inputs":"{text}{}"}}"#, "a".repeat(length - 5));
+        ask(server.address, &post(path, body("panic"))).await.check_error(500, "internal");
+        let fine = post(path, body("fine "));
+        for n in 0..250 {
+            assert_eq!(ask(server.address, &fine).await.status, 200, "{path} {length}: {n}");
+            if n % 25 == 0 {
+                assert_eq!(ask(server.address, &get("/health")).await.status, 200);
+            }
+        }
     }
     assert_eq!(server.engine.num_free_permits(), 4);
 }

@@ -305,11 +305,16 @@ fn draining_refuses_new_requests_and_closes_while_a_running_stream_ends() {
 }
 
 #[test]
-fn json_that_is_deeper_than_serde_reads_is_400_whatever_field_it_is_in() {
+fn json_that_is_deeper_than_serde_reads_is_422_whatever_field_it_is_in_and_400_where_it_is_no_json() {
     let rig = rig();
-    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
-    for body in [deep.clone(), format!(r#"{{"inputs":"a","unknown":{deep}}}"#), format!(r#"{{"inputs":{deep}}}"#)] {
-        assert_refused(&rig.exchange(&post(&body)), "400");
+    for levels in [200, 5000, 100_000] {
+        let deep = format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        for body in [deep.clone(), format!(r#"{{"inputs":"a","unknown":{deep}}}"#), format!(r#"{{"inputs":{deep}}}"#)] {
+            let answer = rig.exchange(&post(&body));
+            assert_refused(&answer, "422");
+            assert!(answer.contains("nested deeper than 127 levels"), "{answer}");
+            assert_refused(&rig.exchange(&post(&body[..body.len() - 2])), "400");
+        }
     }
 }
 

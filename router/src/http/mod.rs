@@ -117,12 +117,15 @@ pub struct Deadlines {
     pub body: Duration,
     /// To read anything at all of what is written to them.
     pub write: Duration,
+    /// The server's own: a stream that waits for its next token is told at this interval that it is waited for.
+    pub comment: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        let [head, idle, body, write] = [10, 75, 30, 30].map(Duration::from_secs);
-        Self { head, idle, body, write }
+        // TGI comments after 15 s; who breaks off after 15 s without a byte has one by then.
+        let [head, idle, body, write, comment] = [10, 75, 30, 30, 14].map(Duration::from_secs);
+        Self { head, idle, body, write, comment }
     }
 }
 

@@ -18,10 +18,8 @@ use super::streams::{Next, Streams};
 use super::ticket::Flight;
 use crate::engine::{FinishReason, Output, Status};
 
-/// An idle stream is told at this interval that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// The same while the shards are being replaced.
-const KEEP_ALIVE_WHILE_LOST: Duration = Duration::from_secs(1);
+/// An idle stream is told at this interval that it is alive while the shards are being replaced.
+const COMMENT_WHILE_LOST: Duration = Duration::from_secs(1);
 
 /// Writes the events of one family of routes.
 pub(super) trait Frames: Send + 'static {
@@ -61,14 +59,16 @@ struct Open<F> {
     num_tokens: usize,
     /// Of the sequence that ended last.
     reason: FinishReason,
-    /// When something was last sent.
+    /// When something was last sent, or the request came.
     sent: Instant,
+    /// After so long without anything to send a comment is.
+    comment: Duration,
     is_over: bool,
 }
 
 /// A stream answers 200 with its first token, so that a request which is refused in the queue gets its true status. When
-/// nothing comes for long, or the shards are lost, the client is better told that it is waited for. Dropping the body
-/// aborts the sequences.
+/// nothing comes for long, or the shards are lost, the client is better told that it is waited for: by the head of the
+/// answer and a comment, since many clients count the time between bytes of the body. Dropping the body aborts the sequences.
 pub(super) async fn respond<F: Frames>(
     state: &State,
     mut flight: Flight,
@@ -76,7 +76,8 @@ pub(super) async fn respond<F: Frames>(
     frames: F,
 ) -> Result<Response, ApiError> {
     let mut status = state.engine.status();
-    let first = match first_output(&mut streams, &mut status).await {
+    let (begun, comment) = (Instant::now(), state.config.deadlines.comment);
+    let first = match first_output(&mut streams, &mut status, begun + comment).await {
         Ok(first) => first,
         Err(error) => {
             flight.failed(&error);
@@ -84,8 +85,9 @@ pub(super) async fn respond<F: Frames>(
         }
     };
     let headers = flight.headers(None);
-    let (sent, reason) = (Instant::now(), FinishReason::Length);
-    let open = Open { streams, flight, status, frames, first, num_tokens: 0, reason, sent, is_over: false };
+    let reason = FinishReason::Length;
+    let open =
+        Open { streams, flight, status, frames, first, num_tokens: 0, reason, sent: begun, comment, is_over: false };
     let body = Body::from_stream(stream::unfold(open, |mut open| async move {
         let bytes = open.next().await?;
         Some((Ok::<_, Infallible>(bytes), open))
@@ -102,8 +104,8 @@ pub(super) async fn respond<F: Frames>(
 async fn first_output(
     streams: &mut Streams,
     status: &mut watch::Receiver<Status>,
+    until: Instant,
 ) -> Result<Option<(usize, Output)>, ApiError> {
-    let until = Instant::now() + KEEP_ALIVE;
     loop {
         let is_ready = status.borrow_and_update().is_ready;
         tokio::select! {
@@ -132,7 +134,7 @@ impl<F: Frames> Open<F> {
         // A token may be held back, to be told with a later one.
         while events.0.is_empty() && !self.is_over {
             let is_ready = self.status.borrow_and_update().is_ready;
-            let interval = if is_ready { KEEP_ALIVE } else { KEEP_ALIVE_WHILE_LOST };
+            let interval = if is_ready { self.comment } else { COMMENT_WHILE_LOST };
             tokio::select! {
                 biased;
                 next = self.streams.next() => self.take(next, &mut events),

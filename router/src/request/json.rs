@@ -53,7 +53,7 @@ fn refuse_or_read<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, Refuse
     let text = std::str::from_utf8(body).map_err(|_| malformed("it is not UTF-8"))?;
     serde_json::from_str::<IgnoredAny>(text).map_err(|error| malformed(&short(error.to_string(), 300)))?;
     if depth(text) > MAX_DEPTH {
-        return Err(malformed(&format!("it is nested deeper than {MAX_DEPTH} levels")));
+        return Err(invalid(format!("the body is nested deeper than {MAX_DEPTH} levels")));
     }
     if !text.trim_start().starts_with('{') {
         return Err(invalid("the body must be a JSON object"));

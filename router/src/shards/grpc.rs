@@ -19,11 +19,10 @@ use super::proto::shard_client::ShardClient;
 use super::proto::{self, health_reply, row_error};
 use super::{
     Answer, Answers, Description, Health, Join, Plan, PromptLogprob, RowAnswer, RowFailure, Sampled, Shard, ShardError,
-    Shards, Timings, Warmup,
+    Shards, Timings, Warmup, terms,
 };
 use crate::control::RankAddress;
-use crate::request::Sampling;
-use crate::request::form::{Grammar, Kind};
+use crate::request::form::Grammar;
 
 /// The largest message, either way. A plan that admits full contexts is the largest; gRPC's default of 4 MB is too small.
 pub const MAX_MESSAGE_BYTES: usize = 256 << 20;
@@ -143,7 +142,7 @@ impl Shard for GrpcShard {
 
     fn prepare(&self, grammar: Grammar) -> BoxFuture<'_, Result<Option<String>, ShardError>> {
         let rpc = async |mut client: ShardClient<_>, request| client.prepare(request).await;
-        let prepared = self.call(("Prepare", PREPARE_DEADLINE), grammar_message(&grammar), rpc);
+        let prepared = self.call(("Prepare", PREPARE_DEADLINE), terms::grammar(&grammar), rpc);
         prepared.map_ok(|reply| Some(reply.error).filter(|error| !error.is_empty())).boxed()
     }
 
@@ -199,8 +198,8 @@ fn step_plan(plan: &Plan) -> proto::StepPlan {
         tokens: admission.token_ids.clone(),
         num_prompt: admission.num_prompt as u32,
         cached_len: admission.num_cached as u32,
-        sampling: Some(sampling(&terms.sampling)),
-        grammar: terms.sampling.grammar.as_ref().map(grammar_message),
+        sampling: Some(terms::sampling(&terms.sampling)),
+        grammar: terms.sampling.grammar.as_ref().map(terms::grammar),
         adapter: String::new(),
         spans: vec![],
         prompt_logprobs_from: terms.prompt_logprobs_from,
@@ -219,35 +218,6 @@ fn step_plan(plan: &Plan) -> proto::StepPlan {
         admit: admit.collect(),
         work: work.collect(),
     }
-}
-
-fn sampling(sampling: &Sampling) -> proto::Sampling {
-    let bias = |(token, bias): &(u32, f32)| proto::TokenBias { token: *token, bias: *bias };
-    proto::Sampling {
-        do_sample: sampling.do_sample,
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        typical_p: sampling.typical_p,
-        repetition_penalty: sampling.repetition_penalty,
-        frequency_penalty: sampling.frequency_penalty,
-        presence_penalty: sampling.presence_penalty,
-        count_penalty: sampling.count_penalty,
-        logit_bias: sampling.logit_bias.iter().map(bias).collect(),
-        seed: sampling.seed,
-        branch: sampling.branch,
-        top_n: sampling.top_n,
-        min_new_tokens: sampling.min_new_tokens,
-        watermark: sampling.watermark,
-    }
-}
-
-fn grammar_message(grammar: &Grammar) -> proto::Grammar {
-    let kind = match grammar.kind {
-        Kind::JsonSchema => proto::grammar::Kind::JsonSchema,
-        Kind::Regex => proto::grammar::Kind::Regex,
-    };
-    proto::Grammar { kind: kind.into(), source: grammar.source.to_string() }
 }
 
 fn answer(result: proto::StepResult) -> Answer {

@@ -20,6 +20,7 @@ pub mod group;
 pub mod grpc;
 mod self_kill;
 pub mod stub;
+mod terms;
 
 pub use group::{Fault, Group};
 pub use self_kill::SelfKill;

@@ -16,9 +16,8 @@ use super::fake::{FakeOptions, FakeRank, FakeShards};
 use super::grpc::{MAX_MESSAGE_BYTES, WINDOW_BYTES};
 use super::proto::shard_server::ShardServer;
 use super::proto::{self, health_reply, row_error};
-use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Shard, ShardError, Terms, Warmup};
+use super::{Answer, Description, Health, Join, PLAN_BUFFER, Plan, RowAnswer, Shard, ShardError, Terms, Warmup, terms};
 use crate::request::Sampling;
-use crate::request::form::{Grammar, Kind};
 
 /// Serves rank 0 of fake shards on a Unix socket until the future is dropped.
 pub fn serve_fake(socket: &Path, options: FakeOptions) -> BoxFuture<'_, std::io::Result<()>> {
@@ -74,7 +73,7 @@ impl proto::shard_server::Shard for Stub {
     }
 
     async fn prepare(&self, request: Request<proto::Grammar>) -> Result<Response<proto::PrepareReply>, Status> {
-        let Some(grammar) = grammar(request.into_inner()) else {
+        let Some(grammar) = terms::read_grammar(request.into_inner()) else {
             return Ok(Response::new(proto::PrepareReply::default()));
         };
         let error = self.rank.prepare(grammar).await.map_err(status)?.unwrap_or_default();
@@ -150,35 +149,9 @@ fn admission(admit: proto::Admit) -> (Admission, Terms) {
         num_prompt: admit.num_prompt as usize,
         num_cached: admit.cached_len as usize,
     };
-    let sampling = admit.sampling.unwrap_or_default();
-    let sampling = Sampling {
-        do_sample: sampling.do_sample,
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        typical_p: sampling.typical_p,
-        repetition_penalty: sampling.repetition_penalty,
-        frequency_penalty: sampling.frequency_penalty,
-        presence_penalty: sampling.presence_penalty,
-        count_penalty: sampling.count_penalty,
-        logit_bias: sampling.logit_bias.into_iter().map(|one| (one.token, one.bias)).collect(),
-        seed: sampling.seed,
-        branch: sampling.branch,
-        top_n: sampling.top_n,
-        min_new_tokens: sampling.min_new_tokens,
-        watermark: sampling.watermark,
-        grammar: admit.grammar.and_then(grammar),
-    };
+    let asked = admit.sampling.unwrap_or_default();
+    let sampling = Sampling { grammar: admit.grammar.and_then(terms::read_grammar), ..terms::read_sampling(asked) };
     (admission, Terms { sampling: Arc::new(sampling), prompt_logprobs_from })
-}
-
-fn grammar(message: proto::Grammar) -> Option<Grammar> {
-    let kind = match message.kind() {
-        proto::grammar::Kind::JsonSchema => Kind::JsonSchema,
-        proto::grammar::Kind::Regex => Kind::Regex,
-        proto::grammar::Kind::None | proto::grammar::Kind::Automaton => return None,
-    };
-    Some(Grammar { kind, source: message.source.into(), field: "" })
 }
 
 fn work(work: proto::Work) -> Work {
