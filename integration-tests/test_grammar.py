@@ -62,6 +62,9 @@ TOOLS = [
 ]
 
 
+FULL = bool(os.environ.get("FULL"))
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("template") / "chat.jinja"
@@ -253,10 +256,17 @@ def test_an_expression_that_is_slow_to_follow_holds_up_nobody_else(server: Serve
 
 
 def test_many_different_schemas_leave_little_behind(server: Server) -> None:
-    pids = [server.router_pid(), server.state()["ranks"][0]["process_id"]]
+    """A thousand with `FULL=1`."""
+    processes = [psutil.Process(pid) for pid in (server.router_pid(), server.state()["ranks"][0]["process_id"])]
 
     def memory() -> int:
-        return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+        return sum(process.memory_info().rss for process in processes)
+
+    def files() -> tuple[Any, ...]:
+        """What they have written to disks, the files that they hold open, and those of the run directory."""
+        written = [process.io_counters().write_bytes for process in processes]
+        opened = [sorted(file.path for file in process.open_files()) for process in processes]
+        return written, opened, sorted(server.run_directory().rglob("*"))
 
     def ask(numbers: range) -> None:
         for n in numbers:
@@ -264,11 +274,13 @@ def test_many_different_schemas_leave_little_behind(server: Server) -> None:
             server.generate("a", max_new_tokens=2, grammar={"type": "json", "value": schema})
 
     ask(range(20))
-    before = memory()
-    threads = [threading.Thread(target=ask, args=(range(100 + 40 * i, 140 + 40 * i),)) for i in range(4)]
+    before, on_disk = memory(), files()
+    each = 250 if FULL else 100
+    threads = [threading.Thread(target=ask, args=(range(1000 * i, 1000 * i + each),)) for i in range(1, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()
-    assert memory() - before < 128 << 20
+    assert memory() - before < (256 if FULL else 128) << 20
+    assert files() == on_disk
