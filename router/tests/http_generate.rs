@@ -530,27 +530,3 @@ async fn after_a_panic_of_the_tokenizer_a_thousand_requests_are_answered() {
     }
     assert_eq!(server.engine.num_free_permits(), 4);
 }
-
-#[tokio::test]
-async fn http_1_0_clients_get_a_stream_that_ends_with_the_connection() {
-    let server = start().await.answer_all(&["x", "y"]);
-    let request = "POST /generate_stream HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{\"inputs\":\"a\"}";
-    let answer = ask(server.address, request.as_bytes()).await;
-    assert!(!answer.headers.contains_key("transfer-encoding"));
-    assert_eq!(answer.events().len(), 2);
-}
-
-#[tokio::test]
-async fn connections_are_kept_alive_for_further_requests() {
-    let server = start().await.answer_all(&["x"]);
-    let mut client = Client::connect(server.address).await;
-    let headers = [("Content-Type", "application/json"), ("Content-Length", "14")];
-    for _ in 0..3 {
-        client.send((head("POST", "/generate", &headers) + r#"{"inputs":"a"}"#).as_bytes()).await;
-        client.until(r#"{"generated_text":"x"}"#).await;
-    }
-    client.send((head("POST", "/generate", &headers) + r#"{"inputs":4  }"#).as_bytes()).await;
-    client.until("\"error_type\":\"validation\"").await;
-    client.send((head("POST", "/generate_stream", &headers) + r#"{"inputs":"a"}"#).as_bytes()).await;
-    client.until("0\r\n\r\n").await;
-}

@@ -349,7 +349,7 @@ async fn rejections_are_told_as_openai_does_with_their_true_status() {
     refused("/v1/chat/completions", "{").await.check_openai_error(400, "validation");
     let other = chat("").replace("tgi", "gpt-4");
     let error = refused("/v1/chat/completions", &other).await.check_openai_error(404, "model_not_found");
-    assert_eq!(error["code"], "model_not_found");
+    assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
     refused("/v1/completions", r#"{"prompt":"a","suffix":"b"}"#).await.check_openai_error(422, "suffix not supported");
     refused("/v1/completions", r#"{"prompt":["a","a","a","a","a"]}"#)
         .await

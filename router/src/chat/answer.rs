@@ -11,18 +11,21 @@ pub struct Reader {
     parser: Option<Parser>,
     /// Calls after the first are dropped.
     takes_one_call: bool,
+    /// Of a call that is cut short before its name is known, nothing can be told: it is no text of the answer.
+    takes_calls_alone: bool,
 }
 
 impl Reader {
     /// A reader of the answer to `prompt`, in a dialect. No tools: no calls are looked for.
     pub fn new(dialect: Dialect, prompt: &str, tools: &[String], takes_one_call: bool) -> Self {
         let parser = (!tools.is_empty()).then(|| Parser::new(dialect.format, tools.iter().cloned()));
-        Self { splitter: Splitter::new(dialect.marks, prompt), parser, takes_one_call }
+        Self { splitter: Splitter::new(dialect.marks, prompt), parser, takes_one_call, takes_calls_alone: false }
     }
 
     /// A reader of an answer whose form is given: nothing in it is thought, and with tools it is a call and nothing else.
     pub fn of_form(tools: &[String]) -> Self {
-        Self::new(Dialect { marks: None, format: Format::Json }, "", tools, true)
+        let dialect = Dialect { marks: None, format: Format::Json };
+        Self { takes_calls_alone: true, ..Self::new(dialect, "", tools, true) }
     }
 
     /// Takes a token's text. Special tokens are no text, save for those that mark something.
@@ -68,9 +71,10 @@ impl Reader {
 
     /// Those of a parser's that are told.
     fn told(&self, pieces: Vec<Piece>) -> impl Iterator<Item = Piece> + use<> {
-        let most = if self.takes_one_call { 1 } else { usize::MAX };
+        let (most, has_content) = (if self.takes_one_call { 1 } else { usize::MAX }, !self.takes_calls_alone);
         pieces.into_iter().filter(move |piece| match piece {
-            Piece::Reasoning(_) | Piece::Content(_) => true,
+            Piece::Reasoning(_) => true,
+            Piece::Content(_) => has_content,
             Piece::Call { index, .. } | Piece::Arguments { index, .. } => *index < most,
         })
     }
@@ -113,6 +117,23 @@ mod tests {
         let hermes = [("<think>", true), ("hm", false), ("</think>", true), ("yes", false), ("<|im_end|>", true)];
         let pieces = read("<think> <tool_call>", &hermes, false);
         assert_eq!(pieces, [Piece::Reasoning("hm".into()), Piece::Content("yes".into())]);
+    }
+
+    #[test]
+    fn a_forced_call_that_is_cut_short_is_no_text() {
+        let read = |tools: &[String], text: &str| {
+            let mut reader = Reader::of_form(tools);
+            let mut pieces = reader.push(text, false);
+            pieces.extend(reader.finish());
+            (pieces, reader.has_calls())
+        };
+        let call = r#"{"name": "f", "parameters": {"a": 1}}"#;
+        for end in 1..call.len() {
+            let (pieces, has_calls) = read(&["f".into()], &call[..end]);
+            assert!(pieces.iter().all(|piece| !matches!(piece, Piece::Content(_))), "{pieces:?}");
+            assert_eq!(has_calls, !pieces.is_empty(), "{pieces:?}");
+        }
+        assert_eq!(read(&[], call), (vec![Piece::Content(call.into())], false), "without tools it is JSON");
     }
 
     #[test]

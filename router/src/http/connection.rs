@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{StatusCode, header};
+use axum::http::{StatusCode, Version, header};
 use axum::response::{IntoResponse, Response};
 use futures::future::BoxFuture;
 use hyper::Request;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -180,11 +180,17 @@ async fn serve(
 async fn answer(app: App, head: &Head, deadlines: &Deadlines, request: Request<Incoming>) -> Response {
     let bytes = head.begin();
     let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
-    let response = if is_chunked && has_content_length(&bytes) {
+    let is_old = request.version() == Version::HTTP_10;
+    let mut response = if is_chunked && has_content_length(&bytes) {
         ApiError::unreadable(StatusCode::BAD_REQUEST).into_response()
     } else {
         app.answer(request.map(Body::new)).await
     };
+    // HTTP/1.0 has no chunks: a stream ends with its connection. hyper promises to keep that to who wants it, unless the
+    // answer too is of that version.
+    if is_old && response.body().size_hint().exact().is_none() {
+        *response.version_mut() = Version::HTTP_10;
+    }
     head.end(response.status(), deadlines);
     response
 }

@@ -96,9 +96,15 @@ impl ApiError {
             }
             _ => ("server_error", None),
         };
-        // An error about a field names it first.
-        let named = error.split('`').nth(1).map(str::to_owned);
-        let param = if self.status == StatusCode::UNPROCESSABLE_ENTITY { named } else { None };
+        // An error about a field names it first, save for those that are worded as TGI's.
+        let param = match error_type {
+            "suffix not supported" => Some("suffix"),
+            "batch size exceeded" => Some("prompt"),
+            "model_not_found" => Some("model"),
+            _ if self.status == StatusCode::UNPROCESSABLE_ENTITY => error.split('`').nth(1),
+            _ => None,
+        };
+        let param = param.map(str::to_owned);
         OpenAiErrorBody { error: OpenAiError { message: error, r#type, param, code }, error_type }
     }
 

@@ -20,6 +20,9 @@ const MAX_WAITING: usize = 64;
 /// Texts up to so many bytes do not wait for longer ones. They take some milliseconds; the longest take a second.
 const SHORT: usize = 32 << 10;
 
+/// Whoever streams comes before long texts: what computes a step waits for the slowest of its threads.
+const NICENESS_OF_LONG: i32 = 10;
+
 /// Texts up to so many bytes are encoded where they are: that takes less than to wake a thread, and wait for it.
 const AT_ONCE: usize = 512;
 
@@ -245,7 +248,8 @@ impl TokenizerPool {
     /// last clone of the pool is dropped.
     pub fn new(encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<Self> {
         let long = (num_threads / 2).max(1);
-        let (short, long) = (lane("tokenize", encoder, num_threads)?, lane("tokenize-long", encoder, long)?);
+        let short = lane("tokenize", encoder, num_threads, 0)?;
+        let long = lane("tokenize-long", encoder, long, NICENESS_OF_LONG)?;
         Ok(Self { encoder: Arc::clone(encoder), short, long })
     }
 
@@ -278,12 +282,21 @@ impl TokenizerPool {
     }
 }
 
-fn lane(name: &str, encoder: &Arc<dyn Encode>, num_threads: usize) -> std::io::Result<mpsc::Sender<Job>> {
+fn lane(
+    name: &str,
+    encoder: &Arc<dyn Encode>,
+    num_threads: usize,
+    niceness: i32,
+) -> std::io::Result<mpsc::Sender<Job>> {
     let (jobs, waiting) = mpsc::channel(MAX_WAITING);
     let waiting = Arc::new(Mutex::new(waiting));
     for n in 0..num_threads {
         let (waiting, encoder) = (Arc::clone(&waiting), Arc::clone(encoder));
-        std::thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&waiting, &*encoder))?;
+        std::thread::Builder::new().name(format!("{name}-{n}")).spawn(move || {
+            // On Linux, threads have priorities of their own. Without leave to lower it, it stays.
+            let _ = rustix::process::nice(niceness);
+            work(&waiting, &*encoder);
+        })?;
     }
     Ok(jobs)
 }
@@ -442,6 +455,17 @@ mod tests {
         fn spell(&self, _id: u32) -> Vec<u8> {
             vec![]
         }
+    }
+
+    #[tokio::test]
+    async fn long_texts_give_way_to_streams_and_short_ones_do_not() {
+        let encoder: Arc<dyn Encode> = Arc::new(Moody);
+        let pool = TokenizerPool::new(&encoder, 2).unwrap();
+        let niceness = || rustix::process::getpriority_process(None).unwrap();
+        let usual = niceness();
+        assert_eq!(pool.run(SHORT, move |_| niceness()).await.unwrap(), usual);
+        let expected = (usual + NICENESS_OF_LONG).min(19);
+        assert_eq!(pool.run(SHORT + 1, move |_| niceness()).await.unwrap(), expected);
     }
 
     #[tokio::test]
