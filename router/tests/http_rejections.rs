@@ -263,6 +263,7 @@ fn hurried() -> Config {
         idle: Duration::from_millis(600),
         body: Duration::from_millis(300),
         write: Duration::from_millis(300),
+        ..Deadlines::default()
     };
     Config { deadlines, ..config() }
 }
