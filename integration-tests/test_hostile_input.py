@@ -82,7 +82,9 @@ def test_no_request_that_the_description_allows_or_forbids_is_a_fault_of_the_ser
     server: Server, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/api-doc/openapi.json"]
-    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--mode", "all"]
+    # That every answer is one that the description tells of, too: status, type and content.
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command += ["--checks", checks, "--phases", "examples,coverage,fuzzing", "--mode", "all"]
     command += ["--max-examples", str(EXAMPLES), "--max-time", str(SECONDS), "--seed", "1", "--request-timeout", "30"]
     command += ["--generation-database", "none", "--no-color", "--warnings", "off"]
     # How many of its own inventions it throws away says nothing about the server.

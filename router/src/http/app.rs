@@ -16,7 +16,7 @@ use super::openai::{chat, completions, models};
 use super::{State, docs, entry, generate, health, page, platforms, tokenize};
 
 /// The routes that need no key: probes ask them.
-const PROBES: [&str; 5] = ["/health", "/ping", "/livez", "/readyz", "/startupz"];
+pub(super) const PROBES: [&str; 5] = ["/health", "/ping", "/livez", "/readyz", "/startupz"];
 
 /// The routes that generate, tokenize or render.
 const WORKING: [&str; 9] = [

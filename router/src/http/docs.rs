@@ -5,10 +5,11 @@ use std::sync::{Arc, LazyLock};
 use axum::extract::Path;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
 use utoipa_swagger_ui::Config;
 
+use super::app::PROBES;
 use super::error::ApiError;
 use super::openai::{chat, completions, models};
 use super::{generate, health, page, platforms, tokenize};
@@ -54,9 +55,48 @@ struct Document;
 
 static JSON: LazyLock<String> = LazyLock::new(|| {
     let mut document = serde_json::to_value(Document::openapi()).expect("a description of types can always be written");
+    describe_errors(&mut document);
     describe_responses(&mut document);
     document.to_string()
 });
+
+/// How whatever reads a body may refuse it, or fail.
+const OF_BODIES: [&str; 10] = ["400", "401", "408", "413", "415", "422", "424", "429", "500", "503"];
+
+/// Errors are the same on all routes of a family, and the last event of a stream may be one.
+fn describe_errors(document: &mut Value) {
+    let schema = |name: &str| json!({"$ref": format!("#/components/schemas/{name}")});
+    for (path, operations) in document["paths"].as_object_mut().into_iter().flatten() {
+        let error = match path.as_str() {
+            // What the body is decides.
+            "/invocations" => json!({"anyOf": [schema("ErrorBody"), schema("OpenAiErrorBody")]}),
+            path if path.starts_with("/v1/") => schema("OpenAiErrorBody"),
+            _ => schema("ErrorBody"),
+        };
+        for (method, operation) in operations.as_object_mut().into_iter().flatten() {
+            let Some(responses) = operation["responses"].as_object_mut() else { continue };
+            let statuses = match method.as_str() {
+                "post" => &OF_BODIES[..],
+                _ if PROBES.contains(&path.as_str()) => &[],
+                _ => &["401"],
+            };
+            for status in statuses {
+                responses.entry(*status).or_insert_with(|| json!({"content": {"application/json": {}}}));
+            }
+            for (status, response) in responses.iter_mut() {
+                let Some(content) = response.get_mut("content").and_then(Value::as_object_mut) else { continue };
+                match content.get_mut("text/event-stream") {
+                    Some(event) => event["schema"] = json!({"anyOf": [event["schema"].take(), error]}),
+                    // A probe may fail with words of its own.
+                    None if status.starts_with(['4', '5']) && !PROBES.contains(&path.as_str()) => {
+                        content.insert("application/json".into(), json!({"schema": error}));
+                    }
+                    None => {}
+                }
+            }
+        }
+    }
+}
 
 /// OpenAPI wants every response described; those of which there is no more to say are described by their status.
 fn describe_responses(document: &mut Value) {
