@@ -12,6 +12,7 @@ from harness import MODELS, Log, Shard, load
 from text_generation_server.distributed import add_up
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.interface import FusesBlocks
+from text_generation_server.layers.block import BLOCKS_AT_ONCE, runs_of
 from text_generation_server.loading import Alone, TensorParallel
 from text_generation_server.models.decoder import Decoder
 
@@ -24,6 +25,9 @@ def decoder(path: Path, kernels: CpuKernels, dtype: str, fused: bool, tp: Tensor
         assert block.fused is not None  # type: ignore[attr-defined]
         if not fused:
             block.fused = None  # type: ignore[attr-defined]
+    if not fused:
+        model.runs = runs_of(model.blocks, kernels)
+    assert all((run.joined is not None) == (fused and tp.size == 1) for run in model.runs)
     return model
 
 
@@ -140,3 +144,12 @@ def test_without_kernels_of_our_own_no_block_is_fused() -> None:
     assert isinstance(kernels, FusesBlocks)
     model = load(MODELS / "docs-llama-7m", ALONE, kernels)
     assert all(block.fused is None for block in model.blocks)  # type: ignore[attr-defined]
+
+
+def test_every_layer_of_blocks_that_are_joined_is_told_of() -> None:
+    torch.set_num_threads(1)
+    model = decoder(MODELS / "docs-llama-7m", CpuKernels(), "float32", fused=True)
+    assert len(model.blocks) <= BLOCKS_AT_ONCE
+    told: list[int] = []
+    Shard(model, num_blocks=8, block_size=16).step([(Log([1, 5, 9], [3]), 2)], on_layer=lambda: told.append(1))
+    assert len(told) == len(model.blocks)

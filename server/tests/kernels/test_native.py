@@ -121,6 +121,22 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
         assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_weights_that_were_read_ahead_may_go() -> None:
+    """What follows a product is known by its address alone: nothing is looked at there, whoever has it."""
+    torch.set_num_threads(2)
+    x = rows(1, 512, torch.bfloat16)
+    kept = torch.randn(4096, 512).bfloat16()
+    first = dense_linear(LIBRARIES[0], kept)
+    for _ in range(20):
+        second = dense_linear(LIBRARIES[0], torch.randn(4096, 512).bfloat16())
+        for _ in range(3):
+            assert torch.equal(first(x), dense_linear(LIBRARIES[0], kept)(x))
+            second(x)
+            first(x)
+        del second
+    torch.set_num_threads(1)
+
+
 @each_library
 def test_values_at_the_edges_of_bfloat16_survive(library: Library) -> None:
     """The largest, the smallest and the subnormal; infinities and what is not a number stay in their own rows."""

@@ -169,6 +169,10 @@ class FusesBlocks(Protocol):
         """None: this block is computed by single operations."""
         ...
 
+    def join_blocks(self, blocks: Sequence[FusedBlock]) -> FusedBlock | None:
+        """Blocks that follow each other as one operation; None: they are called one by one."""
+        ...
+
 
 @dataclass(frozen=True)
 class DrawRequests:

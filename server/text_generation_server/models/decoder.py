@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ..batch import StepBatch
 from ..kernels.interface import CacheSpec, Kernels
+from ..layers.block import Block, runs_of
 from ..layers.embedding import Head, VocabEmbedding
 from ..layers.norm import RMSNorm
-
-Block = Callable[[Tensor, StepBatch], Tensor]
 
 # Rows of logits that exist at once where they are only looked at: a chunk of a prompt has hundreds.
 SCORED_AT_ONCE = 64
@@ -29,6 +28,7 @@ class Decoder:
         kernels: Kernels,
     ):
         self.embed, self.blocks, self.norm, self.head = embed, blocks, norm, head
+        self.runs = runs_of(blocks, kernels)
         self.cache_spec, self.kernels = cache_spec, kernels
         kernels.prepare(embed.weight.shape[1], cache_spec.head_dim)
 
@@ -42,9 +42,8 @@ class Decoder:
         host = batch.token_ids.device
         batch = batch.on(self.kernels.device)
         x = self.embed(batch.token_ids)
-        for block in self.blocks:
-            x = block(x, batch)
-            on_layer()
+        for run in self.runs:
+            x = run(x, batch, on_layer)
         if batch.scored_rows is not None:
             for start in range(0, len(batch.scored_rows), SCORED_AT_ONCE):
                 rows = batch.scored_rows[start : start + SCORED_AT_ONCE]

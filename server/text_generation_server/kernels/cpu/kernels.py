@@ -21,7 +21,7 @@ from ..interface import (
 )
 from ..weights import DenseRows, QuantizedWeight
 from .linear import LinearFactory
-from .native.block import fuse
+from .native.block import fuse, join
 from .native.layer import NativeLayer
 from .native.library import load_library
 from .native.sampling import NativeSampling
@@ -71,6 +71,9 @@ class CpuKernels:
 
     def fuse_block(self, parts: BlockParts) -> FusedBlock | None:
         return None if self._library is None else fuse(self._library, parts)
+
+    def join_blocks(self, blocks: Sequence[FusedBlock]) -> FusedBlock | None:
+        return None if self._library is None else join(self._library, blocks)
 
     def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
         return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed)

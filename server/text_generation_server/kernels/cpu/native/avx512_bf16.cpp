@@ -35,8 +35,10 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     auto each = [](auto &&function) {
         repeat<R>([&](auto m) { repeat<Panels>([&](auto p) { repeat<kVectors>([&](auto v) { function(m, p, v); }); }); });
     };
-    // Exact sums may be added up in any order: of few, each has two chains, so that it need not wait for itself.
-    constexpr int kChains = C::kExact && R * Panels == 1 ? 2 : 1;
+    // Exact sums may be added up in any order: of few, each has a chain for each unit of a step, so that none waits for itself,
+    // and units are taken as they are.
+    constexpr bool kRaw = C::kExact && R * Panels <= 2;
+    constexpr int kChains = kRaw ? C::kUnits : 1;
     F totals[R][Panels][kVectors];
     each([&](auto m, auto p, auto v) { totals[m][p][v] = zeros(); });
     int64_t step = 0, block = 0;
@@ -49,18 +51,24 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
             typename C::Sum sum[R][Panels][kVectors][kChains];
             each([&](auto m, auto p, auto v) {
                 sum[m][p][v][0] = begin_sum<C>(tile.offsets(block) + m);
-                if constexpr (kChains > 1) sum[m][p][v][1] = {_mm512_setzero_si512()};
+                if constexpr (kRaw) sum[m][p][v][1] = {_mm512_setzero_si512()};
             });
             const uint32_t *x = tile.x(step * C::kUnits);
             for (; step < last; step++, x += C::kUnits * R) {
                 repeat<Panels>([&](auto p) {
                     const uint8_t *at = codes + p * panel_bytes + step * C::kStep;
-                    for (int64_t line = 0; line < C::kStep; line += 64) prefetch(at + line);
+                    // Of few rows, memory is all that a step waits for.
+                    if constexpr (R <= 2) prefetch_page<C::kStep>(at);
+                    else
+                        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(at + line);
                     typename C::Words words[kVectors];
                     repeat<kVectors>([&](auto v) { words[v] = C::load(at, v, table); });
                     repeat<C::kUnits>([&](auto u) {
                         I unit[kVectors];
-                        repeat<kVectors>([&](auto v) { unit[v] = C::template unit<u>(words[v]); });
+                        repeat<kVectors>([&](auto v) {
+                            if constexpr (kRaw) unit[v] = C::template raw<u>(words[v]);
+                            else unit[v] = C::template unit<u>(words[v]);
+                        });
                         repeat<R>([&](auto m) {
                             const I value = broadcast_unit(x + u * R + m);
                             repeat<kVectors>([&](auto v) { sum[m][p][v][u % kChains] = add_dot(sum[m][p][v][u % kChains], unit[v], value); });
@@ -69,7 +77,7 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
                 });
             }
             each([&](auto m, auto p, auto v) {
-                if constexpr (kChains > 1) sum[m][p][v][0] = sum[m][p][v][0] + sum[m][p][v][1];
+                if constexpr (kRaw) sum[m][p][v][0] = sum[m][p][v][0] + shift_right_signed<C::kRawShift>(sum[m][p][v][1]);
                 if constexpr (C::kExact)
                     partial[m][p][v] = add_product(to_float(sum[m][p][v][0]), all_floats(tile.scales(block)[m]), partial[m][p][v]);
                 else partial[m][p][v] = sum[m][p][v][0];

@@ -98,6 +98,16 @@ EXPORT void kernels_block(const Block *block, const BlockStep *step, int32_t var
     add_up(*block, *step, delta, variant, threads);
 }
 
+// The same of blocks one after another, which have keys and values of their own.
+EXPORT void kernels_blocks(const Block *const *blocks, void *const *keys, void *const *values, int64_t count, const BlockStep *step,
+                           int32_t variant, int32_t threads) {
+    BlockStep own = *step;
+    for (int64_t i = 0; i < count; i++) {
+        own.keys = keys[i], own.values = values[i];
+        kernels_block(blocks[i], &own, variant, threads);
+    }
+}
+
 // Of a block that is split over ranks: what this rank adds, [rows][hidden], for the ranks to sum up in between.
 EXPORT void kernels_block_attention(const Block *block, const BlockStep *step, void *delta, int32_t variant, int32_t threads) {
     attend(*block, *step, static_cast<char *>(delta), variant, threads);

@@ -1,14 +1,15 @@
-"""A block of a decoder in one call (see block.h)."""
+"""A block of a decoder in one call, or several of them (see block.h)."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ....batch import StepBatch
-from ...interface import BlockParts
+from ...interface import BlockParts, FusedBlock
 from .layer import TILE_KEYS, NativeLayer, step_rows
 from .library import FLOATS, Library
 from .linear import NativeLinear
@@ -65,6 +66,7 @@ class NativeBlock:
     def __init__(self, library: Library, parts: BlockParts, matmuls: tuple[NativeLinear, ...]):
         """matmuls: of `parts`: qkv, output, gate and up, down."""
         self._library, self._parts, self._matmuls = library, parts, matmuls
+        self._dtype = matmuls[0].dtype
         self._whole = library.function("block", "ppii")
         self._attention, self._feed_forward, self._add = (
             library.function(f"block_{part}", "pppii") for part in ("attention", "feed_forward", "add")
@@ -79,17 +81,40 @@ class NativeBlock:
         )  # fmt: skip
         self._address, self._hidden = ctypes.addressof(self._block), hidden
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
+    @property
+    def parts(self) -> BlockParts:
+        return self._parts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return self._dtype
+
+    @property
+    def address(self) -> int:
+        """Of the block, as the library knows it."""
+        return self._address
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> _BlockStep | None:
+        """What a call is told besides keys and values; None: the cache is laid out otherwise.
+
+        Raises:
+            ValueError: the activations are not those of the step.
+        """
         if not NativeLayer.attends(self._parts.head_dim, batch.kv_cache.block_size):
             return None
-        dtype = self._matmuls[0].dtype
-        if x.shape != (len(batch.positions), self._hidden) or x.dtype != dtype:
-            raise ValueError(
-                f"activations are {x.dtype} {list(x.shape)}; expected {dtype} {[len(batch.positions), self._hidden]}"
-            )
+        step = batch.once("block", lambda: _step(cos, sin, self._dtype, batch))
+        if x.shape != (step.rows, self._hidden) or x.dtype != self._dtype:
+            expected = f"{self._dtype} {[step.rows, self._hidden]}"
+            raise ValueError(f"activations are {x.dtype} {list(x.shape)}; expected {expected}")
+        return step
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
+        step = self.step(x, cos, sin, batch)
+        if step is None:
+            return None
         x = x.contiguous()
         keys, values = batch.kv_cache.layers[self._parts.layer]
-        step = batch.once("block", lambda: _step(cos, sin, dtype, batch))
         step.x, step.keys, step.values = x.data_ptr(), keys.data_ptr(), values.data_ptr()
         where, how = (self._address, ctypes.addressof(step)), (self._library.variant, torch.get_num_threads())
         all_reduce = self._parts.all_reduce
@@ -102,6 +127,31 @@ class NativeBlock:
         self._feed_forward(*where, delta.data_ptr(), *how)
         delta = all_reduce(delta)
         self._add(*where, delta.data_ptr(), *how)
+        return x
+
+
+class NativeBlocks:
+    """A `FusedBlock` that is several whole ones, each after the other."""
+
+    def __init__(self, library: Library, blocks: Sequence[NativeBlock]):
+        self._library, self._blocks = library, blocks
+        self._call = library.function("blocks", "ppplpii")
+        self._pointers = ctypes.c_void_p * len(blocks)
+        self._addresses = self._pointers(*(block.address for block in blocks))
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
+        step = self._blocks[0].step(x, cos, sin, batch)
+        if step is None:
+            return None
+        x = x.contiguous()
+        layers = [batch.kv_cache.layers[block.parts.layer] for block in self._blocks]
+        keys = self._pointers(*(layer[0].data_ptr() for layer in layers))
+        values = self._pointers(*(layer[1].data_ptr() for layer in layers))
+        step.x = x.data_ptr()
+        self._call(
+            ctypes.addressof(self._addresses), ctypes.addressof(keys), ctypes.addressof(values), len(layers),
+            ctypes.addressof(step), self._library.variant, torch.get_num_threads(),
+        )  # fmt: skip
         return x
 
 
@@ -126,3 +176,12 @@ def fuse(library: Library, parts: BlockParts) -> NativeBlock | None:
     ):
         return None
     return NativeBlock(library, parts, native) if NativeLayer.attends(parts.head_dim, TILE_KEYS) else None
+
+
+def join(library: Library, blocks: Sequence[FusedBlock]) -> NativeBlocks | None:
+    """Blocks in one call, if they are ours, not split over ranks, and alike in what the first of them checks."""
+    native = [block for block in blocks if isinstance(block, NativeBlock)]
+    alike = {(block.parts.head_dim, len(block.parts.attention_norm.weight), block.dtype) for block in native}
+    if len(native) < len(blocks) or len(alike) > 1 or any(block.parts.all_reduce is not None for block in native):
+        return None
+    return NativeBlocks(library, native)

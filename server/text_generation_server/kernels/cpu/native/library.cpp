@@ -92,11 +92,37 @@ bool supported(const Variant &variant) {
 
 int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
 
-// Parts of the panels: enough for a thread to be worth waking, few enough that no thread waits for the last one.
-int64_t panels_at_once(const Weight &weight, int64_t rows, int32_t threads) {
-    const int64_t work = rows * weight.steps * kStepPlaces * kColumns;
-    return std::max<int64_t>(std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work)), panels_of(weight) / (threads * 8));
+// Panels of a part at least, so that a thread is worth waking; an even number, as some products read two at a time.
+int64_t panels_at_once(const Weight &weight, int64_t rows) {
+    const int64_t work = 2 * rows * weight.steps * kStepPlaces * kColumns;
+    return 2 * std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work));
 }
+
+// Rows up to which memory is what a product waits for.
+constexpr int64_t kReadAheadRows = 16;
+
+// The codes that were read after those of a weight the last time: the products of a model follow each other in one order.
+// Weights are known by their addresses, at which nobody looks; one may push another out.
+class Order {
+public:
+    // Notes that `weight` is read now, and says what to read after it.
+    void next(const Weight &weight) {
+        Codes &after = entries_[place_of(previous_)];
+        after = {previous_, weight.codes, panels_of(weight) * weight.steps * kStepBytes[weight.coding]};
+        previous_ = &weight;
+        const Codes &next = entries_[place_of(&weight)];
+        if (next.after == &weight) Pool::shared().reads_next(next.begin, next.bytes);
+    }
+
+private:
+    struct Codes { const void *after; const uint8_t *begin; int64_t bytes; };
+    static constexpr int kBits = 12;
+    static size_t place_of(const void *weight) {
+        return size_t(uint64_t(reinterpret_cast<uintptr_t>(weight)) * 0x9E3779B97F4A7C15u >> (64 - kBits));
+    }
+    std::vector<Codes> entries_ = std::vector<Codes>(1 << kBits);
+    const void *previous_ = nullptr;
+};
 
 // y = x W^T by dot instructions or tiles. x: [count][in_features], y: [count][out_features], of bfloat16.
 void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t count,
@@ -122,7 +148,7 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
             dots.prepare(weight, x, tiles[tile].first, tiles[tile].count, own, to);
     });
     const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums, to.outliers, y};
-    Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count, threads), [&](int64_t first, int64_t last) {
+    Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count), [&](int64_t first, int64_t last) {
         static thread_local Buffer scratch;
         dots.multiply(weight, units, first, last, scratch.floats(dots.scratch_floats(count)));
     });
@@ -235,6 +261,10 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
     // Rows one after another at a power of two would share few places of a cache.
     const int64_t stride = weight->steps * kStepPlaces + 16;
     const bool has_sums = weight->coding >= kInt2 && weight->coding <= kInt4;
+    if (rows <= kReadAheadRows && threads > 1) {
+        static thread_local Order order;
+        order.next(*weight);
+    }
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
         const char *from = static_cast<const char *>(x) + begin * weight->in_features * x_bytes;
@@ -257,7 +287,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
         });
         const Rows activations{count, stride, spread, sums, type == kF32 ? reinterpret_cast<float *>(to) : nullptr,
                                type == kF32 ? nullptr : reinterpret_cast<uint16_t *>(to)};
-        Pool::shared().run(threads, panels_of(*weight), panels_at_once(*weight, count, threads), [&](int64_t first, int64_t last) {
+        Pool::shared().run(threads, panels_of(*weight), panels_at_once(*weight, count), [&](int64_t first, int64_t last) {
             static thread_local Buffer scratch;
             use.multiply(*weight, activations, first, last, scratch.floats(scratch_floats(count)));
         });

@@ -6,6 +6,17 @@ constexpr int kMicroColumns = 2 * kWidth;
 
 // Of every instruction set alike.
 INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + 2048, _MM_HINT_T0); }
+
+// A processor reads a stream ahead by itself, but not from one page into the next, and asking for every line keeps it from doing
+// so: of a step of so many bytes that begins in a page, only the beginning of the next page is asked for.
+template <int64_t Bytes>
+INLINE void prefetch_page(const uint8_t *at) {
+    constexpr int64_t kPage = 4096, kLines = 4;
+    const int64_t within = int64_t(reinterpret_cast<uintptr_t>(at) % kPage);
+    if (within < Bytes)
+        for (int64_t line = 0; line < kLines; line++) _mm_prefetch((const char *)at - within + kPage + 64 * line, _MM_HINT_T1);
+}
+
 INLINE float from_bfloat16(uint16_t bits) {
     const uint32_t wide = uint32_t(bits) << 16;
     float value;

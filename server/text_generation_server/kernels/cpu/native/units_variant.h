@@ -7,14 +7,18 @@ INLINE I load_units(const uint32_t *at) { return {_mm512_loadu_si512(at)}; }
 INLINE I broadcast_unit(const uint32_t *at) { return {_mm512_set1_epi32(int32_t(*at))}; }
 
 // How units are made of a step: `load` takes what it holds for one vector of columns, `unit<U>` makes unit U of that.
-// `place(u, k)`: the place within the step of part k of unit u.
+// `place(u, k)`: the place within the step of part k of unit u. Exact kinds have `raw<U>` too: unit U of numbers that are
+// `1 << kRawShift * U` times as large, where making it so is cheaper.
 template <int Bits>
 struct Codes {
     static constexpr int kBits = Bits, kUnits = 2, kStep = kColumns * Bits;
+    static constexpr int kRawShift = 0;
     static constexpr bool kExact = true, kInMemory = false;
     using Sum = I;
     struct Words { I codes; };
     static INLINE Words load(const uint8_t *step, int vector, I) { return {load_words<Bits>(step + vector * kWidth * Bits)}; }
+    template <int U>
+    static INLINE I raw(Words words) { return unit<U>(words); }
     template <int U>
     static INLINE I unit(Words words) {
         constexpr uint64_t low = uint64_t(Bits) * (4 * U), lane = low | (low + Bits) << 8 | (low + 2 * Bits) << 16 | (low + 3 * Bits) << 24;
@@ -25,13 +29,32 @@ struct Codes {
     static constexpr int place(int u, int k) { return 4 * u + k; }
 };
 
+// The lower halves of an integer's bytes are one unit, the upper ones the other, which stand where they are 16 times as much.
+template <>
+struct Codes<4> {
+    static constexpr int kBits = 4, kUnits = 2, kStep = kColumns * 4, kRawShift = 4;
+    static constexpr bool kExact = true, kInMemory = false;
+    using Sum = I;
+    struct Words { I codes; };
+    static INLINE Words load(const uint8_t *step, int vector, I) { return {load_integers(step + vector * kWidth * 4)}; }
+    template <int U>
+    static INLINE I raw(Words words) { return {_mm512_and_si512(words.codes.v, _mm512_set1_epi8(int8_t(0xF << 4 * U)))}; }
+    template <int U>
+    static INLINE I unit(Words words) {
+        return {_mm512_and_si512(U ? _mm512_srli_epi16(words.codes.v, 4) : words.codes.v, _mm512_set1_epi8(0xF))};
+    }
+    static constexpr int place(int u, int k) { return 2 * k + u; }
+};
+
 template <>
 struct Codes<8> {
-    static constexpr int kBits = 8, kUnits = 2, kStep = kColumns * 8;
+    static constexpr int kBits = 8, kUnits = 2, kStep = kColumns * 8, kRawShift = 0;
     static constexpr bool kExact = true, kInMemory = true;
     using Sum = I;
     using Words = const uint8_t *;
     static INLINE Words load(const uint8_t *step, int vector, I) { return step + vector * kWidth * 4; }
+    template <int U>
+    static INLINE I raw(Words at) { return unit<U>(at); }
     template <int U>
     static INLINE I unit(Words at) { return load_integers(at + U * kColumns * 4); }
     static constexpr int place(int u, int k) { return 4 * u + k; }
@@ -231,6 +254,16 @@ template <class C>
 constexpr int64_t kRunSteps = kRunUnits / C::kUnits;
 static_assert(kRunSteps<Codes<4>> == kBlockSteps);
 
+// The bytes of a block's steps, which stand as places do, as units want them.
+template <class C>
+INLINE void order_units(uint32_t *units) {
+    static_assert(sizeof(uint32_t) * kRunUnits == 64);
+    alignas(16) uint8_t from[16];
+    for (int i = 0; i < 16; i++) from[i] = uint8_t(i / 8 * 8 + C::place(i % 8 / 4, i % 4));
+    const __m512i order = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(from)));
+    _mm512_storeu_si512(units, _mm512_shuffle_epi8(_mm512_loadu_si512(units), order));
+}
+
 // The units of a step, of numbers that were bfloat16.
 template <class C>
 INLINE void brain_units(const float *step, uint32_t *units) {
@@ -268,6 +301,7 @@ INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t 
                     const float scale = quantize_block(scratch + first * kStepPlaces, (last - first) * kStepPlaces,
                                                        weight.outlier_threshold, reinterpret_cast<int8_t *>(units), &whole,
                                                        reinterpret_cast<uint8_t *>(noted) + first, &outliers.counts[row + m]);
+                    order_units<C>(units);
                     const int64_t at = row * to.blocks + run * count + m;
                     to.scales[at] = scale;
                     to.offsets[at] = to.sums ? 0 : -int32_t(weight.middle) * whole;
