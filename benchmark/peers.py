@@ -5,10 +5,11 @@ llama.cpp. Its Q4_0 has groups of 32; it is measured with the head in bfloat16, 
 quantizer chooses. OpenVINO GenAI has groups of 128 and its usual head, of 8 bits.
 
   decode, prefill   one process each, no HTTP: a token after 32 others; a prompt of 2,048 tokens
-  clients           through HTTP, each sends its next request when it has its answer: prompts of about 128 tokens, answers of 128
+  clients           each sends its next request when it has its answer: prompts of about 128 tokens, answers of 128; through
+                    HTTP but for OpenVINO GenAI, whose continuous batching has no server
 
-Sides take turns. Where `what the memory allows` stands, a step reads every weight once at the measured bandwidth. See
-README.md for how to get the peers.
+Sides take turns. What memory allows: a step reads every weight once, at the speed at which our process reads memory beside
+its turn. See README.md for how to get the peers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import common
 import quantized
@@ -31,7 +34,9 @@ START_TIMEOUT_S = 300.0
 PORTS = {"ours": 18420, "llama.cpp": 18421}
 OURS, SAME_HEAD, OWN_HEAD, OPENVINO = "ours", "llama.cpp Q4_0, head as ours", "llama.cpp Q4_0", "OpenVINO GenAI"
 CONTEXT, PROMPT, ANSWER = 32, 2048, 128
+WHAT = {"decode": f"Decode of one sequence, after {CONTEXT} tokens", "prefill": f"Prefill of {PROMPT} tokens"}
 CHECKPOINT = "gptq-4-128"
+PROMPT_CHARACTERS = 128  # each of which this tokenizer makes a token of
 
 
 def servable(folder: Path) -> Path:
@@ -128,6 +133,48 @@ def work_openvino(file: Path, threads: int) -> None:
         print(json.dumps({"tokens_per_s": speed, "tokens": metrics.get_num_input_tokens()}), flush=True)
 
 
+def work_openvino_clients(file: Path, threads: int, streams: int, requests: int) -> None:
+    """In the peer's environment: its continuous batching, each of `streams` clients `requests` times; prints a report."""
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.cache_size, scheduler.dynamic_split_fuse = streams, 2, True
+    scheduler.enable_prefix_caching = False
+    pipeline = openvino_genai.ContinuousBatchingPipeline(
+        str(file), scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "THROUGHPUT"}
+    )
+    settings = openvino_genai.GenerationConfig()
+    settings.ignore_eos, settings.do_sample, settings.max_new_tokens = True, False, ANSWER
+    settings.apply_chat_template = False
+    gaps: list[float] = []
+
+    def run(turns: int, first: int) -> float:
+        """Seconds. Who has an answer asks again; words differ, so that nothing can be used again."""
+        asked, handles = 0, []
+        begun = last = time.perf_counter()
+        while True:
+            handles = [handle for handle in handles if handle.get_status() == openvino_genai.GenerationStatus.RUNNING]
+            while len(handles) < streams and asked < turns * streams:
+                prompt = " ".join(f"{first + asked} {n}" for n in range(110))[:PROMPT_CHARACTERS]
+                handles.append(pipeline.add_request(first + asked, prompt, settings))
+                asked += 1
+            if not handles:
+                return time.perf_counter() - begun
+            pipeline.step()
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    run(1, 0)
+    gaps.clear()
+    seconds = run(requests, streams)
+    cuts = statistics.quantiles(gaps, n=100)
+    print(json.dumps({
+        "tokens_per_s": requests * streams * ANSWER / seconds, "short_answers": 0, "failed": 0,
+        "between_tokens": {"p50_ms": 1e3 * cuts[49], "p99_ms": 1e3 * cuts[98]},
+    }))  # fmt: skip
+
+
 class Bench:
     """The sides that are there."""
 
@@ -169,33 +216,31 @@ class Bench:
         command += ["--ratio", "1.0", self.openvino]
         subprocess.run(command, check=True, timeout=1200, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
-    def alone(self, side: str, server: common.Server | None) -> dict[str, float]:
-        """Tokens per second of `decode` and `prefill`."""
+    def alone(self, side: str, server: common.Server | None, what: str) -> dict[str, float]:
+        """Tokens per second of `decode` or of `prefill`; of ours, what share that is of what its process read."""
         if side == OURS:
             assert server is not None
-            answers = {}
-            for command, tokens in ((f"decode 1 {CONTEXT}", 1), (f"prefill 1 {PROMPT}", PROMPT)):
-                server.write_line(command)
-                answers[command.split()[0]] = tokens / json.loads(server.read_line(START_TIMEOUT_S))["s"]
-            return answers
+            tokens = 1 if what == "decode" else PROMPT
+            server.write_line(f"{what} 1 {CONTEXT if what == 'decode' else PROMPT}")
+            answer = json.loads(server.read_line(START_TIMEOUT_S))
+            share = self.step_bytes / answer["read"] / answer["s"]
+            return {"tokens_per_s": tokens / answer["s"], "share": share, "read": answer["read"]}
         if side == OPENVINO:
             assert server is not None
-            answers = {}
-            for command in (f"decode {CONTEXT}", f"prefill {PROMPT}"):
-                server.write_line(command)
-                answers[command.split()[0]] = json.loads(server.read_line(START_TIMEOUT_S))["tokens_per_s"]
-            return answers
+            server.write_line(f"{what} {CONTEXT if what == 'decode' else PROMPT}")
+            return {"tokens_per_s": json.loads(server.read_line(START_TIMEOUT_S))["tokens_per_s"]}
         command = [self.arguments.llama_cpp / "llama-bench", "-m", self.files[side], "-t", str(self.threads), "-r", "1"]
-        command += ["-p", str(PROMPT), "-n", "64", "-o", "json"]
-        done = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
-        return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in json.loads(done.stdout)}
+        command += ["-p", "0", "-n", "64"] if what == "decode" else ["-p", str(PROMPT), "-n", "0"]
+        done = subprocess.run([*command, "-o", "json"], check=True, timeout=600, capture_output=True, text=True)
+        return {"tokens_per_s": json.loads(done.stdout)[0]["avg_ts"]}
 
     def start(self, side: str) -> common.Server | None:
         """A process that keeps its model, for the sides that have one."""
         if side == OURS:
             command = [sys.executable, quantized.__file__, "--work", self.ours, "--threads", str(self.threads)]
             server = common.Server([*command, "--quantize", "", "--dtype", "bfloat16"], log=self.folder / "ours.log")
-            self.loaded = json.loads(server.read_line(START_TIMEOUT_S))
+            loaded = json.loads(server.read_line(START_TIMEOUT_S))
+            self.step_bytes = quantized.step_bytes(quantized.SIDES["gptq 4 bits g128"], loaded["plan_bytes"])
             return server
         if side == OPENVINO:
             command = [self.arguments.peer_python, __file__, "--role", "openvino", "--file", self.openvino]
@@ -205,10 +250,23 @@ class Bench:
         return None
 
     def clients(self, side: str, streams: int) -> common.Report:
-        """Through HTTP."""
+        """Through HTTP; OpenVINO GenAI, which has no server, in its process."""
+        if side == OPENVINO:
+            command: list[Any] = [
+                self.arguments.peer_python,
+                __file__,
+                "--role",
+                "openvino-clients",
+                "--file",
+                self.openvino,
+            ]
+            command += ["--threads", self.threads, "--streams", streams, "--requests", self.arguments.requests]
+            done = subprocess.run(list(map(str, command)), check=True, timeout=600, capture_output=True, text=True)
+            report: common.Report = json.loads(done.stdout.splitlines()[-1])
+            return report
         if side == OURS:
             port, api = PORTS["ours"], "generate-stream"
-            command: list[str | Path] = [
+            command = [
                 common.ROOT / ".venv" / "bin" / "text-generation-launcher",
                 "--model-id",
                 self.ours,
@@ -250,14 +308,17 @@ class Bench:
             )
 
 
-def arithmetic_roof(roof: roofs.Roofs) -> float:
-    """Answered tokens per second if every product ran at the processor's peak: prompts go through all blocks, not the head."""
+def arithmetic_roof(operations: dict[str, float]) -> float:
+    """Answered tokens per second if every product ran at the processor's peak. Prompts go through all blocks, not the head.
+
+    operations: a second, by kind.
+    """
     config = quantized.TINY_LLAMA
     hidden, size = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     block = 2 * hidden**2 + 2 * kv * hidden + 3 * size * hidden
-    brain = max(value for kind, value in roof.operations.items() if kind != "vnni")
-    seconds = 4 * block * config["num_hidden_layers"] / max(roof.operations.values())
+    brain = max(value for kind, value in operations.items() if kind != "vnni")
+    seconds = 4 * block * config["num_hidden_layers"] / max(operations.values())
     return 1 / (seconds + 2 * config["vocab_size"] * hidden / brain)
 
 
@@ -265,41 +326,34 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
     """All rounds, and the tables."""
     bench = Bench(arguments, folder)
     sides = [side for side in (OURS, SAME_HEAD, OWN_HEAD, OPENVINO) if side in arguments.sides]
-    roof = roofs.measure(bench.threads)
-    bandwidth = roof.read
+    operations = roofs.Roof(bench.threads).operations()
     servers: dict[str, common.Server | None] = {}
-    alone: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    alone: dict[str, dict[str, list[dict[str, float]]]] = {what: {side: [] for side in sides} for what in WHAT}
     try:
         servers = {side: bench.start(side) for side in sides}
-        for turn in range(arguments.rounds):
-            for side in sides:
-                alone[side].append(bench.alone(side, servers[side]))
-                print(f"round {turn + 1}: {side}: {alone[side][-1]}", file=sys.stderr, flush=True)
+        for what, turns in (("decode", arguments.turns), ("prefill", arguments.rounds)):
+            for turn in range(turns):
+                for side in sides:
+                    found = bench.alone(side, servers[side], what)
+                    alone[what][side].append(found)
+                    print(f"{what}, turn {turn + 1}: {side}: {found}", file=sys.stderr, flush=True)
     finally:
         for server in servers.values():
             if server is not None:
                 server.__exit__(None, None, None)
     parts = []
-    # Of the embedding, a step reads one row.
-    config = quantized.TINY_LLAMA
-    step_bytes = bench.loaded["plan_bytes"] - 2 * config["vocab_size"] * config["hidden_size"]
-    bound = bandwidth / step_bytes
-    for what, title in (
-        ("decode", f"Decode of one sequence, after {CONTEXT} tokens"),
-        ("prefill", f"Prefill of {PROMPT} tokens"),
-    ):
+    for what, title in WHAT.items():
         rows = []
         for side in sides:
-            speeds = [run[what] for run in alone[side]]
-            ratios = [mine[what] / other[what] for mine, other in zip(alone[OURS], alone[side], strict=True)]
-            limit = f"{bound:.1f}" if what == "decode" and side == OURS else ""
-            rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), limit])
-        parts += [
-            f"## {title}\n",
-            common.table(["", "tokens/s", "ours ÷ this", "what the memory allows, tokens/s"], rows),
-            "",
-        ]
-    runs: dict[str, list[common.Report]] = {side: [] for side in sides if side != OPENVINO}
+            speeds = [run["tokens_per_s"] for run in alone[what][side]]
+            ours = [run["tokens_per_s"] for run in alone[what][OURS]]
+            row = [side, common.spread(speeds, 1), common.spread([a / b for a, b in zip(ours, speeds, strict=True)], 2)]
+            if what == "decode":
+                row.append(common.spread([run["share"] for run in alone[what][side]], 2) if side == OURS else "")
+            rows.append(row)
+        head = ["", "tokens/s", "ours ÷ this, turn by turn", *(["of what memory allows"] if what == "decode" else [])]
+        parts += [f"## {title}\n", common.table(head, rows), ""]
+    runs: dict[str, list[common.Report]] = {side: [] for side in sides}
     for turn in range(arguments.rounds):
         for side in runs:
             runs[side].append(bench.clients(side, arguments.streams))
@@ -314,20 +368,20 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
             statistics.median(report["between_tokens"][column] for report in reports) for column in ("p50_ms", "p99_ms")
         ]
         lost = (sum(report[what] for report in reports) for what in ("short_answers", "failed"))
-        one = statistics.median(alone_run["decode"] for alone_run in alone[side])
+        one = statistics.median(run["tokens_per_s"] for run in alone["decode"][side])
         rows.append([side, common.spread(speeds, 1), common.spread(ratios, 2), f"{statistics.median(speeds) / one:.1f}",
                      *(f"{ms:.0f}" for ms in between), *lost])  # fmt: skip
     head = ["", "tokens/s", "ours ÷ this", "÷ its decode of one", "between tokens p50 ms", "p99 ms", "short answers",
             "failed"]  # fmt: skip
     parts += [
-        f"## {arguments.streams} clients through HTTP, about 128 tokens in, {ANSWER} out\n",
+        f"## {arguments.streams} clients, about 128 tokens in, {ANSWER} out\n",
         common.table(head, rows),
         "",
     ]
     parts.append(
-        f"{bench.threads} threads each; read bandwidth {bandwidth / 1e9:.1f} GB/s; if every product ran at the processor's peak, "
-        f"clients would get {arithmetic_roof(roof):.0f} tokens/s. Bytes that a step of ours reads: "
-        f"{step_bytes / 2**20:.0f} MiB; files of the peers: "
+        f"{bench.threads} threads each; if every product ran at the processor's peak, clients would get "
+        f"{arithmetic_roof(operations):.0f} tokens/s. A step of ours reads {bench.step_bytes / 2**20:.0f} MiB; our process read "
+        f"memory at {common.spread([run['read'] / 1e9 for run in alone['decode'][OURS]], 1)} GB/s beside its turns. Files of the peers: "
         + ", ".join(f"{side} {file.stat().st_size / 2**20:.0f} MiB" for side, file in bench.files.items())
         + f". llama.cpp: {_version(arguments.llama_cpp)}; its server has as many slots as there are clients."
     )
@@ -352,11 +406,14 @@ def main() -> None:
     )
     every = [OURS, SAME_HEAD, OWN_HEAD, OPENVINO]
     parser.add_argument("--sides", nargs="+", choices=every, default=every, help="ours among them")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--turns", type=int, default=12, help="of decode: short ones, as memory is fast and slow by turns"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of prefill and of clients")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--requests", type=int, default=4, help="of each client")
     parser.add_argument("--folder", type=Path, help="where models are made and kept; by default they are removed")
-    parser.add_argument("--role", choices=["gguf", "openvino"], help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=["gguf", "openvino", "openvino-clients"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
@@ -366,6 +423,9 @@ def main() -> None:
         return
     if arguments.role == "openvino":
         work_openvino(arguments.file, arguments.threads)
+        return
+    if arguments.role == "openvino-clients":
+        work_openvino_clients(arguments.file, arguments.threads, arguments.streams, arguments.requests)
         return
     arguments.llama_cpp = arguments.llama_cpp.resolve()
     common.build("text-generation-benchmark")

@@ -6,7 +6,9 @@ machine that slows down in between favours none. Few sides stand in memory at on
 a side is compared with the bfloat16 that took turns with it. Activations are bfloat16, but those of `float32`.
 
 Decode steps run against a cache of the stated length whose content is zeros, which costs what any content costs. Beside
-the figures stands what the memory allows: a step reads every weight that the side holds once. Peak memory is measured; of
+the figures stands what the memory allows: a step reads every weight that the side holds once, but for the embedding, of
+which it reads a row. How fast memory is read changes from moment to moment, by half on some machines: it is measured by the
+process itself, before and after each of its turns. Peak memory is measured; of
 the cache, only what these tokens take counts.
 """
 
@@ -25,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+import roofs
 
 LOAD_TIMEOUT_S = 600.0
 ROUND_TIMEOUT_S = 600.0
+# What is read to see how fast memory is at the moment, and how often before and after a turn.
+READ_BYTES, READS = 256 << 20, 3
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
     "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
@@ -153,6 +158,7 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     kernels = select_kernels("cpu")
+    roof = roofs.Roof(threads, size=READ_BYTES)
     before_loading = memory_of_process("VmRSS")
     start = time.perf_counter()
     plan = plan_model(folder, world_size=1, dtype=dtype, quantize=quantize)
@@ -198,6 +204,7 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
         rows = [(length, 1)] * batch if command == "decode" else [(0, length)] * batch
         step(rows if command == "decode" else [(0, 32)])  # to be warm
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        reads = [roof.read() for _ in range(READS)]
         steps, start = 0, time.perf_counter()
         # At least half a second, but one step of whatever length.
         while steps == 0 or time.perf_counter() - start < 0.5:
@@ -206,26 +213,13 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
         seconds = (time.perf_counter() - start) / steps
         used_cache = sum(before + count for before, count in rows) * model.cache_spec.bytes_per_token
         peak = memory_of_process("VmHWM") - before_loading - whole_cache + used_cache
-        say({"s": seconds, "steps": steps, "peak_bytes": peak})
+        reads += [roof.read() for _ in range(READS)]
+        say({"s": seconds, "steps": steps, "peak_bytes": peak, "read": statistics.median(reads)})
 
 
 def say(value: dict[str, Any]) -> None:
     """A line of JSON for the parent."""
     print(json.dumps(value), flush=True)
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second of reading 1 GiB that no cache holds: the best of five."""
-    import torch
-
-    torch.set_num_threads(threads)
-    data = torch.ones(1 << 28)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.numel() * 4 / (time.perf_counter() - start))
-    return best
 
 
 Key = tuple[str, str, int, int]  # side, command, batch, length
@@ -239,6 +233,7 @@ class Figures:
     seconds: dict[Key, list[float]]  # of a step, each round
     ratios: dict[Key, list[float]]  # bf16's seconds of the same turn by these
     peaks: dict[Key, int]  # bytes
+    reads: dict[Key, list[float]]  # bytes a second that the process read beside it
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
@@ -248,8 +243,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
         if not (folder / checkpoint / "config.json").exists():
             print(f"making {checkpoint}", file=sys.stderr, flush=True)
             make_checkpoint(checkpoint, folder / checkpoint)
-    bandwidth = read_bandwidth(arguments.threads)
-    figures = Figures({}, {}, {}, {})
+    figures = Figures({}, {}, {}, {}, {})
     others = [name for name in sides if name != "bf16"]
     size = max(1, arguments.at_once - 1)
     for first in range(0, max(1, len(others)), size):
@@ -257,7 +251,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
             arguments, {"bf16": SIDES["bf16"]} | {n: sides[n] for n in others[first : first + size]}, folder, figures
         )
     figures.loaded = {name: figures.loaded[name] for name in sides}
-    return report(sides, figures, bandwidth, arguments.threads)
+    return report(sides, figures)
 
 
 def take_turns(arguments: argparse.Namespace, sides: dict[str, Side], folder: Path, figures: Figures) -> None:
@@ -284,6 +278,7 @@ def take_turns(arguments: argparse.Namespace, sides: dict[str, Side], folder: Pa
                     key = (name, *item)
                     figures.seconds.setdefault(key, []).append(answer["s"])
                     figures.ratios.setdefault(key, []).append(base / answer["s"])
+                    figures.reads.setdefault(key, []).append(answer["read"])
                     figures.peaks[key] = max(figures.peaks.get(key, 0), answer["peak_bytes"])
                 line = {name: round(figures.seconds[(name, *item)][-1] * 1e3, 1) for name in servers}
                 print(item, line, file=sys.stderr, flush=True)
@@ -292,7 +287,13 @@ def take_turns(arguments: argparse.Namespace, sides: dict[str, Side], folder: Pa
             server.__exit__(None, None, None)
 
 
-def report(sides: dict[str, Side], figures: Figures, bandwidth: float, threads: int) -> tuple[str, bool]:
+def step_bytes(side: Side, plan_bytes: int) -> int:
+    """What a step of one token reads of the weights that a side holds."""
+    embedding = int(TINY_LLAMA["vocab_size"]) * int(TINY_LLAMA["hidden_size"])  # type: ignore[call-overload]
+    return plan_bytes - embedding * (4 if side.dtype == "float32" else 2)
+
+
+def report(sides: dict[str, Side], figures: Figures) -> tuple[str, bool]:
     """The tables in markdown."""
     held = True
     mib = 2**20
@@ -319,18 +320,20 @@ def report(sides: dict[str, Side], figures: Figures, bandwidth: float, threads: 
             key = (name, command, batch, length)
             seconds, ratios = figures.seconds[key], figures.ratios[key]
             rate = tokens / statistics.median(seconds)
-            bound = tokens * bandwidth / facts["plan_bytes"]
-            rows.append([
-                name, f"{1e3 * statistics.median(seconds):,.1f}", f"{rate:,.1f}", common.spread(ratios, 2),
-                f"{bound:,.1f}" if command == "decode" else "", f"{figures.peaks[key] / mib:,.0f}",
-            ])  # fmt: skip
+            size = step_bytes(sides[name], facts["plan_bytes"])
+            shares = [size / read / s for read, s in zip(figures.reads[key], seconds, strict=True)]
+            row = [name, f"{1e3 * statistics.median(seconds):,.1f}", f"{rate:,.1f}", common.spread(ratios, 2)]
+            if command == "decode":
+                row += [f"{statistics.median(figures.reads[key]) / 1e9:.1f}", common.spread(shares, 2)]
+            rows.append([*row, f"{figures.peaks[key] / mib:,.0f}"])
             if name == "gptq 4 bits g128" and command == "decode" and batch in (1, 4):
                 held = held and statistics.median(ratios) >= 1
-        head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)", "what the memory allows, tokens/s", "peak MiB"]
+        head = ["", "ms a step", "tokens/s", "÷ bf16 (more is faster)"]
+        head += ["memory GB/s", "of what it allows"] if command == "decode" else []
+        head.append("peak MiB")
         parts += [f"\n## {title[0].upper()}{title[1:]}\n", common.table(head, rows)]
-    parts.append(f"\nRead bandwidth with {threads} threads: {bandwidth / 1e9:.1f} GB/s.")
     parts.append(
-        "Limits: peak memory of the gptq checkpoints; decode of `gptq 4 bits g128` at batch 1 and 4 not slower than bf16: "
+        "\nMemory: as the side's own process read it, all threads, beside its steps. Limits: peak memory of the gptq checkpoints; decode of `gptq 4 bits g128` at batch 1 and 4 not slower than bf16: "
         f"**{'held' if held else 'NOT HELD'}**."
     )
     return "\n".join(parts), held

@@ -37,30 +37,44 @@ class Roofs:
         return common.table([f"roof, {self.threads} thread(s)", ""], rows)
 
 
+class Roof:
+    """Measures them. Memory is read in a process of its own speed: ask the one whose speed is judged, when it is."""
+
+    def __init__(self, threads: int, size: int = 512 << 20):
+        """size: bytes that are read, more than a cache holds. They are held as long as this is."""
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "roofs.so"
+            command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+            subprocess.run([*command, str(SOURCE), "-o", str(library)], check=True, timeout=300)
+            self._library = ctypes.CDLL(str(library))
+        self.threads, self.size = threads, size
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        self._data = (ctypes.c_char * size).from_buffer(pages)
+        ctypes.memset(self._data, 1, size)
+        self._library.roof_read.restype = ctypes.c_double
+
+    def read(self) -> float:
+        """Bytes per second, once."""
+        return float(self.size / self._library.roof_read(self._data, ctypes.c_int64(self.size), self.threads))
+
+    def operations(self) -> dict[str, float]:
+        """Per second, the best of several tries of each kind that the processor has."""
+        flags, found = common.processor_flags(), {}
+        for kind, each in OPERATIONS.items():
+            if NEEDS[kind] in flags:
+                function = getattr(self._library, f"roof_{kind}")
+                function.restype = ctypes.c_double
+                rounds = 3_000_000
+                best = min(function(ctypes.c_int64(rounds), self.threads) for _ in range(5))
+                found[kind] = rounds * CHAINS * each * self.threads / best
+        return found
+
+
 def measure(threads: int) -> Roofs:
     """The best of several tries of each; takes about two seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "roofs.so"
-        command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([*command, str(SOURCE), "-o", str(library)], check=True, timeout=300)
-        roofs = ctypes.CDLL(str(library))
-    size = 512 << 20
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    data = (ctypes.c_char * size).from_buffer(pages)
-    ctypes.memset(data, 1, size)
-    roofs.roof_read.restype = ctypes.c_double
-    read = max(size / roofs.roof_read(data, ctypes.c_int64(size), threads) for _ in range(8))
-    flags = common.processor_flags()
-    operations = {}
-    for kind, each in OPERATIONS.items():
-        if NEEDS[kind] in flags:
-            function = getattr(roofs, f"roof_{kind}")
-            function.restype = ctypes.c_double
-            rounds = 3_000_000
-            best = min(function(ctypes.c_int64(rounds), threads) for _ in range(5))
-            operations[kind] = rounds * CHAINS * each * threads / best
-    return Roofs(threads, read, operations)
+    roof = Roof(threads)
+    return Roofs(threads, max(roof.read() for _ in range(8)), roof.operations())
 
 
 if __name__ == "__main__":
