@@ -70,7 +70,6 @@ ENV PATH=/opt/text-generation/bin:$PATH \
     PORT=80 \
     PYTHONDONTWRITEBYTECODE=1
 VOLUME /data
-EXPOSE 80
 # Ready, or still getting ready; the first minutes of a large model are its start.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
     CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health\", timeout=4)"]
@@ -87,6 +86,7 @@ COPY --from=environment-cuda /opt/text-generation /opt/text-generation
 RUN install -d -o text-generation -g text-generation /home/text-generation/.cache /home/text-generation/.cache/text-generation-server \
     && ln -s /opt/text-generation/cubins /home/text-generation/.cache/text-generation-server/cubins
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+EXPOSE 80
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation
@@ -104,6 +104,7 @@ ENTRYPOINT ["entrypoint-sagemaker.sh"]
 # The last one is what `docker build` makes without a target.
 FROM runtime AS cpu
 COPY --from=environment-cpu /opt/text-generation /opt/text-generation
+EXPOSE 80
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation

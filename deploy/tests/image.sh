@@ -34,8 +34,12 @@ mounts=()
 for path in /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
     if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
 done
-build() { buildah bud -q --layers --target "$target" --build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
-    --build-arg GIT_COMMIT="$(git rev-parse --short=12 HEAD)" "${mounts[@]}" -t "$2" .; }
+commit=$(git rev-parse --short=12 HEAD)
+# build BASE IMAGE: in Docker's own form, as `docker build` does; that of OCI has no place for a health check.
+build() {
+    local arguments=(--build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" --build-arg GIT_COMMIT="$commit")
+    buildah bud -q --layers --format docker --target "$target" "${arguments[@]}" "${mounts[@]}" -t "$2" .
+}
 if [ "$target" = cpu ]; then
     # A base of another family: a system without apt-get.
     container=$(buildah from scratch)
@@ -64,11 +68,31 @@ finish() {
     rm -rf "$work"
 }
 trap finish EXIT
-setting() { buildah inspect --type image --format "$1" "$image"; }
-user=$(setting '{{.OCIv1.Config.User}}')
-[ "$user" = text-generation ] || fail "the image's user is '$user', expected text-generation"
-mapfile -t environment < <(setting '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' | grep .)
-mapfile -t entry < <(setting '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' | grep .)
+# setting NAME: what the image says of itself, as an engine reads it: a text, or one line for each of several.
+buildah inspect --type image "$image" >"$work/image"
+setting() {
+    python3 -c 'import json, sys
+value = json.load(open(sys.argv[1]))["Docker"]["config"]
+for name in sys.argv[2].split("/"):
+    value = value.get(name) or ""
+print(value if isinstance(value, str) else "\n".join(value))' "$work/image" "$1"
+}
+expect() { [ "$(setting "$1")" = "$2" ] || fail "the image's $1 is '$(setting "$1")', expected '$2'"; }
+inside=80
+if [ "$target" = sagemaker ]; then inside=8080; fi
+expect User text-generation
+expect Volumes /data
+expect WorkingDir /data
+expect ExposedPorts $inside/tcp
+expect StopSignal SIGTERM
+expect Labels/org.opencontainers.image.title text-generation
+expect Labels/org.opencontainers.image.licenses Apache-2.0
+expect Labels/org.opencontainers.image.revision "$commit"
+mapfile -t environment < <(setting Env)
+mapfile -t entry < <(setting Entrypoint)
+mapfile -t health < <(setting Healthcheck/Test)
+[ "${health[0]}" = CMD ] || fail "the image has no health check: ${health[*]}"
+printf '%s\n' "${environment[@]}" | grep -qx "PORT=$inside" || fail "the image's port is not $inside: ${environment[*]}"
 for tool in cc c++ gcc cargo pip git; do
     ! chroot "$root" sh -c "PATH=/opt/text-generation/bin:\$PATH command -v $tool" >/dev/null || fail "$tool is in the image"
 done
@@ -94,6 +118,11 @@ enter() {
         exec chroot --userspec=text-generation:text-generation "$root" "$@"
     ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
 }
+# healthy PROCESS: the health check's own command, beside the process that it judges.
+healthy() {
+    nsenter --target "$1" --mount --root --wd --setgid 1000 --setuid 1000 \
+        /usr/bin/env -i "${environment[@]}" "${VARIABLES[@]}" "${health[@]:1}" 2>"$work/health"
+}
 mkdir "$work/data"
 cp -r models/docs-llama-7m-gptq-4bit-g128 "$work/data/model"
 chown -R 1000:1000 "$work/data"
@@ -114,9 +143,14 @@ if [ "$target" = cuda ]; then
 fi
 (enter writable "${arguments[@]}") >"$work/log" 2>&1 &
 server=$!
+# Before anybody listens there, the container is not healthy.
+until [ "$(readlink "/proc/$server/root")" = "$root" ]; do sleep 0.05; done
+! healthy "$server" || fail "the health check finds a starting container healthy"
+grep -q "refused\|503" "$work/health" || { cat "$work/health"; fail "the health check itself does not run"; }
 seconds=$(wait_ready "$port" "$server" "$work/log")
 say "ready after $seconds s"
 answers "$port"
+healthy "$server" || fail "the health check finds a serving container unhealthy"
 grep -q "native kernels: avx" "$work/log" || { cat "$work/log"; fail "the image's kernels are not used"; }
 if [ "$target" = sagemaker ]; then
     [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$port/ping")" = 200 ] || fail "/ping is not 200"
