@@ -23,7 +23,7 @@ WORKDIR /build
 RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
     || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13" >&2; exit 1; }
 COPY rust-toolchain.toml ./
-COPY scripts/rust.sh scripts/
+COPY scripts/common.sh scripts/rust.sh scripts/
 RUN scripts/rust.sh
 ENV PATH=/root/.cargo/bin:$PATH
 COPY . .
