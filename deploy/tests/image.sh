@@ -60,9 +60,10 @@ root=$(buildah mount "$container")
 say "built in $((SECONDS - start)) s, $(du -sh "$root" | cut -f1) on disk"
 
 work=$(mktemp -d)
-server=
+server= holder=
 finish() {
     [ -z "$server" ] || kill -TERM "$server" 2>/dev/null || true
+    [ -z "$holder" ] || kill -TERM "$holder" 2>/dev/null || true
     buildah umount "$container" >/dev/null || true
     buildah rm "$container" >/dev/null || true
     rm -rf "$work"
@@ -98,7 +99,7 @@ for tool in cc c++ gcc cargo pip git; do
 done
 
 # enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has; /data
-# is writable, readonly or full.
+# is writable, readonly, full or foreign (another user's); or /dev/shm is tiny.
 VARIABLES=()
 enter() {
     local mode=$1
@@ -109,11 +110,14 @@ enter() {
         mount --bind "$root" "$root"
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
-        mount -t tmpfs -o size=64m,mode=1777 tmpfs "$root/dev/shm"
+        shm=64m
+        [ "$mode" != tiny ] || shm=4k
+        mount -t tmpfs -o size=$shm,mode=1777 tmpfs "$root/dev/shm"
         mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
         mount --bind "$data" "$root/data"
         [ "$mode" != readonly ] || mount -o remount,bind,ro "$root/data"
         [ "$mode" != full ] || mount -t tmpfs -o mode=1777,size=1m tmpfs "$root/data"
+        [ "$mode" != foreign ] || mount -t tmpfs -o mode=755,uid=0 tmpfs "$root/data"
         mount -o remount,bind,ro "$root"
         exec chroot --userspec=text-generation:text-generation "$root" "$@"
     ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
@@ -168,13 +172,29 @@ code=0; wait "$server" || code=$?; server=
 [ "$code" = 0 ] || fail "SIGTERM: found exit code $code, expected 0"
 say "a stream was finished after SIGTERM, exit code 0"
 
+if [ "$target" = cpu ]; then
+    # Ranks share memory that no mount has to have room for.
+    (enter tiny --model-id /data/model --num-shard 2) >"$work/log" 2>&1 &
+    server=$!
+    wait_ready "$port" "$server" "$work/log" >/dev/null
+    say "two ranks with 4 KiB of /dev/shm"
+    answers "$port"
+    kill -TERM "$server"
+    wait "$server" || fail "SIGTERM: found exit code $?, expected 0"
+    server=
+fi
+
 # What goes wrong, goes wrong at once, with one message.
+contents() { (cd "$work/data" && find . | sort); }
+contents=$(contents)
 refused() {
     local expected=$1 mode=$2 code=0
     shift 2
     timeout 60 bash -c "$(declare -f enter); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
     [ "$code" != 0 ] && [ "$code" != 124 ] || { cat "$work/log"; fail "$*: found exit code $code"; }
     grep -q "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
+    [ "$(grep -c '^error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "$*: expected one line that begins with 'error: '"; }
+    [ "$(contents)" = "$contents" ] || fail "$*: something was left in /data: $(contents)"
     say "refused: $(grep -m1 "$expected" "$work/log" | cut -c1-150)"
 }
 if [ "$target" = cpu ]; then
@@ -202,6 +222,7 @@ with Hub() as hub:
     VARIABLES+=(HF_ENDPOINT="$(cat "$work/hub")" HF_HUB_DISABLE_XET=1)
     refused "cache /data cannot be written: No space left on device" full --model-id org/model
     refused "cache /data cannot be written: Read-only file system" readonly --model-id org/model
+    refused "cache /data cannot be written: Permission denied" foreign --model-id org/model
     kill "$holder"
 elif [ "$target" = cuda ]; then
     refused "--device cuda is not served yet: .*; use --device cpu" writable --model-id /data/model --device cuda
