@@ -98,8 +98,9 @@ for tool in cc c++ gcc cargo pip git; do
     ! chroot "$root" sh -c "PATH=/opt/text-generation/bin:\$PATH command -v $tool" >/dev/null || fail "$tool is in the image"
 done
 
-# enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has; /data
-# is writable, readonly, full or foreign (another user's); or /dev/shm is tiny.
+# enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has. MODE
+# says what /data is: writable, readonly, full, foreign (another user's); stranger: writable, but the process belongs to a user
+# whom the image does not know, and /dev/shm has next to no room.
 VARIABLES=()
 enter() {
     local mode=$1
@@ -110,8 +111,8 @@ enter() {
         mount --bind "$root" "$root"
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
-        shm=64m
-        [ "$mode" != tiny ] || shm=4k
+        user=text-generation:text-generation shm=64m
+        [ "$mode" != stranger ] || user=4321:4321 shm=4k
         mount -t tmpfs -o size=$shm,mode=1777 tmpfs "$root/dev/shm"
         mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
         mount --bind "$data" "$root/data"
@@ -119,7 +120,7 @@ enter() {
         [ "$mode" != full ] || mount -t tmpfs -o mode=1777,size=1m tmpfs "$root/data"
         [ "$mode" != foreign ] || mount -t tmpfs -o mode=755,uid=0 tmpfs "$root/data"
         mount -o remount,bind,ro "$root"
-        exec chroot --userspec=text-generation:text-generation "$root" "$@"
+        exec chroot --userspec=$user "$root" "$@"
     ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
 }
 # healthy PROCESS: the health check's own command, beside the process that it judges.
@@ -173,11 +174,11 @@ code=0; wait "$server" || code=$?; server=
 say "a stream was finished after SIGTERM, exit code 0"
 
 if [ "$target" = cpu ]; then
-    # Ranks share memory that no mount has to have room for.
-    (enter tiny --model-id /data/model --num-shard 2) >"$work/log" 2>&1 &
+    # As platforms do that give each container a user of its own. Ranks share memory that no mount has to have room for.
+    (enter stranger --model-id /data/model --num-shard 2) >"$work/log" 2>&1 &
     server=$!
     wait_ready "$port" "$server" "$work/log" >/dev/null
-    say "two ranks with 4 KiB of /dev/shm"
+    say "ready: two ranks as user 4321, with 4 KiB of /dev/shm"
     answers "$port"
     kill -TERM "$server"
     wait "$server" || fail "SIGTERM: found exit code $?, expected 0"
