@@ -110,6 +110,29 @@ def test_the_compose_file_names_what_is_there() -> None:
     json.loads((ROOT / "assets" / "grafana.json").read_text())
 
 
+def test_uninstall_removes_whatever_is_made_here(tmp_path: Path) -> None:
+    """All that git ignores, but for a folder that nothing here writes to."""
+    for name in ("Makefile", ".gitignore", "scripts/common.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    ignored = [line for line in (tmp_path / ".gitignore").read_text().splitlines() if line != "/logs/"]
+    kernels = "server/text_generation_server/kernels/cpu/native/"
+    made = [
+        tmp_path / top / line.strip("/").replace("*", "name") / ("file" if line.endswith("/") else "")
+        for line in ignored
+        for top in ([""] if line.startswith("/") else [kernels] if line.startswith("lib") else ["server"])
+    ]
+    for path in made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    kept = tmp_path / "quantized-model" / "config.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    subprocess.run(["make", "uninstall"], cwd=tmp_path, check=True, capture_output=True, timeout=30)
+    assert len(made) > 10 and not [path for path in made if path.exists()]
+    assert kept.exists()
+
+
 def pythons() -> list[str]:
     """The environment's own, and others that are here: what Python tells of packages differs between its versions."""
     found = [str(BINARIES / "python")]

@@ -78,5 +78,6 @@ timed "make install repairs" "$user" "make install"
 timed "make run answers after the repair" "$user" "scripts/first_answer.sh"
 if [ "$with_tests" = test ]; then timed "make test" "$user" "make test"; fi
 timed "make uninstall" "$user" "make uninstall"
-[ ! -e "$root/home/text-generation/.venv" ] && [ ! -e "$root/home/text-generation/target" ] || fail "make uninstall left .venv or target"
+left=$(enter "$user" "git status --porcelain --ignored")
+[ -z "$left" ] || fail "make uninstall left $left"
 say "$suite as $user: done"
