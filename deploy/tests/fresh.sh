@@ -63,6 +63,7 @@ if [ "$with_tests" = ci ]; then
     timed ".ci/run as $user" "$user" ".ci/run"
     sed -n 's/^=== //p' "$root.log"
     grep -E '^[=.]* ?[0-9]+ passed|^test result: FAILED' "$root.log" || true
+    rm "$root.log"
     say "$suite as $user: done"
     exit
 fi
@@ -80,4 +81,5 @@ if [ "$with_tests" = test ]; then timed "make test" "$user" "make test"; fi
 timed "make uninstall" "$user" "make uninstall"
 left=$(enter "$user" "git status --porcelain --ignored")
 [ -z "$left" ] || fail "make uninstall left $left"
+rm "$root.log"
 say "$suite as $user: done"
