@@ -81,10 +81,10 @@ WORKDIR /data
 ENTRYPOINT ["text-generation-launcher"]
 
 FROM runtime AS cuda
-COPY --from=environment-cuda /opt/text-generation /opt/text-generation
 # Where servers look for compiled kernels.
 RUN install -d -o text-generation -g text-generation /home/text-generation/.cache /home/text-generation/.cache/text-generation-server \
     && ln -s /opt/text-generation/cubins /home/text-generation/.cache/text-generation-server/cubins
+COPY --from=environment-cuda /opt/text-generation /opt/text-generation
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 80
 ARG GIT_COMMIT=
