@@ -193,10 +193,10 @@ refused() {
     shift 2
     timeout 60 bash -c "$(declare -f enter); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
     [ "$code" != 0 ] && [ "$code" != 124 ] || { cat "$work/log"; fail "$*: found exit code $code"; }
-    grep -q "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
+    grep -q -- "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
     [ "$(grep -c '^error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "$*: expected one line that begins with 'error: '"; }
     [ "$(contents)" = "$contents" ] || fail "$*: something was left in /data: $(contents)"
-    say "refused: $(grep -m1 "$expected" "$work/log" | cut -c1-150)"
+    say "refused: $(grep -m1 -- "$expected" "$work/log" | cut -c1-150)"
 }
 if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
