@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -95,6 +96,22 @@ def test_the_image_is_built_from_every_member(member: str) -> None:
 
 def test_no_registry_and_no_secret_stands_in_the_image() -> None:
     assert not re.search(r"https?://(?!127\.0\.0\.1)|TOKEN|API_KEY", DOCKERFILE)
+
+
+def test_the_images_health_check_tells_whether_requests_are_computed(llama: Server) -> None:
+    words = re.search(r"^HEALTHCHECK .*\\\n\s+CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert words is not None
+
+    def code(port: int) -> int:
+        variables = {"PORT": str(port), "PATH": os.environ["PATH"]}
+        return subprocess.run(
+            json.loads(words[1]), env=variables, capture_output=True, timeout=10, check=False
+        ).returncode
+
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        assert code(nobody_listens.getsockname()[1]) != 0
+    assert code(llama.port) == 0
 
 
 def test_the_compose_file_names_what_is_there() -> None:
