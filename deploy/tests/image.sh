@@ -200,11 +200,15 @@ refused() {
 }
 if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
-    refused "/data/none" writable --model-id /data/none
+    refused "there is no such directory; check the path" writable --model-id /data/none
     refused "device cuda" writable --model-id /data/model --device cuda
-    python3 -c "import socket, sys, time; s = socket.socket(); s.bind(('0.0.0.0', $port)); s.listen(); time.sleep(60)" & holder=$!
-    sleep 0.5
-    refused "$port" writable --model-id /data/model
+    python3 -c '
+import socket, sys, time
+with socket.create_server(("0.0.0.0", int(sys.argv[1]))):
+    print("listening", flush=True)
+    time.sleep(60)' "$port" >"$work/holder" & holder=$!
+    until [ -s "$work/holder" ]; do kill -0 "$holder" || fail "port $port cannot be taken"; sleep 0.1; done
+    refused "it is in use; end what listens there" writable --model-id /data/model
     kill "$holder"
     chmod 000 "$work/data/model/model.safetensors"
     refused "model.safetensors.*Permission denied" writable --model-id /data/model
