@@ -222,7 +222,7 @@ from standin_hub import Hub
 with Hub() as hub:
     hub.models["org/model"] = {path.name: path.read_bytes() for path in Path("models/docs-llama-7m").iterdir() if path.is_file()}
     print(hub.address, flush=True)
-    time.sleep(300)' >"$work/hub" & holder=$!
+    time.sleep(300)' >"$work/hub" 2>"$work/hub-log" & holder=$!
     until [ -s "$work/hub" ]; do sleep 0.1; done
     VARIABLES+=(HF_ENDPOINT="$(cat "$work/hub")" HF_HUB_DISABLE_XET=1)
     refused "cache /data cannot be written: No space left on device" full --model-id org/model
