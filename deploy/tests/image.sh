@@ -38,7 +38,7 @@ commit=$(git rev-parse --short=12 HEAD)
 # build BASE IMAGE: in Docker's own form, as `docker build` does; that of OCI has no place for a health check.
 build() {
     local arguments=(--build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" --build-arg GIT_COMMIT="$commit")
-    buildah bud -q --layers --format docker --target "$target" "${arguments[@]}" "${mounts[@]}" -t "$2" .
+    buildah bud -q --layers --force-rm --format docker --target "$target" "${arguments[@]}" "${mounts[@]}" -t "$2" .
 }
 if [ "$target" = cpu ]; then
     # A base of another family: a system without apt-get.
