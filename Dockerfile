@@ -5,7 +5,7 @@
 # Build arguments:
 #   BASE              what every stage stands on: a Debian or Ubuntu with Python 3.11 to 3.13 in its packages
 #   TORCH_INDEX_URL   another index for torch in the `cpu` target: with the one of torch's CPU-only wheels the image has about
-#                     1.5 GB; the default index has the CUDA build, which computes on CPUs too and has about 5 GB
+#                     1.5 GB; the default index has the CUDA build, which computes on CPUs too, and makes it 5.7 GB
 #   GIT_COMMIT        what the programs say they are built from
 
 ARG BASE=debian:bookworm-slim
@@ -23,7 +23,7 @@ WORKDIR /build
 RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
     || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13" >&2; exit 1; }
 COPY rust-toolchain.toml ./
-COPY scripts/rust.sh scripts/
+COPY scripts/common.sh scripts/rust.sh scripts/
 RUN scripts/rust.sh
 ENV PATH=/root/.cargo/bin:$PATH
 COPY . .
@@ -70,7 +70,6 @@ ENV PATH=/opt/text-generation/bin:$PATH \
     PORT=80 \
     PYTHONDONTWRITEBYTECODE=1
 VOLUME /data
-EXPOSE 80
 # Ready, or still getting ready; the first minutes of a large model are its start.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
     CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health\", timeout=4)"]
@@ -82,11 +81,12 @@ WORKDIR /data
 ENTRYPOINT ["text-generation-launcher"]
 
 FROM runtime AS cuda
-COPY --from=environment-cuda /opt/text-generation /opt/text-generation
 # Where servers look for compiled kernels.
 RUN install -d -o text-generation -g text-generation /home/text-generation/.cache /home/text-generation/.cache/text-generation-server \
     && ln -s /opt/text-generation/cubins /home/text-generation/.cache/text-generation-server/cubins
+COPY --from=environment-cuda /opt/text-generation /opt/text-generation
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+EXPOSE 80
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation
@@ -104,6 +104,7 @@ ENTRYPOINT ["entrypoint-sagemaker.sh"]
 # The last one is what `docker build` makes without a target.
 FROM runtime AS cpu
 COPY --from=environment-cpu /opt/text-generation /opt/text-generation
+EXPOSE 80
 ARG GIT_COMMIT=
 LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
 USER text-generation

@@ -15,8 +15,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
-# Programs are built with it; the same everywhere, so that no step builds again what another has built.
-export GIT_COMMIT := $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+export GIT_COMMIT := $(shell . scripts/common.sh && echo "$$GIT_COMMIT")
 
 .PHONY: help install uninstall wheel docs run check test test-amx test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
 
@@ -98,3 +97,6 @@ uninstall: clean
 
 clean:
 	rm -rf target dist site $(VENV) server/build server/*.egg-info server/text_generation_server/pb
+	rm -f server/text_generation_server/kernels/cpu/native/libkernels.so server/text_generation_server/kernels/cpu/native/libkernels.stamp
+	rm -rf $(foreach name,.hypothesis .pytest_cache .mypy_cache .ruff_cache,$(name) */$(name))
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -97,6 +98,22 @@ def test_no_registry_and_no_secret_stands_in_the_image() -> None:
     assert not re.search(r"https?://(?!127\.0\.0\.1)|TOKEN|API_KEY", DOCKERFILE)
 
 
+def test_the_images_health_check_tells_whether_requests_are_computed(llama: Server) -> None:
+    words = re.search(r"^HEALTHCHECK .*\\\n\s+CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert words is not None
+
+    def code(port: int) -> int:
+        variables = {"PORT": str(port), "PATH": os.environ["PATH"]}
+        return subprocess.run(
+            json.loads(words[1]), env=variables, capture_output=True, timeout=10, check=False
+        ).returncode
+
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        assert code(nobody_listens.getsockname()[1]) != 0
+    assert code(llama.port) == 0
+
+
 def test_the_compose_file_names_what_is_there() -> None:
     yaml = pytest.importorskip("yaml")
     folder = ROOT / "deploy" / "compose"
@@ -108,6 +125,29 @@ def test_the_compose_file_names_what_is_there() -> None:
     scraped = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"][0]
     assert scraped["targets"] == ["server:80"]
     json.loads((ROOT / "assets" / "grafana.json").read_text())
+
+
+def test_uninstall_removes_whatever_is_made_here(tmp_path: Path) -> None:
+    """All that git ignores, but for a folder that nothing here writes to."""
+    for name in ("Makefile", ".gitignore", "scripts/common.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    ignored = [line for line in (tmp_path / ".gitignore").read_text().splitlines() if line != "/logs/"]
+    kernels = "server/text_generation_server/kernels/cpu/native/"
+    made = [
+        tmp_path / top / line.strip("/").replace("*", "name") / ("file" if line.endswith("/") else "")
+        for line in ignored
+        for top in ([""] if line.startswith("/") else [kernels] if line.startswith("lib") else ["server"])
+    ]
+    for path in made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    kept = tmp_path / "quantized-model" / "config.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    subprocess.run(["make", "uninstall"], cwd=tmp_path, check=True, capture_output=True, timeout=30)
+    assert len(made) > 10 and not [path for path in made if path.exists()]
+    assert kept.exists()
 
 
 def pythons() -> list[str]:

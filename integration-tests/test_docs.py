@@ -196,3 +196,33 @@ def test_files_that_the_documentation_names_are_there() -> None:
             if not (ROOT / name).exists():
                 gone.append(f"{path.name}: {name}")
     assert not gone
+
+
+def slugs(path: Path) -> set[str]:
+    """What a page's headings are called in addresses."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def links() -> list[tuple[Path, str]]:
+    """Every link of every page to another of this repository."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pages = [ROOT / line for line in listed.splitlines()]
+    return [
+        (page, target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not re.match(r"[a-z]+:", target)
+    ]
+
+
+def test_no_link_leads_nowhere() -> None:
+    found = links()
+    assert len(found) >= 20
+    broken = []
+    for page, target in found:
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        if not path.exists() or (anchor and anchor not in slugs(path)):
+            broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken

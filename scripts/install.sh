@@ -4,12 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf 'install: %s\n' "$*"; }
-fail() { printf 'install: error: %s\n' "$*" >&2; exit 1; }
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 1; fi
-}
+. scripts/common.sh
 
 # System packages -------------------------------------------------------------------------------------------------
 
@@ -38,7 +33,6 @@ python=$(find_python) || fail "no Python 3.11, 3.12 or 3.13 with venv was found;
 # Rust ------------------------------------------------------------------------------------------------------------
 
 scripts/rust.sh
-export PATH="$HOME/.cargo/bin:$PATH"
 
 # Python packages, and release builds at the same time: the former wait for the network, the latter for the processor --
 
@@ -75,9 +69,6 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$state" ] || [ ! -e "$kernels/lib
     packages=$!
 fi
 
-# What the programs say they are.
-GIT_COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null || true)
-export GIT_COMMIT
 binaries=(text-generation-launcher text-generation-router text-generation-benchmark)
 say "release builds (a few minutes the first time): ${binaries[*]}"
 built=0

@@ -2,9 +2,8 @@
 # Builds the wheel that brings everything: the Python package, its kernels, and the Rust programs. To dist/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/common.sh
 scripts/install.sh
-GIT_COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null || true)
-export GIT_COMMIT
 programs=target/wheel
 # What an earlier build listed is listed anew.
 rm -rf "$programs" server/build server/*.egg-info/SOURCES.txt dist

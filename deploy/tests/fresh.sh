@@ -63,6 +63,7 @@ if [ "$with_tests" = ci ]; then
     timed ".ci/run as $user" "$user" ".ci/run"
     sed -n 's/^=== //p' "$root.log"
     grep -E '^[=.]* ?[0-9]+ passed|^test result: FAILED' "$root.log" || true
+    rm "$root.log"
     say "$suite as $user: done"
     exit
 fi
@@ -78,5 +79,7 @@ timed "make install repairs" "$user" "make install"
 timed "make run answers after the repair" "$user" "scripts/first_answer.sh"
 if [ "$with_tests" = test ]; then timed "make test" "$user" "make test"; fi
 timed "make uninstall" "$user" "make uninstall"
-[ ! -e "$root/home/text-generation/.venv" ] && [ ! -e "$root/home/text-generation/target" ] || fail "make uninstall left .venv or target"
+left=$(enter "$user" "git status --porcelain --ignored")
+[ -z "$left" ] || fail "make uninstall left $left"
+rm "$root.log"
 say "$suite as $user: done"

@@ -34,8 +34,12 @@ mounts=()
 for path in /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /etc/resolv.conf; do
     if [ -e "$path" ]; then mounts+=(--volume "$path:$path:ro"); fi
 done
-build() { buildah bud -q --layers --target "$target" --build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
-    --build-arg GIT_COMMIT="$(git rev-parse --short=12 HEAD)" "${mounts[@]}" -t "$2" .; }
+commit=$(git rev-parse --short=12 HEAD)
+# build BASE IMAGE: in Docker's own form, as `docker build` does; that of OCI has no place for a health check.
+build() {
+    local arguments=(--build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" --build-arg GIT_COMMIT="$commit")
+    buildah bud -q --layers --force-rm --format docker --target "$target" "${arguments[@]}" "${mounts[@]}" -t "$2" .
+}
 if [ "$target" = cpu ]; then
     # A base of another family: a system without apt-get.
     container=$(buildah from scratch)
@@ -56,25 +60,47 @@ root=$(buildah mount "$container")
 say "built in $((SECONDS - start)) s, $(du -sh "$root" | cut -f1) on disk"
 
 work=$(mktemp -d)
-server=
+server= holder=
 finish() {
     [ -z "$server" ] || kill -TERM "$server" 2>/dev/null || true
+    [ -z "$holder" ] || kill -TERM "$holder" 2>/dev/null || true
     buildah umount "$container" >/dev/null || true
     buildah rm "$container" >/dev/null || true
     rm -rf "$work"
 }
 trap finish EXIT
-setting() { buildah inspect --type image --format "$1" "$image"; }
-user=$(setting '{{.OCIv1.Config.User}}')
-[ "$user" = text-generation ] || fail "the image's user is '$user', expected text-generation"
-mapfile -t environment < <(setting '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' | grep .)
-mapfile -t entry < <(setting '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' | grep .)
+# setting NAME: what the image says of itself, as an engine reads it: a text, or one line for each of several.
+buildah inspect --type image "$image" >"$work/image"
+setting() {
+    python3 -c 'import json, sys
+value = json.load(open(sys.argv[1]))["Docker"]["config"]
+for name in sys.argv[2].split("/"):
+    value = value.get(name) or ""
+print(value if isinstance(value, str) else "\n".join(value))' "$work/image" "$1"
+}
+expect() { [ "$(setting "$1")" = "$2" ] || fail "the image's $1 is '$(setting "$1")', expected '$2'"; }
+inside=80
+if [ "$target" = sagemaker ]; then inside=8080; fi
+expect User text-generation
+expect Volumes /data
+expect WorkingDir /data
+expect ExposedPorts $inside/tcp
+expect StopSignal SIGTERM
+expect Labels/org.opencontainers.image.title text-generation
+expect Labels/org.opencontainers.image.licenses Apache-2.0
+expect Labels/org.opencontainers.image.revision "$commit"
+mapfile -t environment < <(setting Env)
+mapfile -t entry < <(setting Entrypoint)
+mapfile -t health < <(setting Healthcheck/Test)
+[ "${health[0]}" = CMD ] || fail "the image has no health check: ${health[*]}"
+printf '%s\n' "${environment[@]}" | grep -qx "PORT=$inside" || fail "the image's port is not $inside: ${environment[*]}"
 for tool in cc c++ gcc cargo pip git; do
     ! chroot "$root" sh -c "PATH=/opt/text-generation/bin:\$PATH command -v $tool" >/dev/null || fail "$tool is in the image"
 done
 
-# enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has; /data
-# is writable, readonly or full.
+# enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has. MODE
+# says what /data is: writable, readonly, full, foreign (another user's); stranger: writable, but the process belongs to a user
+# whom the image does not know, and /dev/shm has next to no room.
 VARIABLES=()
 enter() {
     local mode=$1
@@ -85,14 +111,22 @@ enter() {
         mount --bind "$root" "$root"
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
-        mount -t tmpfs -o size=64m,mode=1777 tmpfs "$root/dev/shm"
+        user=text-generation:text-generation shm=64m
+        [ "$mode" != stranger ] || user=4321:4321 shm=4k
+        mount -t tmpfs -o size=$shm,mode=1777 tmpfs "$root/dev/shm"
         mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
         mount --bind "$data" "$root/data"
         [ "$mode" != readonly ] || mount -o remount,bind,ro "$root/data"
         [ "$mode" != full ] || mount -t tmpfs -o mode=1777,size=1m tmpfs "$root/data"
+        [ "$mode" != foreign ] || mount -t tmpfs -o mode=755,uid=0 tmpfs "$root/data"
         mount -o remount,bind,ro "$root"
-        exec chroot --userspec=text-generation:text-generation "$root" "$@"
+        exec chroot --userspec=$user "$root" "$@"
     ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
+}
+# healthy PROCESS: the health check's own command, beside the process that it judges.
+healthy() {
+    nsenter --target "$1" --mount --root --wd --setgid 1000 --setuid 1000 \
+        /usr/bin/env -i "${environment[@]}" "${VARIABLES[@]}" "${health[@]:1}" 2>"$work/health"
 }
 mkdir "$work/data"
 cp -r models/docs-llama-7m-gptq-4bit-g128 "$work/data/model"
@@ -114,9 +148,14 @@ if [ "$target" = cuda ]; then
 fi
 (enter writable "${arguments[@]}") >"$work/log" 2>&1 &
 server=$!
+# Before anybody listens there, the container is not healthy.
+until [ "$(readlink "/proc/$server/root")" = "$root" ]; do sleep 0.05; done
+! healthy "$server" || fail "the health check finds a starting container healthy"
+grep -q "refused\|503" "$work/health" || { cat "$work/health"; fail "the health check itself does not run"; }
 seconds=$(wait_ready "$port" "$server" "$work/log")
 say "ready after $seconds s"
 answers "$port"
+healthy "$server" || fail "the health check finds a serving container unhealthy"
 grep -q "native kernels: avx" "$work/log" || { cat "$work/log"; fail "the image's kernels are not used"; }
 if [ "$target" = sagemaker ]; then
     [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$port/ping")" = 200 ] || fail "/ping is not 200"
@@ -134,22 +173,42 @@ code=0; wait "$server" || code=$?; server=
 [ "$code" = 0 ] || fail "SIGTERM: found exit code $code, expected 0"
 say "a stream was finished after SIGTERM, exit code 0"
 
+if [ "$target" = cpu ]; then
+    # As platforms do that give each container a user of its own. Ranks share memory that no mount has to have room for.
+    (enter stranger --model-id /data/model --num-shard 2) >"$work/log" 2>&1 &
+    server=$!
+    wait_ready "$port" "$server" "$work/log" >/dev/null
+    say "ready: two ranks as user 4321, with 4 KiB of /dev/shm"
+    answers "$port"
+    kill -TERM "$server"
+    wait "$server" || fail "SIGTERM: found exit code $?, expected 0"
+    server=
+fi
+
 # What goes wrong, goes wrong at once, with one message.
+contents() { (cd "$work/data" && find . | sort); }
+contents=$(contents)
 refused() {
     local expected=$1 mode=$2 code=0
     shift 2
     timeout 60 bash -c "$(declare -f enter); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
     [ "$code" != 0 ] && [ "$code" != 124 ] || { cat "$work/log"; fail "$*: found exit code $code"; }
-    grep -q "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
-    say "refused: $(grep -m1 "$expected" "$work/log" | cut -c1-150)"
+    grep -q -- "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
+    [ "$(grep -c '^error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "$*: expected one line that begins with 'error: '"; }
+    [ "$(contents)" = "$contents" ] || fail "$*: something was left in /data: $(contents)"
+    say "refused: $(grep -m1 -- "$expected" "$work/log" | cut -c1-150)"
 }
 if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
-    refused "/data/none" writable --model-id /data/none
+    refused "there is no such directory; check the path" writable --model-id /data/none
     refused "device cuda" writable --model-id /data/model --device cuda
-    python3 -c "import socket, sys, time; s = socket.socket(); s.bind(('0.0.0.0', $port)); s.listen(); time.sleep(60)" & holder=$!
-    sleep 0.5
-    refused "$port" writable --model-id /data/model
+    python3 -c '
+import socket, sys, time
+with socket.create_server(("0.0.0.0", int(sys.argv[1]))):
+    print("listening", flush=True)
+    time.sleep(60)' "$port" >"$work/holder" & holder=$!
+    until [ -s "$work/holder" ]; do kill -0 "$holder" || fail "port $port cannot be taken"; sleep 0.1; done
+    refused "it is in use; end what listens there" writable --model-id /data/model
     kill "$holder"
     chmod 000 "$work/data/model/model.safetensors"
     refused "model.safetensors.*Permission denied" writable --model-id /data/model
@@ -163,11 +222,12 @@ from standin_hub import Hub
 with Hub() as hub:
     hub.models["org/model"] = {path.name: path.read_bytes() for path in Path("models/docs-llama-7m").iterdir() if path.is_file()}
     print(hub.address, flush=True)
-    time.sleep(300)' >"$work/hub" & holder=$!
+    time.sleep(300)' >"$work/hub" 2>"$work/hub-log" & holder=$!
     until [ -s "$work/hub" ]; do sleep 0.1; done
     VARIABLES+=(HF_ENDPOINT="$(cat "$work/hub")" HF_HUB_DISABLE_XET=1)
     refused "cache /data cannot be written: No space left on device" full --model-id org/model
     refused "cache /data cannot be written: Read-only file system" readonly --model-id org/model
+    refused "cache /data cannot be written: Permission denied" foreign --model-id org/model
     kill "$holder"
 elif [ "$target" = cuda ]; then
     refused "--device cuda is not served yet: .*; use --device cpu" writable --model-id /data/model --device cuda

@@ -11,9 +11,12 @@ mirror=${MIRROR:-$(sed -nE 's/^(URIs:|deb .*)[^#]* ?(https?:[^ ]+).*/\2/p' $(fin
 script=/usr/share/debootstrap/scripts/$suite
 # An Ubuntu that is newer than this machine's debootstrap is made as every Ubuntu is.
 [ -e "$script" ] || script=/usr/share/debootstrap/scripts/gutsy
+components=main
+# Public images of Ubuntu have its universe, where venv and rustup stand.
+[ "$(readlink -f "$script")" != /usr/share/debootstrap/scripts/gutsy ] || components=main,universe
 mkdir -p "$(dirname "$folder")"
 rm -rf "$folder.new"
-debootstrap --variant=minbase $([ "${KEYRING:-}" = none ] && echo --no-check-gpg) "$suite" "$folder.new" "$mirror" "$script" >"$folder.log" 2>&1 || { tail -5 "$folder.log" >&2; exit 1; }
+debootstrap --variant=minbase --components=$components $([ "${KEYRING:-}" = none ] && echo --no-check-gpg) "$suite" "$folder.new" "$mirror" "$script" >"$folder.log" 2>&1 || { tail -5 "$folder.log" >&2; exit 1; }
 for path in /etc/apt/sources.list.d/debian.sources; do
     # With security updates, as a public image has them.
     if [ "$suite" = "$(. /etc/os-release && echo "$VERSION_CODENAME")" ] && [ -e $path ]; then

@@ -94,7 +94,7 @@ fn likely_cause(signal: i32) -> &'static str {
         Ok(UnixSignal::SIGTERM | UnixSignal::SIGINT | UnixSignal::SIGHUP) => ": someone asked it to end",
         Ok(UnixSignal::SIGILL) => ": this processor lacks an instruction that the program was built for",
         Ok(UnixSignal::SIGBUS) => {
-            ": memory behind a file went away: /dev/shm is full, or the model's disk failed or its files were changed"
+            ": memory behind a file went away: the model's files were changed, or their disk failed"
         }
         Ok(UnixSignal::SIGSEGV) => ": a wild memory access, a bug in a library or kernel",
         Ok(UnixSignal::SIGABRT) => ": it gave up by itself",
@@ -312,7 +312,7 @@ mod tests {
         for (cause, parts) in [
             (Cause::Signal(9), ["SIGKILL", "memory ran out", "by hand"]),
             (Cause::Signal(4), ["SIGILL", "processor", "instruction"]),
-            (Cause::Signal(7), ["SIGBUS", "/dev/shm", "full"]),
+            (Cause::Signal(7), ["SIGBUS", "model's files", "disk"]),
             (Cause::Signal(11), ["SIGSEGV", "memory", "bug"]),
             (Cause::Signal(15), ["SIGTERM", "asked", "end"]),
             (Cause::Code(1), ["failed", "exit code", "1"]),
