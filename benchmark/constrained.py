@@ -155,7 +155,7 @@ def attack() -> Callable[[Client], None]:
 def main() -> None:
     """Run the rounds, write the result, and exit with 1 if a limit is not held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--requests", type=int, default=3, help="of each client and round")
     parser.add_argument("--port", type=int, default=18341)
     parser.add_argument("--launcher", type=Path, default=common.ROOT / ".venv" / "bin" / "text-generation-launcher")

@@ -22,6 +22,7 @@ import torch
 from text_generation_server.batch import StepBatch
 from text_generation_server.config import prepare_environment
 from text_generation_server.kernels.select import select_kernels
+from text_generation_server.layers.block import runs_of
 from text_generation_server.loading import Alone, TensorParallel
 from text_generation_server.models.decoder import Decoder
 from text_generation_server.models.registry import load_model
@@ -118,6 +119,7 @@ def measure(rows_counts: list[int], threads: int, turns: int) -> tuple[str, bool
                 if kind == "single":
                     for block in models[kind, depth].blocks:
                         block.fused = None
+                    models[kind, depth].runs = runs_of(models[kind, depth].blocks, kernels)
     lines, held = [], True
     for rows in rows_counts:
         times = dict(zip(models, seconds(list(models.values()), rows, turns), strict=True))

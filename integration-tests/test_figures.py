@@ -47,20 +47,25 @@ def decode(batch: int, column: str, digits: int) -> str:
     return between([cell("quantized", table, "gptq 4 bits g128", column) for table in tables], digits)
 
 
-def roof(batch: int) -> float:
-    return cell(
-        "quantized", f"Decode, batch {batch}, 32 tokens before", "gptq 4 bits g128", "what the memory allows, tokens/s"
-    )
+def share(batch: int) -> str:
+    """Of what memory allows, by length."""
+    tables = [f"Decode, batch {batch}, {length} tokens before" for length in LENGTHS]
+    return between([cell("quantized", table, "gptq 4 bits g128", "of what it allows") for table in tables], 2)
 
 
 def llama_cpp(section: str, digits: int) -> str:
     rows = ("llama.cpp Q4_0, head as ours", "llama.cpp Q4_0")
-    return between([cell("peers", section, row, "ours ÷ this") for row in rows], digits)
+    column = "ours ÷ this" if section == CLIENTS else "ours ÷ this, turn by turn"
+    return between([cell("peers", section, row, column) for row in rows], digits)
+
+
+def openvino(section: str, column: str = "ours ÷ this, turn by turn") -> str:
+    return f"{cell('peers', section, 'OpenVINO GenAI', column):.1f}"
 
 
 BF16 = "÷ bf16 (more is faster)"
 PEERS = "÷ the peer's"
-CLIENTS = "16 clients through HTTP, about 128 tokens in, 128 out"
+CLIENTS = "16 clients, about 128 tokens in, 128 out"
 
 
 def at_the_peak() -> float:
@@ -97,11 +102,15 @@ def layer(sequences: int, blocks: str) -> float:
 README: list[Callable[[], str]] = [
     lambda: f"{beside_transformers('serve', 1)} times the tokens per second",
     lambda: f"{beside_transformers('generate', 0)} times |",
-    lambda: f"{decode(1, BF16, 1)} times, by length ({decode(1, 'tokens/s', 0)} tokens/s; {roof(1):.0f}",
+    lambda: f"{decode(1, BF16, 1)} times, by length ({decode(1, 'tokens/s', 0)} tokens/s; {share(1)} of what memory",
     lambda: f"{decode(16, BF16, 1)} times ({decode(16, 'tokens/s', 0)} tokens/s)",
     lambda: f"{llama_cpp('Decode of one sequence, after 32 tokens', 2)} times with one sequence",
     lambda: f"{llama_cpp('Prefill of 2048 tokens', 1)} times for a prompt of 2,048",
     lambda: f"{llama_cpp(CLIENTS, 1)} times with 16 clients",
+    lambda: (
+        f"{openvino('Decode of one sequence, after 32 tokens')} times, {openvino('Prefill of 2048 tokens')} times and"
+    ),
+    lambda: f"in its own process, {openvino(CLIENTS, 'ours ÷ this')} times |",
     lambda: f"({cell('peers', CLIENTS, 'ours', 'tokens/s'):.0f} tokens/s; {at_the_peak():.0f} if",
     lambda: f"{quantizing('times as fast', 1)} times as fast, awq {awq('times as fast'):.0f} times",
     lambda: f"grows by {quantizing(PEERS, 2)} (awq {awq(PEERS):.2f})",
