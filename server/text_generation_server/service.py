@@ -3,12 +3,14 @@
 `Health` answers from the first moment, before torch is imported, and whatever the step thread is doing.
 """
 
+import contextlib
 import faulthandler
 import os
 import queue
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -449,21 +451,39 @@ def row_message(row: "RowResult") -> pb.RowResult:
     return message
 
 
+def print_stacks() -> None:
+    """Writes the stacks of all threads to standard error.
+
+    `faulthandler.register` does this without the interpreter's lock, and a thread that runs meanwhile takes its frames
+    from under the reader: about one signal in thirty ended a process that imported torch.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"Thread {ident:#x} {names.get(ident, 'of a library')} (most recent call last):\n")
+        parts += traceback.format_stack(frame)
+    # Who reads them may be gone, which ends nobody.
+    with contextlib.suppress(OSError):
+        os.write(2, "".join(parts).encode())
+
+
 def run(config: ServeConfig) -> NoReturn:
     """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process.
 
     Raises ConfigError if the socket cannot be made.
     """
-    ended: queue.Queue[int] = queue.Queue()
+    # The exit code, or None where the stacks are asked for. Of the queues, only a simple one may be put into by a signal
+    # that interrupts its own `get`.
+    orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     die_with_parent()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGUSR1, lambda *_: orders.put(None))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.put(0))
+        signal.signal(number, lambda *_: orders.put(0))
     if config.exit_with_stdin:
         threading.Thread(target=watch_lifeline, name="lifeline", daemon=True).start()
     health = Health()
-    thread = StepThread(config, health, ended.put)
+    thread = StepThread(config, health, orders.put)
     server = grpc.server(
         ThreadPoolExecutor(16, thread_name_prefix="grpc"),
         options=[
@@ -484,7 +504,8 @@ def run(config: ServeConfig) -> NoReturn:
     server.start()
     os.umask(0o077)
     thread.start()
-    code = ended.get()
+    while (code := orders.get()) is None:
+        print_stacks()
     server.stop(0)
     sys.stdout.flush()
     sys.stderr.flush()
