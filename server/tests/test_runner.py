@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_generation_server import runner as runner_module
 from text_generation_server.batch import StepBatch
 from text_generation_server.faults import Faults
 from text_generation_server.runner import (
@@ -25,6 +26,7 @@ from text_generation_server.runner import (
     Work,
 )
 from text_generation_server.sampling.grammar import REGEX, Grammar, Grammars, Guided
+from text_generation_server.sampling.guidance import Found, guide
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sequences import ProtocolError, SequenceTable
 from tokenizers import Tokenizer
@@ -227,33 +229,33 @@ TRIED = [
     SamplingParams(top_n=3),
     SamplingParams(repetition_penalty=1.3, min_new_tokens=9),
     SamplingParams(logit_bias=((10, 50.0), (11, -1000.0)), frequency_penalty=0.5, top_n=2),
+    replace(SAMPLING, min_new_tokens=9),
 ]
 
 
 @pytest.mark.parametrize("params", TRIED, ids=str)
 def test_what_needs_no_mask_yields_what_masks_would_have_left(params, monkeypatch):
-    """Ids, log-probabilities and the most probable ids, with all of them masked and without."""
+    """Ids, log-probabilities and the most probable ids, with all of them masked beside the steps and without."""
 
     def answers() -> list[tuple[list[int], list[float], Any]]:
-        run, found = runner(), []
+        run, rows_of_all = runner(), []
         for number in range(24):
             first = [admission(row, [5 + row, 7, 9], params=params, grammar=MANY) for row in range(3)]
             blocks = [blocks_of(row) for row in range(3)] if number == 0 else [[]] * 3
             works = [work(row, 99 if number == 0 else 1, blocks[row]) for row in range(3)]
             rows = step(run, *works, admit=first if number == 0 else (), number=number + 1)
-            found += [(row.ids, row.logprobs, row.top) for row in rows]
-        return found
+            rows_of_all += [(row.ids, row.logprobs, row.top) for row in rows]
+        return rows_of_all
 
-    tried: list[int | None] = []
-    most_probable = Guided.most_probable
-    monkeypatch.setattr(Guided, "most_probable", lambda *given: (tried.append(most_probable(*given)), tried[-1])[1])
-    GRAMMARS.prepare(MANY).result()
-    with_tries = answers()
-    assert sum(one is not None for one in tried) > 9
-    monkeypatch.setattr(Guided, "can_try", lambda self: False)
-    count = len(tried)
-    assert answers() == with_tries
-    assert len(tried) == count
+    found: list[Found] = []
+    monkeypatch.setattr(runner_module, "guide", lambda *given: (found.append(guide(*given)), found[-1])[1])
+    monkeypatch.setattr(Guided, "is_cheap", lambda self: True)
+    at_once = answers()
+    assert sum(len(one.masks if params.do_sample else one.ids) for one in found) > 9
+    monkeypatch.setattr(Guided, "is_cheap", lambda self: False)
+    count = len(found)
+    assert answers() == at_once
+    assert len(found) == count
 
 
 def test_all_ranks_leave_out_a_row_whose_grammar_fails_on_the_first():

@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "health": set(),
     "version": set(),
     "lifeline": set(),
+    "stacks": set(),
     "faults": set(),
-    "service": {"config", "lifeline", "pb", "shard", "runner", "planning", "sampling"},
+    "service": {"config", "lifeline", "stacks", "pb", "shard", "runner", "planning", "sampling"},
     "shard": {
         "config", "runner", "sequences", "batch", "distributed", "meeting", "loading", "planning", "models", "kernels",
         "sampling.grammar",

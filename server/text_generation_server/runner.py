@@ -20,6 +20,7 @@ from .kernels.interface import Allowed, DrawsIds, KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
 from .sampling.grammar import Grammar, Grammars, Guided, Masks
+from .sampling.guidance import Asked, Found, guide
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
@@ -217,38 +218,50 @@ class Runner:
         return constraint
 
     def begin_masks(self, rows: Sequence[int]) -> None:
-        """Begins to find out which ids may come next in those rows that need to know, if that was not done.
+        """Begins to find out which ids may come next in those rows that are constrained, beside the steps.
 
-        Only rank 0 has to know.
+        Not where that was done, or takes but a moment. Only rank 0 has to know.
         """
-        if self.group.rank == 0:
-            self.find_masks([row for row in rows if not self.tries(row)])
-
-    def tries(self, row: int) -> bool:
-        """Whether a row needs no mask if one of its most probable ids may come next, which is soon found out."""
-        state = self.table.states[row]
-        return not state.params.do_sample and isinstance(state.constraint, Guided) and state.constraint.can_try()
-
-    def find_masks(self, rows: Sequence[int]) -> None:
-        """Begins to find out which ids may come next in those rows that are constrained, if that was not done."""
+        if self.group.rank != 0:
+            return
         constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
-        missing = {row: c for row, c in constraints.items() if row not in self.begun or self.begun[row][0] is not c}
+        missing = {
+            row: c
+            for row, c in constraints.items()
+            if not (isinstance(c, Guided) and c.is_cheap()) and (row not in self.begun or self.begun[row][0] is not c)
+        }
         if missing:
             for masks in self.grammars.begin(missing):
                 self.begun.update({row: (missing[row], masks, i) for i, row in enumerate(masks.rows)})
 
-    def take_masks(self, rows: Sequence[int]) -> tuple[Allowed | None, dict[int, str]]:
-        """What was begun for these rows, and the errors; None if no row is constrained."""
-        taken = [(i, *begun[1:]) for i, row in enumerate(rows) if (begun := self.begun.pop(row, None)) is not None]
-        if not taken:
-            return None, {}
-        sources = {id(masks): masks for _, masks, _ in taken}
-        found = [masks.wait() for masks in sources.values()]
-        errors = {row: cause for masks in sources.values() for row, cause in masks.errors.items()}
-        firsts = dict(zip(sources, np.cumsum([0, *map(len, found)]).tolist(), strict=False))
-        of = np.full(len(rows), -1)
-        of[[i for i, _, _ in taken]] = [firsts[id(masks)] + at for _, masks, at in taken]
-        return Allowed(found[0] if len(found) == 1 else np.concatenate(found), of), errors
+    def constrain(self, rows: list[int], logits: Tensor) -> tuple[dict[int, int], Allowed | None, dict[int, str]]:
+        """Ids of places of `rows` where nothing is left to draw, what may be drawn elsewhere, and errors of rows.
+
+        logits: [rows, vocab].
+        """
+        states = self.table.states
+        bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
+        if not bound:
+            return {}, None, {}
+        # Some may have become dear meanwhile.
+        self.begin_masks([row for _, row, _ in bound])
+        cheap = [
+            Asked(i, c, not states[row].params.do_sample, self.is_too_short(row, states[row]))
+            for i, row, c in bound
+            if row not in self.begun and isinstance(c, Guided)
+        ]
+        found = guide(logits, cheap, self.ends, self.drawing) if cheap else Found({}, {}, {})
+        errors = {rows[place]: cause for place, cause in found.errors.items()}
+        words, of = list(found.masks.values()), np.full(len(rows), -1)
+        of[list(found.masks)] = range(len(words))
+        for i, row, _ in bound:
+            if (begun := self.begun.pop(row, None)) is not None:
+                _, masks, at = begun
+                words.append(self.lengthen(row, masks.wait()[at]))
+                of[i] = len(words) - 1
+                if row in masks.errors:
+                    errors[row] = masks.errors[row]
+        return found.ids, Allowed(np.stack(words), of) if words else None, errors
 
     def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
@@ -300,34 +313,9 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
-        chosen = self.most_probable(rows, processed)
-        allowed, errors = self.take_masks(rows)
-        if allowed is not None:
-            self.lengthen(rows, allowed)
+        chosen, allowed, errors = self.constrain(rows, processed)
         params = [state.params for state in states]
         return draw(raw, processed, params, self.table.length[rows], allowed, chosen, self.drawing), errors
-
-    def most_probable(self, rows: list[int], logits: Tensor) -> dict[int, int]:
-        """What is drawn in those places of `rows` that are constrained and need no mask. The others get theirs.
-
-        logits: [rows, vocab].
-        """
-        states = self.table.states
-        bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
-        waiting = [each for each in bound if each[1] not in self.begun]
-        if not waiting:
-            return {}
-        chosen, missing, of_rows = {}, [], logits.numpy()
-        highest = of_rows.argmax(-1).tolist()
-        for i, row, constraint in waiting:
-            found = constraint.most_probable(of_rows[i], highest[i]) if isinstance(constraint, Guided) else None
-            if found is None:
-                missing.append(row)
-            else:
-                chosen[i] = found
-        if missing:
-            self.find_masks(missing)
-        return chosen
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""
@@ -340,14 +328,11 @@ class Runner:
         least = state.params.min_new_tokens
         return least > 0 and int(self.table.length[row] - self.table.num_prompt[row]) < least
 
-    def lengthen(self, rows: list[int], allowed: Allowed) -> None:
-        """Takes the end from the rows that are constrained and too short, in place."""
-        for i, row in enumerate(rows):
-            if self.is_too_short(row, self.table.states[row]) and (at := allowed.of[i]) >= 0:
-                goes_on = allowed.words[at] & ~self.ends
-                # A constraint that has come to its end counts more than a least length.
-                if goes_on.any():
-                    allowed.words[at] = goes_on
+    def lengthen(self, row: int, words: NDArray[np.int32]) -> NDArray[np.int32]:
+        """A mask [words] without the end, if the row is too short."""
+        goes_on = words & ~self.ends
+        # A constraint that has come to its end counts more than a least length.
+        return goes_on if self.is_too_short(row, self.table.states[row]) and goes_on.any() else words
 
     def process(self, logits: Tensor, rows: list[int], states: list[RowState], special: list[int]) -> None:
         """Watermarks, penalties, biases and least lengths of the `special` rows of `logits`, in place."""

@@ -3,14 +3,12 @@
 `Health` answers from the first moment, before torch is imported, and whatever the step thread is doing.
 """
 
-import contextlib
 import faulthandler
 import os
 import queue
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -25,6 +23,7 @@ from .health import Health, Phase
 from .lifeline import die_with_parent, watch_lifeline
 from .pb import shard_pb2 as pb
 from .planning import plan_model
+from .stacks import print_stacks
 
 if TYPE_CHECKING:
     from .runner import Admission, Plan, Result, RowResult
@@ -451,29 +450,13 @@ def row_message(row: "RowResult") -> pb.RowResult:
     return message
 
 
-def print_stacks() -> None:
-    """Writes the stacks of all threads to standard error.
-
-    `faulthandler.register` does this without the interpreter's lock, and a thread that runs meanwhile takes its frames
-    from under the reader: about one signal in thirty ended a process that imported torch.
-    """
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"Thread {ident:#x} {names.get(ident, 'of a library')} (most recent call last):\n")
-        parts += traceback.format_stack(frame)
-    # Who reads them may be gone, which ends nobody.
-    with contextlib.suppress(OSError):
-        os.write(2, "".join(parts).encode())
-
-
 def run(config: ServeConfig) -> NoReturn:
     """Serves until SIGTERM, SIGINT, the launcher's end or an error of loading; ends the process.
 
     Raises ConfigError if the socket cannot be made.
     """
-    # The exit code, or None where the stacks are asked for. Of the queues, only a simple one may be put into by a signal
-    # that interrupts its own `get`.
+    # The exit code, or None where the stacks are asked for. A signal may have interrupted `get`: of all queues, only a
+    # simple one may be put into then.
     orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     die_with_parent()
     faulthandler.enable()

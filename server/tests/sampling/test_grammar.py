@@ -1,4 +1,4 @@
-"""Grammars over text, on the shipped tokenizer: judged by jsonschema, by `re` and by llguidance's own masks."""
+"""Grammars over text, on the shipped tokenizer: judged by jsonschema, by `re` and by llguidance's Python interface."""
 
 import json
 import random
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import jsonschema
 import llguidance
-import llguidance.numpy
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.sampling import grammar as grammar_module
 from text_generation_server.sampling.constraint import GrammarError
 from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided, Masks
+from text_generation_server.sampling.guidance import Asked, Found, guide
 from tokenizers import Tokenizer
 
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
@@ -118,23 +120,39 @@ def test_whatever_is_drawn_matches_the_expression(grammars, regex):
         assert re.fullmatch(regex, TOKENIZER.decode(ids)), ids
 
 
-@pytest.mark.parametrize("name", ["object", "recursive", "date"])
-def test_masks_are_those_of_the_library_at_every_step_and_after_any_replay(grammars, name):
+class Judge:
+    """Judges each id by itself through the library's Python interface, which the server does not use for that."""
+
     tokens = llguidance.LLTokenizer((MODEL / "tokenizer.json").read_text(), n_vocab=VOCAB, eos_token=[EOS])
-    source = llguidance.LLMatcher.grammar_from_json_schema({**SCHEMAS[name], "x-guidance": TAKEN})
-    own = llguidance.LLMatcher(tokens, source)
-    expected = llguidance.numpy.allocate_token_bitmask(1, VOCAB)
-    ids = written(grammars.constraint(of_schema(SCHEMAS[name]), []), 1)
-    stepwise = grammars.constraint(of_schema(SCHEMAS[name]), [])
+
+    def __init__(self, form: Grammar) -> None:
+        make = llguidance.LLMatcher
+        made = make.grammar_from_regex if form.kind == REGEX else make.grammar_from_json_schema
+        self.matcher = llguidance.LLMatcher(self.tokens, made(form.source))
+
+    def allowed(self) -> list[int]:
+        if self.matcher.is_stopped():
+            return [EOS]
+        return [i for i in range(VOCAB) if self.matcher.validate_tokens([i]) == 1]
+
+    def advance(self, token_id: int) -> None:
+        assert self.matcher.consume_token(token_id)
+
+
+FORCED = Grammar(REGEX, "[a-c](under no circumstances|undertaking)[.]")
+
+
+@pytest.mark.parametrize("form", [*map(of_schema, SCHEMAS.values()), FORCED], ids=lambda form: form.source[:40])
+def test_an_id_is_allowed_if_its_text_is_at_every_step_and_after_any_replay(grammars, form):
+    """Where the grammar leaves no choice of the text, too: how it is cut into tokens is the model's choice."""
+    judge = Judge(form)
+    ids = written(grammars.constraint(form, []), 1)
+    stepwise = grammars.constraint(form, [])
     for at, token_id in enumerate(ids):
-        llguidance.numpy.fill_next_token_bitmask(own, expected)
-        replayed = grammars.constraint(of_schema(SCHEMAS[name]), ids[:at])
-        for constraint in (stepwise, replayed):
-            words = np.zeros(VOCAB // 32, np.int32)
-            constraint.fill(words)
-            assert np.array_equal(words, expected[0]), at
+        expected = judge.allowed()
+        assert allowed(stepwise) == allowed(grammars.constraint(form, ids[:at])) == expected, at
         stepwise.advance(token_id)
-        assert own.consume_token(token_id)
+        judge.advance(token_id)
 
 
 def test_the_end_is_allowed_where_the_text_may_end_and_alone_where_it_must(grammars):
@@ -224,10 +242,6 @@ def found(begun: Sequence[Masks]) -> tuple[dict[int, NDArray[np.int32]], dict[in
     return words, {row: cause for masks in begun for row, cause in masks.errors.items()}
 
 
-def are_beside(begun: Sequence[Masks]) -> list[bool]:
-    return [masks._filled is not None for masks in begun]
-
-
 def test_masks_are_found_beside_the_caller_and_an_error_is_its_rows_alone(grammars):
     started = time.monotonic()
     begun = grammars.begin({3: Slow(0.5), 5: Slow(0, fails=True), 9: Slow(0)})
@@ -259,46 +273,38 @@ def test_masks_of_many_rows_are_those_of_each_alone(vocab):
         forms += [of_schema(SCHEMAS["object"]), Grammar(REGEX, "[0-9]{3}")]
         rows = [(form, log) for form in forms for log in ([], written(grammars.constraint(form, []), 4)[:-1], [EOS])]
     constraints = {7 + i: grammars.constraint(*row) for i, row in enumerate(rows)}
-    # By another thread, and once more at once.
-    for _ in range(2):
-        words, errors = found(grammars.begin(constraints))
-        assert not errors
-        for i, row in enumerate(rows):
-            assert ids_of(words[7 + i], vocab) == allowed(grammars.constraint(*row), vocab)
-        for constraint in constraints.values():
-            constraint.expected_s = 0.0
+    words, errors = found(grammars.begin(constraints))
+    assert not errors
+    for i, row in enumerate(rows):
+        assert ids_of(words[7 + i], vocab) == allowed(grammars.constraint(*row), vocab)
     grammars.close()
 
 
-def test_what_takes_but_a_moment_is_found_at_once_and_what_took_longer_is_not(grammars):
-    """To wake a thread takes longer than a cheap mask; a costly one must not hold up the steps, but once."""
-    later = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [DIGIT])
-    assert are_beside(grammars.begin({1: later})) == [True], "nobody knows what it takes to follow what there was"
-    digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    assert found(grammars.begin({1: digits}))[0][1].any()
+def test_masks_are_cheap_until_one_was_dear_and_after_some_that_were_not(grammars):
+    """A costly one must not hold up the steps, but once."""
+    form = Grammar(REGEX, "[0-9]{300}")
+    assert not grammars.constraint(form, [DIGIT]).is_cheap(), "nobody knows what it takes to follow what there was"
+    grammars.prepare(form).result()
+    digits = grammars.constraint(form, [])
     for _ in range(200):
         digits.took(1e-6)
-    begun = grammars.begin({1: digits})
-    assert are_beside(begun) == [False]
-    assert ids_of(found(begun)[0][1]) == allowed(digits)
-    assert are_beside(grammars.begin({1: Slow(0)})) == [True], "nobody knows what others take"
-    # One that is costly does not take a cheap one with it.
-    assert are_beside(grammars.begin({1: digits, 2: Slow(0)})) == [True, False]
-    many = [grammars.constraint(Grammar(REGEX, "[0-9]{300}"), []) for _ in range(20)]
-    for one in many:
-        one.follow()
-        one.expected_s = 40e-6
-    beside, at_once = grammars.begin(dict(enumerate(many)))
-    assert (are_beside([beside, at_once]), len(at_once.rows)) == ([True, False], 12), "together they take too long"
-    found([beside, at_once])
+    digits.follow()
+    assert digits.is_cheap()
     digits.took(0.01)
-    assert are_beside(grammars.begin({1: digits})) == [True]
+    assert not digits.is_cheap()
+    turns = 0
+    while not digits.is_cheap():
+        digits.took(1e-6)
+        turns += 1
+    assert 5 < turns < 40
+    digits.advance(EOS)
+    assert digits.is_cheap(), "the end is all that is left"
+    assert not grammars.constraint(Grammar(REGEX, "("), []).is_cheap()
 
 
 def test_what_a_mask_takes_is_the_time_of_its_own_thread(grammars, monkeypatch):
     """A machine that does other things meanwhile does not make a form a costly one."""
     digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    monkeypatch.setattr(digits, "check", lambda: time.sleep(0.05))
     follow = digits.follow
     monkeypatch.setattr(digits, "follow", lambda: (time.sleep(0.05), follow())[1])
     found(grammars.begin({1: digits}))
@@ -309,52 +315,96 @@ FORMS = [of_schema(schema) for schema in SCHEMAS.values()]
 FORMS += [Grammar(REGEX, "(.|\n)+"), Grammar(REGEX, "(never|nearly)( (never|nearly)){9}"), Grammar(REGEX, r"\w{1,30}#")]
 
 
+@pytest.fixture(scope="module", params=["our kernels", "none"])
+def kernels(request) -> CpuKernels | None:
+    return CpuKernels() if request.param == "our kernels" else None
+
+
+def guided(kernels: CpuKernels | None, logits: NDArray[np.float32], *rows: tuple[Guided, bool, bool]) -> Found:
+    """Of rows that have a constraint, chance or not, and a least length or not."""
+    ends = np.zeros(-(-logits.shape[1] // 32), np.int32)
+    ends[EOS // 32] |= 1 << EOS % 32
+    asked = [Asked(place, *row) for place, row in enumerate(rows)]
+    return guide(torch.from_numpy(logits), asked, ends, kernels)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.source[:40])
-def test_the_most_probable_id_is_what_a_mask_would_have_left(grammars, form):
-    """Whatever is most probable: ids that follow, ids that do not, the end, equals, and what is impossible."""
-    draw, found = np.random.default_rng(3), 0
-    for seed in range(6):
+def test_the_most_probable_id_is_the_highest_of_those_that_are_allowed(grammars, kernels, form):
+    """Whatever is most probable: ids that follow, ids that do not, the end, equals, and what is impossible.
+
+    Four rows at a time: the most probable, the same where the text may not end yet, a mask, and one without the end.
+    """
+    draw, steps = np.random.default_rng(3), 0
+    for seed in range(4):
         log = written(grammars.constraint(form, []), seed)
-        tried, masked = grammars.constraint(form, []), grammars.constraint(form, [])
-        for token_id in log[:60]:
-            ways = allowed(masked)
-            logits = draw.integers(0, 40, VOCAB).astype(np.float32)
-            logits[draw.choice(ways, min(2, len(ways)), replace=False)] += draw.integers(0, 50)
-            logits[draw.choice(VOCAB, 2000, replace=False)] = -np.inf
-            logits[token_id] += 10
-            of_all = int(logits.argmax())
-            best = tried.most_probable(logits.copy(), of_all)
-            if best is not None:
-                found += 1
-                assert best == ways[int(logits[ways].argmax())]
-                tried.advance(best)
-                masked.advance(best)
-            elif token_id == EOS:
-                break
+        judge = Judge(form)
+        constraints = [grammars.constraint(form, []) for _ in range(4)]
+        for token_id in log[:40]:
+            ways = judge.allowed()
+            goes_on = [way for way in ways if way != EOS] or ways
+            logits = draw.integers(0, 40, (4, VOCAB)).astype(np.float32)
+            logits[:, draw.choice(ways, min(2, len(ways)), replace=False)] += draw.integers(0, 50)
+            logits[:, draw.choice(VOCAB, 2000, replace=False)] = -np.inf
+            logits[:, token_id] = 1000.0
+            rows = [(c, i < 2, i % 2 == 1) for i, c in enumerate(constraints)]
+            found = guided(kernels, logits, *rows)
+            assert not found.errors
+            assert {place: ids_of(mask) for place, mask in found.masks.items() if place > 1} == {2: ways, 3: goes_on}
+            assert found.ids[0] == token_id == ways[int(logits[0, ways].argmax())]
+            best = goes_on[int(logits[1, goes_on].argmax())]
+            if np.isfinite(logits[1, best]):
+                assert found.ids[1] == best
             else:
-                assert allowed(tried) == ways
-                tried.advance(token_id)
-                masked.advance(token_id)
-            if best not in (None, token_id):
+                assert ids_of(found.masks[1]) == goes_on
+            steps += 1
+            if token_id == EOS or best != token_id:
                 break
-    assert found
+            for constraint in constraints:
+                constraint.advance(token_id)
+            judge.advance(token_id)
+    assert steps > 4
 
 
-def test_what_is_refused_again_and_again_is_tried_ever_less_often(grammars):
-    digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    allowed(digits)
-    pauses, pause = [], 0
-    logits = np.zeros(VOCAB, np.float32)
-    logits[TOKENIZER.encode("a b c d e f", add_special_tokens=False).ids] = 9
-    for _ in range(60):
-        if digits.can_try():
-            assert digits.most_probable(logits, int(logits.argmax())) is None
-            pauses.append(pause)
-            pause = 0
-        allowed(digits)
-        pause += 1
-        digits.advance(DIGIT)
-    assert pauses == [0, 2, 4, 8, 16, 16]
+@pytest.mark.parametrize("vocab", [VOCAB, 4001, 70])
+def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars, kernels, vocab):
+    few = grammars if vocab == VOCAB else Grammars(MODEL / "tokenizer.json", vocab, [EOS])
+    form = Grammar(REGEX, "[!-+]{300}")
+    rows = [few.constraint(form, []) for _ in range(5)] + [few.constraint(form, [EOS])]
+    ways = allowed(few.constraint(form, []), vocab)
+    logits = np.arange(6 * vocab, dtype=np.float32).reshape(6, vocab) % 61
+    logits[0, ways[0]] = 50
+    logits[1, ways[1]] = np.nan
+    logits[2, ways] = -np.inf
+    logits[3, ways[2]] = np.inf
+    logits[4] = 7
+    found = guided(kernels, logits, *((row, True, False) for row in rows))
+    assert not found.errors
+    assert found.ids == {0: ways[int(logits[0, ways].argmax())], 4: ways[0]}
+    assert {place: ids_of(mask, vocab) for place, mask in found.masks.items()} == {1: ways, 2: ways, 3: ways, 5: [EOS]}
+    wrong = few.constraint(Grammar(REGEX, "[!-+]{2}"), [ways[0], ways[0], ways[0]])
+    rows[0].advance(found.ids[0])
+    again = guided(kernels, logits, (wrong, True, False), (rows[0], True, False))
+    assert list(again.errors) == [0]
+    assert "does not follow" in again.errors[0]
+    assert list(again.ids) + list(again.masks) == [1]
+    if few is not grammars:
+        few.close()
+
+
+def test_a_mask_that_was_dear_is_noticed(grammars, kernels):
+    """Ids that are judged one by one say nothing about it."""
+    form = Grammar(REGEX, r"([ab]*a[ab]{13}|(\w{1,60}\s\w{1,60}[^,]{0,40}){30}|(.*a.*b.*c.*d){9})+#")
+    grammars.prepare(form).result()
+    row = grammars.constraint(form, [])
+    row.follow()
+    row.expected_s = 0.0
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, DIGIT] = 9
+    assert guided(kernels, logits, (row, True, False)).ids == {0: DIGIT}
+    assert row.expected_s == 0.0
+    row.advance(DIGIT)
+    guided(kernels, logits, (row, False, False))
+    assert row.expected_s > 0.0
 
 
 def test_an_id_that_does_not_follow_is_the_error_of_its_row(grammars):

@@ -223,6 +223,44 @@ class Allowed:
     of: NDArray[np.int64]
 
 
+# What `DrawsIds.guide` says instead of an id: to be drawn from the mask; the matcher has an error, or leaves no id.
+MASKED, FAILED = -1, -2
+
+
+@dataclass(frozen=True)
+class GuidedRows:
+    """Rows of logits whose ids a grammar limits, each by a matcher of llguidance's C interface; all are [n].
+
+    matchers: addresses. rows: of the logits. is_greedy: the most probable id is wanted, else the mask alone.
+    goes_on: the text may not end yet, unless it has to.
+    mask_words: of the masks of these matchers. functions: addresses of the interface's functions that judge ids
+    (`llg_matcher_validate_tokens`), go on by ids (`llg_matcher_consume_tokens`) and find masks
+    (`llg_matcher_compute_mask_into`). ends: [ceil(vocab / 32)] int32, one bit for each id that ends a text.
+    """
+
+    matchers: NDArray[np.uint64]
+    rows: NDArray[np.int64]
+    is_greedy: NDArray[np.bool_]
+    goes_on: NDArray[np.bool_]
+    mask_words: int
+    functions: tuple[int, int, int]
+    ends: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What came of it.
+
+    ids: [n] int64, by which the matcher has gone on unless they end the text, or MASKED or FAILED.
+    masks: [n, ceil(vocab / 32)] int32, one bit for each id that may come next, lowest first; of rows that are MASKED.
+    seconds: [n], of processor time that the mask has cost; 0 where none was needed.
+    """
+
+    ids: NDArray[np.int64]
+    masks: NDArray[np.int32]
+    seconds: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What came of it; all are [rows]. logprobs and normalizers (log of the sum of exponentials) are of raw logits.
@@ -246,6 +284,15 @@ class DrawsIds(Protocol):
         allowed: which ids may be drawn; None: all.
 
         None: these kernels do not draw after all, and nothing was computed.
+        """
+        ...
+
+    def guide(self, logits: Tensor, guided: GuidedRows, tries: int) -> Guidance | None:
+        """The most probable of the ids that a grammar allows, or which ones it allows. logits: [rows, vocab] float32.
+
+        tries: so many of the most probable ids are judged before a mask is asked for.
+
+        None: these kernels do not, and nothing was done.
         """
         ...
 

@@ -4,7 +4,6 @@ Everything slow happens beside the steps: grammars are compiled by threads of th
 found out while the forward pass runs. What a grammar allows is a function of the ids that were generated.
 """
 
-import math
 import os
 import threading
 import time
@@ -21,21 +20,20 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from .constraint import Constraint, GrammarError, set_bits
+from .matcher import Limits, Matcher, Vocabulary
 
 T = TypeVar("T")
 
 JSON_SCHEMA, REGEX = "JSON_SCHEMA", "REGEX"
 
 # How much a grammar may cost. The router judges by the same numbers (router/src/grammar/trial.rs).
-LIMITS = llguidance.LLParserLimits(
+LIMITS = Limits(
     max_items_in_row=2_000,
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
     step_max_items=20_000,
     max_lexer_states=20_000,
     max_grammar_size=200_000,
-    precompute_large_lexemes=False,
-    verbose_errors=False,
 )
 # Compiled grammars that are kept, and the bytes of their sources. Those that were not used for longest go first.
 MAX_COMPILED = 128
@@ -46,16 +44,11 @@ MAX_SOURCE_BYTES = 64 << 10
 STACK_BYTES = 64 << 20
 # Compilation gives way to steps.
 NICENESS = 10
-# A mask that is expected within this time is found at once, together with others up to so much: to wake a thread and
-# hear from it takes longer, and during the forward pass every core is taken. After one that took longer they are found
-# beside the steps, until some cheaper ones have come: of a common schema one in ten takes many times the others' time.
-AT_ONCE_S, ALL_AT_ONCE_S = 150e-6, 500e-6
+# A mask that is expected within this time is found by the step itself, on all cores: to wake a thread and hear from it
+# takes longer, and during the forward pass every core is taken. After one that took longer they are found beside the
+# steps, until some cheaper ones have come: of a common schema one in ten takes many times the others' time.
+AT_ONCE_S = 150e-6
 FORGETTING = 0.8
-# Whether one id may come next costs a small part of a mask, and what is wanted is mostly among the most probable: so
-# many are tried. Where all are refused the next ones are likely to be, too: then some masks are found before the next
-# try, twice as many after each refusal in a row.
-MAX_TRIES = 4
-FIRST_PAUSE, LONGEST_PAUSE = 2, 16
 # No grammar within the limits takes as long.
 COMPILE_TIMEOUT_S = 20.0
 
@@ -72,9 +65,8 @@ class Grammar:
 class Compiled:
     """What sequences begin with. Never advanced: it is copied, with all that its lexer has learnt."""
 
-    matcher: llguidance.LLMatcher
-    first: NDArray[np.int32]  # the mask of the first id, 32 ids a word
-    mask_s: float  # what that mask costs whoever needs it once more
+    matcher: Matcher
+    mask_s: float  # what the first mask costs whoever needs it once more
 
 
 class Grammars:
@@ -87,11 +79,11 @@ class Grammars:
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar", initializer=give_way)
         self._num_fillers = max(1, num_threads)
         self._fillers = ThreadPoolExecutor(self._num_fillers, thread_name_prefix="mask")
-        self._tokens: Future[llguidance.LLTokenizer] | None = None
+        self._tokens: Future[Vocabulary] | None = None
         self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def warm_up(self) -> "Future[llguidance.LLTokenizer]":
+    def warm_up(self) -> "Future[Vocabulary]":
         """Begins to build the table of tokens, if that was not done. It holds Python's lock, for up to a second."""
         with self._lock:
             if self._tokens is None:
@@ -117,46 +109,37 @@ class Grammars:
         return Guided(self.prepare(grammar), self._eos, generated)
 
     def begin(self, constraints: Mapping[int, Constraint]) -> "list[Masks]":
-        """Begins to find out which ids may come next in each row, in parts; at once where that takes but a moment."""
-        at_once: dict[int, Constraint] = {}
-        beside: dict[int, Constraint] = {}
-        expected = 0.0
-        for row, constraint in constraints.items():
-            each = constraint.expects() if isinstance(constraint, Guided) else np.inf
-            is_quick = each <= AT_ONCE_S and expected + each <= ALL_AT_ONCE_S
-            (at_once if is_quick else beside)[row] = constraint
-            expected += each if is_quick else 0.0
-        rows, parts = list(beside), min(len(beside), self._num_fillers)
-        # These first: they are worked on meanwhile.
-        begun = [
-            Masks({row: beside[row] for row in rows[part::parts]}, self._vocab_size, self._fillers)
+        """Begins to find out which ids may come next in each row, in parts."""
+        rows, parts = list(constraints), min(len(constraints), self._num_fillers)
+        return [
+            Masks({row: constraints[row] for row in rows[part::parts]}, self._vocab_size, self._fillers)
             for part in range(parts)
         ]
-        if at_once:
-            begun.append(Masks(at_once, self._vocab_size, None))
-        return begun
 
     def close(self) -> None:
         """Ends the threads; what they have begun is finished."""
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self._fillers.shutdown(wait=False)
 
-    def _build(self) -> llguidance.LLTokenizer:
+    def _build(self) -> Vocabulary:
         if self._tokenizer_file is None or not self._tokenizer_file.is_file():
             raise GrammarError(f"grammars need a tokenizer.json, and there is none: {self._tokenizer_file}")
         if not self._eos:
             raise GrammarError("the model has no end-of-sequence id to end a grammar with")
         source = self._tokenizer_file.read_text(encoding="utf-8")
         try:
-            tokens = llguidance.LLTokenizer(source, n_vocab=self._vocab_size, eos_token=self._eos)
+            vocabulary = Vocabulary(self._read(source), self._eos)
+        except (ValueError, OSError) as error:
+            raise GrammarError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from None
+        logger.debug("grammars: a table of {} tokens", vocabulary.size)
+        return vocabulary
+
+    def _read(self, source: str) -> llguidance.LLTokenizer:
+        try:
+            return llguidance.LLTokenizer(source, n_vocab=self._vocab_size)
         except ValueError:
             # More tokens than rows of logits: those beyond are never generated.
-            try:
-                tokens = llguidance.LLTokenizer(source, eos_token=self._eos)
-            except ValueError as error:
-                raise GrammarError(f"{self._tokenizer_file.name} cannot be used for grammars: {error}") from None
-        logger.debug("grammars: a table of {} tokens", tokens.vocab_size)
-        return tokens
+            return llguidance.LLTokenizer(source)
 
     def _compile(self, grammar: Grammar) -> Compiled:
         if len(grammar.source.encode()) > MAX_SOURCE_BYTES:
@@ -168,20 +151,20 @@ class Grammars:
                 made = llguidance.LLMatcher.grammar_from_regex(grammar.source)
             else:
                 made = llguidance.LLMatcher.grammar_from_json_schema(grammar.source)
-        except ValueError as error:
-            raise GrammarError(first_line(str(error))) from None
-        matcher = llguidance.LLMatcher(tokens, made, log_level=0, limits=LIMITS)
-        # The first mask of all copies: the lexer learns most of what it needs with it.
-        mask = np.zeros(-(-tokens.vocab_size // 32), np.int32)
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():
-            raise GrammarError(first_line(matcher.get_error()))
+        except ValueError as refused:
+            raise GrammarError(first_line(str(refused))) from None
+        matcher = tokens.matcher(made, LIMITS)
+        mask = np.zeros(matcher.mask_words, np.int32)
+        # With the first mask the lexer learns most of what it needs, for all copies.
+        for _ in range(2):
+            begun = time.thread_time()
+            matcher.fill(mask)
+            took = time.thread_time() - begun
+            if (error := matcher.error()) is not None:
+                raise GrammarError(first_line(error))
         if not mask.any():
             raise GrammarError("no text satisfies the grammar")
-        begun = time.thread_time()
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        return Compiled(matcher, mask, time.thread_time() - begun)
+        return Compiled(matcher, took)
 
 
 def give_way() -> None:
@@ -200,96 +183,74 @@ class Guided:
 
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
         self._compiled, self._eos = compiled, list(eos_token_ids)
-        self._matcher: llguidance.LLMatcher | None = None
-        self._first = np.zeros(0, np.int32)  # mask
-        self._is_at_start = True
+        self._matcher: Matcher | None = None
         self._pending: list[int] = []
         self._ended = False
-        self._tried: int | None = None  # followed already, before note was taken of it
+        self._followed: int | None = None  # by the matcher, before note was taken of it
         self.expected_s = np.inf
-        self._pause = self._masks_to_try = 0
         for token_id in generated:
             self.advance(token_id)
 
     def advance(self, token_id: int) -> None:
         """See `Constraint`. What it leads to is found out when it is needed."""
-        tried, self._tried = self._tried, None
-        if token_id == tried:
+        followed, self._followed = self._followed, None
+        if token_id == followed:
             return
-        assert tried is None, "an id was tried, and another one drawn"
+        assert followed is None, "the matcher went on by an id, and another one was drawn"
         if self._ended or token_id in self._eos:
             self._ended = True
         else:
             self._pending.append(token_id)
 
-    def expects(self) -> float:
-        """Seconds that the next mask takes, to judge by those before, and by that of all sequences for the first."""
-        if self._matcher is not None or self._pending or not self._compiled.done() or self._compiled.exception():
-            return self.expected_s
-        return min(self.expected_s, self._compiled.result().mask_s)
+    def has_followed(self, token_id: int) -> None:
+        """The matcher has gone on by an id, unless it is an end, with which `advance` has to be called next."""
+        self._followed = token_id if token_id not in self._eos else None
 
-    def can_try(self) -> bool:
-        """Whether to call `most_probable`. While masks are dear, they are rather found beside the steps."""
-        return not self._masks_to_try and not self._ended and self.expects() <= AT_ONCE_S
+    def is_cheap(self) -> bool:
+        """Whether the next mask is expected to take but a moment, to judge by those before.
 
-    def most_probable(self, logits: NDArray[np.float32], token_id: int) -> int | None:
-        """The id of the highest of `logits` [vocab] that may come next, as a mask would leave it; the first of equals.
-
-        token_id: the highest of all.
-
-        If there is one, `advance` has to be called with it. None: only a mask tells, as at an end, after an error, and
-        where several of the highest are refused.
+        For the first one it is judged by that of all sequences. What it takes to follow many ids nobody knows.
         """
-        try:
-            matcher = self.follow()
-        except GrammarError:
-            # Who asks for the mask hears of it.
-            return None
-        if matcher is None:
-            return None
-        for turn in range(MAX_TRIES):
-            if turn:
-                logits = logits.copy() if turn == 1 else logits
-                logits[token_id] = -np.inf
-                token_id = int(logits.argmax())
-            if token_id in self._eos or not math.isfinite(logits[token_id]):
-                return None
-            if matcher.try_consume_tokens([token_id]):
-                self._tried, self._pause, self._is_at_start = token_id, 0, False
-                return token_id
-        self._pause = self._masks_to_try = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
-        return None
+        if self._ended:
+            return True
+        if self._matcher is not None:
+            return self.expected_s <= AT_ONCE_S
+        if self._pending or not self._compiled.done() or self._compiled.exception():
+            return False
+        return self._compiled.result().mask_s <= AT_ONCE_S
 
     def fill(self, words: NDArray[np.int32]) -> None:
         """See `Constraint`. Waits for the grammar to be compiled."""
-        self._masks_to_try = max(0, self._masks_to_try - 1)
         matcher = self.follow()
         if matcher is None:
             set_bits(words, self._eos)
-        elif self._is_at_start:
-            copy_words(self._first, words)
-        elif len(self._first) == len(words):
-            # The library clears what was there.
-            matcher.unsafe_compute_mask_ptr(words.__array_interface__["data"][0], words.nbytes)
+            return
+        if matcher.mask_words == len(words):
+            matcher.fill(words)
         else:
-            mask = np.zeros_like(self._first)
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            copy_words(mask, words)
-        self.check()
+            mask = np.zeros(matcher.mask_words, np.int32)
+            matcher.fill(mask)
+            # A mask of as many ids as the tokenizer has, for as many as there are logits.
+            shared = min(len(mask), len(words))
+            words[:shared], words[shared:] = mask[:shared], 0
+        if (error := matcher.error()) is not None:
+            raise GrammarError(first_line(error))
 
-    def follow(self) -> llguidance.LLMatcher | None:
-        """Follows the ids of which note was taken. What the mask is to be had of; None: the end is all that is left."""
+    def follow(self) -> Matcher | None:
+        """Follows the ids of which note was taken. What judges the next one; None: the end is all that is left.
+
+        Raises GrammarError.
+        """
         if self._ended:
             return None
         if self._matcher is None:
             compiled = self._compiled.result(COMPILE_TIMEOUT_S)
-            self._matcher, self._first = compiled.matcher.deep_copy(), compiled.first
-            self.expected_s = compiled.mask_s
+            self._matcher, self.expected_s = compiled.matcher.copy(), compiled.mask_s
         if self._pending:
-            self._is_at_start = False
-            del self._pending[: self._matcher.try_consume_tokens(self._pending)]
-            if self._pending and not self._matcher.is_error():
-                raise GrammarError(f"id {self._pending[0]} does not follow the grammar")
+            del self._pending[: max(0, self._matcher.consume(self._pending))]
+            if self._pending:
+                error = self._matcher.error() or f"id {self._pending[0]} does not follow the grammar"
+                raise GrammarError(first_line(error))
         return self._matcher
 
     def took(self, seconds: float) -> None:
@@ -297,54 +258,34 @@ class Guided:
         before = self.expected_s if self.expected_s < np.inf else 0.0
         self.expected_s = max(seconds, FORGETTING * before)
 
-    def check(self) -> None:
-        """Raises GrammarError if the matcher has come to grief."""
-        if self._matcher is not None and self._matcher.is_error():
-            raise GrammarError(first_line(self._matcher.get_error()))
-
-
-def copy_words(mask: NDArray[np.int32], words: NDArray[np.int32]) -> None:
-    """A mask of as many ids as the tokenizer has, for as many as there are logits."""
-    shared = min(mask.shape[-1], words.shape[-1])
-    words[..., :shared], words[..., shared:] = mask[..., :shared], 0
-
 
 class Masks:
-    """Which ids may come next in some `rows`, found out beside the caller, or by it if there is no pool."""
+    """Which ids may come next in some `rows`, found out by the threads of `pool`."""
 
-    def __init__(self, constraints: Mapping[int, Constraint], vocab_size: int, pool: ThreadPoolExecutor | None) -> None:
+    def __init__(self, constraints: Mapping[int, Constraint], vocab_size: int, pool: ThreadPoolExecutor) -> None:
         self.rows, self._constraints = list(constraints), list(constraints.values())
         self._words = np.zeros((len(self.rows), -(-vocab_size // 32)), np.int32)
         self.errors: dict[int, str] = {}
-        self._filled: Future[None] | None = None
-        if pool is None:
-            self._fill()
-        else:
-            self._filled = submit(pool, self._fill)
+        self._filled = submit(pool, self._fill)
 
     def wait(self) -> NDArray[np.int32]:
         """A bit for each id that may come next, lowest first: [rows, ceil(vocab / 32)].
 
         All are set in rows that `errors` names.
         """
-        if self._filled is not None:
-            self._filled.result()
+        self._filled.result()
         return self._words
 
     def _fill(self) -> None:
-        own, before = time.thread_time(), time.perf_counter()
         for i, constraint in enumerate(self._constraints):
+            # What else the machine does meanwhile says nothing about a grammar.
+            before = time.thread_time()
             try:
                 constraint.fill(self._words[i])
             except (GrammarError, TimeoutError) as error:
                 self._fail(i, str(error) or "the grammar was not compiled in time")
-            now = time.perf_counter()
             if isinstance(constraint, Guided):
-                # What else the machine does meanwhile says nothing about a grammar. To ask for this thread's own time
-                # is a system call.
-                took = now - before
-                constraint.took(took if took <= AT_ONCE_S else min(took, time.thread_time() - own))
-            before = now
+                constraint.took(time.thread_time() - before)
         for i in np.nonzero(~self._words.any(axis=1))[0].tolist():
             self._fail(i, "the grammar leaves no id to go on with")
 

@@ -43,6 +43,7 @@ SOURCES = {
     "block.cpp": (),
     "pool.cpp": (),
     "sampling.cpp": (),
+    "guidance.cpp": (),
     "codes.cpp": (*AVX2, "-mbmi2"),
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,

@@ -4,6 +4,7 @@
 // relative to the most probable id, and what adds up many of them is float64.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace kernels {
@@ -60,6 +61,27 @@ struct Allowed {
     const uint32_t *masks;
     const int64_t *mask_of;
     int64_t words;
+};
+
+// A row whose ids a grammar limits; `GUIDED_ROW` of native/sampling.py.
+struct GuidedRow {
+    void *matcher;         // that of the library which follows grammars
+    const float *logits;   // [size]
+    uint32_t *mask;        // [(size + 31) / 32], result: which ids may come next, where the id is kMasked
+    int64_t mask_words;    // of the matcher's own masks
+    int64_t id;            // result: the matcher has gone on by it unless it is an end; or one of those below
+    double mask_seconds;   // result: what the mask has cost the thread; 0 if none was needed
+    int32_t is_greedy;     // the most probable id is wanted, else the mask alone
+    int32_t goes_on;       // it may not end yet
+};
+// To be drawn from the mask; the matcher has an error, or leaves no id.
+constexpr int64_t kMasked = -1, kFailed = -2;
+
+// `llg_matcher_validate_tokens`, `llg_matcher_consume_tokens` and `llg_matcher_compute_mask_into` of llguidance.h.
+struct MatcherFunctions {
+    int32_t (*validate)(void *matcher, const uint32_t *tokens, size_t count);
+    int32_t (*consume)(void *matcher, const uint32_t *tokens, size_t count);
+    int32_t (*mask)(void *matcher, uint32_t *mask, size_t bytes);
 };
 
 extern const SamplingVariant kSamplingAvx2, kSamplingAvx512;

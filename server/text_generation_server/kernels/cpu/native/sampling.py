@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...interface import Allowed, Drawn, DrawRequests, Penalties
+from ...interface import Allowed, Drawn, DrawRequests, Guidance, GuidedRows, Penalties
 from .library import Library
 
 # `DrawRow` of sampling.h.
@@ -49,6 +49,22 @@ PENALIZED_ROW = np.dtype(
 )
 
 
+# `GuidedRow` of sampling.h.
+GUIDED_ROW = np.dtype(
+    [
+        ("matcher", np.uint64),
+        ("logits", np.uint64),
+        ("mask", np.uint64),
+        ("mask_words", np.int64),
+        ("id", np.int64),
+        ("mask_seconds", np.float64),
+        ("is_greedy", np.int32),
+        ("goes_on", np.int32),
+    ],
+    align=True,
+)
+
+
 class _Allowed(ctypes.Structure):
     """`Allowed` of sampling.h."""
 
@@ -63,6 +79,7 @@ class NativeSampling:
         self._draw = library.function("draw", "iplpllppli")
         self._candidates = library.function("candidates", "iplpppp")
         self._penalize = library.function("penalize", "iplli")
+        self._guide = library.function("guide", "ipplipli")
 
     def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None = None) -> Drawn:
         """raw, processed: [rows, vocab] float32, which may be the same tensor."""
@@ -76,6 +93,30 @@ class NativeSampling:
         return Drawn(
             rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
         )
+
+    def guide(self, logits: Tensor, guided: GuidedRows, tries: int) -> Guidance:
+        """See `DrawsIds`.
+
+        Raises:
+            ValueError: logits of another shape or type, or a row that is none of theirs.
+        """
+        logits = _checked(logits, len(logits))
+        vocab, count = logits.shape[1], len(guided.rows)
+        words = -(-vocab // 32)
+        lowest, highest = guided.rows.min(initial=0), guided.rows.max(initial=0)
+        if len(guided.ends) != words or not 0 <= lowest <= highest < len(logits):
+            raise ValueError(f"rows {guided.rows} of {len(logits)}, {len(guided.ends)} words of ends for {vocab} ids")
+        masks, rows = np.empty((count, words), np.int32), np.zeros(count, GUIDED_ROW)
+        rows["matcher"], rows["mask_words"] = guided.matchers, guided.mask_words
+        rows["logits"] = logits.data_ptr() + guided.rows * (4 * logits.stride(0))
+        rows["mask"] = masks.ctypes.data + np.arange(count) * (4 * words)
+        rows["is_greedy"], rows["goes_on"] = guided.is_greedy, guided.goes_on
+        functions = np.array(guided.functions, np.uint64)
+        self._guide(
+            self._variant, functions.ctypes.data, guided.ends.ctypes.data, vocab, tries, rows.ctypes.data, count,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return Guidance(rows["id"].copy(), masks, rows["mask_seconds"].copy())
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> None:
         """See `DrawsIds`. The bits are those of `processors.penalize` and `processors.bias`.
