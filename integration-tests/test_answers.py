@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import re
 import threading
 from pathlib import Path
 
@@ -120,6 +121,36 @@ def test_a_prompt_longer_than_a_step_gives_the_same_answer(llama: Server) -> Non
         answer = server.stream(prompt, max_new_tokens=20)
     assert golden.events[-1]["details"]["input_length"] > 4 * 16
     assert_same([answer], [golden], "chunked prefill")
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_go_on(llama: Server) -> None:
+    """So that nobody waits for it; what follows it is the same."""
+
+    def steps_with_prompts() -> int:
+        found = re.search(
+            r'^tgi_batch_inference_count\{method="prefill"\} (\d+)$', llama.get("/metrics")[1].decode(), re.M
+        )
+        return int(found.group(1)) if found else 0
+
+    prompt = " ".join(f"Section {number} is about lists and functions." for number in range(45))
+    llama.generate("A list is a", max_new_tokens=20, ignore_eos_token=True)
+    llama.generate("The function returns" * 20, max_new_tokens=1)
+    endless = {"max_new_tokens": 900, "ignore_eos_token": True}
+    texts = ("A list is a", "To install", "The function")
+    streams = [threading.Thread(target=llama.stream, args=(text,), kwargs=endless) for text in texts]
+    for stream in streams:
+        stream.start()
+    wait_until(lambda: "tgi_batch_current_size 3" in llama.get("/metrics")[1].decode(), 10, "three streams")
+    before = steps_with_prompts()
+    beside_others = llama.generate(prompt, max_new_tokens=8, decoder_input_details=True)
+    parts = steps_with_prompts() - before
+    assert all(stream.is_alive() for stream in streams)
+    for stream in streams:
+        stream.join()
+    assert 300 < len(beside_others["details"]["prefill"]) < 512
+    assert parts > 3
+    assert llama.generate(prompt, max_new_tokens=8, decoder_input_details=True) == beside_others
+    llama.wait_clean()
 
 
 def test_aborts_at_random_points_return_everything(llama: Server) -> None:

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 600
 LONGER = {
     "launcher/src/supervisor.rs": 800,
-    "router/scheduler/src/scheduler.rs": 671,
     "router/scheduler/tests/simulation/world.rs": 846,
 }
 

@@ -107,7 +107,8 @@ pub struct Args {
     /// The longest sequence, prompt and answer together. By default what the model's positions and the cache allow.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_total_tokens: Option<u32>,
-    /// Input tokens computed in one step, over all sequences; longer prompts are computed in parts.
+    /// Input tokens computed in one step, over all sequences; longer prompts are computed in parts, and in smaller ones
+    /// while other sequences go on.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_prefill_tokens: Option<u32>,
     /// Tokens held in the KV cache at a time. By default as many as the memory allows.

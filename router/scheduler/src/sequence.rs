@@ -163,6 +163,11 @@ impl Sequence {
         Some(Extent { num_tokens: num_known + num_drafts, num_drafts, samples })
     }
 
+    /// Whether more than its last id is to be computed before it yields another: a prompt, or a log that is read again.
+    pub fn has_prompt(&self) -> bool {
+        self.in_flight.min_new == 0 && self.token_ids.len() - self.num_computed - self.in_flight.num_tokens > 1
+    }
+
     /// Blocks that must be added before a row of this extent may run.
     pub fn num_missing_blocks(&self, extent: Extent, block_size: usize) -> usize {
         let num_open = if self.planted.has(Bug::ForgetsOpenTokens) { 0 } else { self.in_flight.num_tokens };

@@ -105,6 +105,36 @@ fn a_prompt_fills_what_the_decoding_sequences_leave_of_the_budget() {
 }
 
 #[test]
+fn while_more_sequences_go_on_than_read_prompts_are_read_in_small_parts() {
+    let mut scheduler = scheduler(Limits { max_running: 8, ..limits() });
+    let mut shard = Shard::default();
+    // Of tenants that share no prefix.
+    let mut namespace = 0;
+    let mut add = |scheduler: &mut Scheduler, num_prompt| {
+        namespace += 1;
+        scheduler.add(Request { namespace: Namespace(namespace), ..request(num_prompt, 9) }).unwrap();
+    };
+    let mut tokens = |scheduler: &mut Scheduler| {
+        let plan = scheduler.plan().unwrap();
+        scheduler.commit(&shard.answer(&plan, 7)).unwrap();
+        plan.work.iter().map(|w| w.extent.num_tokens).collect::<Vec<_>>()
+    };
+    scheduler.set_prompt_tokens(3);
+    add(&mut scheduler, 4);
+    assert_eq!(tokens(&mut scheduler), [4], "nobody goes on yet");
+    add(&mut scheduler, 7);
+    assert_eq!(tokens(&mut scheduler), [1, 7], "as many are to be read as go on");
+    add(&mut scheduler, 8);
+    assert_eq!(tokens(&mut scheduler), [1, 1, 3], "two go on, and one is to be read");
+    add(&mut scheduler, 5);
+    assert_eq!(tokens(&mut scheduler), [1, 1, 5, 5], "two of each");
+    scheduler.set_prompt_tokens(0);
+    add(&mut scheduler, 2);
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "never nothing");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "the last of a prompt is as short as the others");
+}
+
+#[test]
 fn an_end_token_ends_a_sequence_unless_it_is_ignored() {
     let mut scheduler = scheduler(limits());
     scheduler.add(request(3, 5)).unwrap();

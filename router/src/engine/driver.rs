@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use scheduler::{Event, FinishReason as Reason, Millis, Namespace, Rejected, Request, RowError, RowResult, Scheduler};
+use scheduler::{Event, FinishReason as Reason, Millis, Namespace, Request, RowError, RowResult, Scheduler};
 use scheduler::{SequenceId, StepPlan, StepResult};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use super::clients::{After, Clients};
 use super::faults::Faults;
 use super::limits::{CannotServe, Wishes};
+use super::pace::Pace;
 use super::prepare::FirstRank;
 use super::start::{Generation, Start, StartError, Started, start};
 use super::{Engine, FinishReason, GenerateError, Status, Submission, measure};
@@ -130,6 +131,8 @@ pub struct Driver {
     num_blocks: Option<u32>,
     epoch: u64,
     num_steps: u64,
+    pace: Pace,
+    max_step_tokens: usize,
     /// Whether this generation has completed a step.
     has_stepped: bool,
     /// When the open steps were sent, and what they compute, oldest first.
@@ -193,6 +196,8 @@ impl Driver {
             num_blocks: None,
             epoch: 0,
             num_steps: 0,
+            pace: Pace::default(),
+            max_step_tokens: 0,
             has_stepped: false,
             sent: VecDeque::new(),
             began: Instant::now(),
@@ -265,7 +270,7 @@ impl Driver {
             }
             Err(rejected) => {
                 // Nobody listens if this fails.
-                let _ = submission.outputs.try_send(Err(refusal(rejected)));
+                let _ = submission.outputs.try_send(Err(rejected.into()));
             }
         }
     }
@@ -332,6 +337,8 @@ impl Driver {
             Ok(events) => {
                 self.deliver(events, Some((&plan.step, answer)));
                 measure::answered(method, answer, sent.elapsed());
+                self.pace.note(&plan.step, answer.timings.total_us);
+                self.scheduler.set_prompt_tokens(self.pace.prompt_tokens(self.max_step_tokens));
                 self.on_completed_step();
             }
             Err(fault) => {
@@ -475,6 +482,7 @@ impl Driver {
             status.model = Some(agreed.facts);
         });
         self.connections = ranks;
+        self.max_step_tokens = agreed.limits.max_step_tokens;
         let events = self.scheduler.shards_ready(epoch, agreed.limits);
         self.deliver(events, None);
         if let Some(number) = self.generation.as_ref().map(|generation| generation.number) {
@@ -588,13 +596,5 @@ fn reason(event: &Event) -> Option<FinishReason> {
         Event::Finished { reason: Reason::Length, .. } => Some(FinishReason::Length),
         Event::Finished { reason: Reason::EndOfSequence, .. } => Some(FinishReason::EosToken),
         _ => None,
-    }
-}
-
-fn refusal(rejected: Rejected) -> GenerateError {
-    match rejected {
-        Rejected::TooLong { tokens, limit } => GenerateError::TooLong { tokens, limit },
-        Rejected::NotReady => GenerateError::ShuttingDown { reason: "the model is not loaded yet".into() },
-        other => GenerateError::Row { kind: "unsupported", message: format!("the request cannot be planned: {other}") },
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use scheduler::Rejected;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use self::prepare::Preparer;
@@ -16,6 +17,7 @@ mod faults;
 pub mod limits;
 mod measure;
 mod outbox;
+mod pace;
 mod prepare;
 mod start;
 mod text_state;
@@ -144,6 +146,16 @@ pub enum GenerateError {
     /// The client did not read for too long.
     #[error("the client stopped reading")]
     Stalled,
+}
+
+impl From<Rejected> for GenerateError {
+    fn from(rejected: Rejected) -> Self {
+        match rejected {
+            Rejected::TooLong { tokens, limit } => Self::TooLong { tokens, limit },
+            Rejected::NotReady => Self::ShuttingDown { reason: "the model is not loaded yet".into() },
+            other => Self::Row { kind: "unsupported", message: format!("the request cannot be planned: {other}") },
+        }
+    }
 }
 
 /// What the engine tells about itself, for probes, `/info` and metrics.

@@ -1,8 +1,7 @@
 //! Router, stream and shard in one thread: draws what happens next, and checks everything after it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt::Debug;
-use std::hash::Hash;
+use std::{fmt::Debug, hash::Hash};
 
 use scheduler::*;
 
@@ -473,6 +472,7 @@ impl World {
     // The stream.
 
     fn plan(&mut self) {
+        self.scheduler.set_prompt_tokens(self.rng.below_one_of([4, 40, 4000]));
         let may_wait = self.health == Health::Down || !self.open.is_empty() || self.scheduler.is_idle();
         let Some(plan) = self.scheduler.plan() else {
             assert!(may_wait, "work is queued, the shards are ready, and nothing is planned");
