@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_quantized_products import CODINGS, close, make
 from text_generation_server.batch import StepBatch
 from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.codes import pack
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.native import library as native
 from text_generation_server.kernels.cpu.native import linear
@@ -23,7 +24,7 @@ from text_generation_server.kernels.cpu.native.library import Library, load_libr
 from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear, why_not
 from text_generation_server.kernels.cpu.quantized import Native
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
-from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, pack
+from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight
 from torch import Tensor
 
 LIBRARIES = [Library(name) for name in INSTRUCTION_SETS if name != "none"]

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from text_generation_server.kernels.codes import pack, unpack
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.native.library import load_library
 from text_generation_server.kernels.cpu.quantized import Product, products
 from text_generation_server.kernels.interface import Matmul
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
-from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, Table, alike, pack, unpack
+from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight, Table, alike
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

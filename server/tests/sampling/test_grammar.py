@@ -12,6 +12,7 @@ import llguidance
 import numpy as np
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS
 from numpy.typing import NDArray
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.sampling import grammar as grammar_module
@@ -315,12 +316,12 @@ FORMS = [of_schema(schema) for schema in SCHEMAS.values()]
 FORMS += [Grammar(REGEX, "(.|\n)+"), Grammar(REGEX, "(never|nearly)( (never|nearly)){9}"), Grammar(REGEX, r"\w{1,30}#")]
 
 
-@pytest.fixture(scope="module", params=["our kernels", "none"])
-def kernels(request) -> CpuKernels | None:
-    return CpuKernels() if request.param == "our kernels" else None
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def kernels(request) -> CpuKernels:
+    return CpuKernels(request.param)
 
 
-def guided(kernels: CpuKernels | None, logits: NDArray[np.float32], *rows: tuple[Guided, bool, bool]) -> Found:
+def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided, bool, bool]) -> Found:
     """Of rows that have a constraint, chance or not, and a least length or not."""
     ends = np.zeros(-(-logits.shape[1] // 32), np.int32)
     ends[EOS // 32] |= 1 << EOS % 32

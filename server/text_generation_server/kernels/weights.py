@@ -12,8 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Widths of the planes that hold a code's bits, the low bits first.
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+from .codes import unpack
 
 
 @dataclass(frozen=True)
@@ -210,47 +209,6 @@ class QuantizedWeight:
 
 
 FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
-
-def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """codes uint8 [rows, in] -> one uint8 [rows, ceil(in * width / 8)] per plane.
-
-    A byte of a plane of width w holds 8 / w features that lie a whole plane apart: byte j those at j, j + n, j + 2n...
-    for a plane of n bytes. So packing and unpacking move contiguous runs.
-    """
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        part = (codes >> shift) & (2**width - 1) if bits < 8 else codes
-        slots = 8 // width
-        size = -(-codes.shape[1] // slots)
-        plane = codes.new_zeros(len(codes), size)
-        for slot in range(slots):
-            run = part[:, slot * size : (slot + 1) * size]
-            plane[:, : run.shape[1]] |= run << (slot * width)
-        planes.append(plane)
-        shift += width
-    return tuple(planes)
-
-
-def unpack(planes: Sequence[Tensor], bits: int, out: Tensor) -> Tensor:
-    """The inverse of `pack`, into `out` [rows, in] of any dtype that holds the codes. Returns `out`."""
-    in_features = out.shape[1]
-    if bits == 8:
-        return out.copy_(planes[0])
-    shift = 0
-    for width, plane in zip(PLANES[bits], planes, strict=True):
-        size, mask = plane.shape[1], 2**width - 1
-        for slot in range(8 // width):
-            run = plane if slot == 0 else plane >> (slot * width)
-            run = run if (slot + 1) * width == 8 else run & mask
-            place = slice(slot * size, min((slot + 1) * size, in_features))
-            run = run[:, : max(0, place.stop - place.start)]  # a short row leaves the last slots empty
-            if shift:
-                out[:, place] += run << shift
-            else:
-                out[:, place] = run
-        shift += width
-    return out
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

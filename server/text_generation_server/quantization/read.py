@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.weights import DenseRows, QuantizedWeight, alike, concatenate, follow, pack
+from ..kernels.codes import new_planes, pack
+from ..kernels.weights import DenseRows, QuantizedWeight, alike, concatenate, follow
 from .dense import Dense
 from .format import Decoded, Part, Piece, Source, StoredLinear
 from .spec import Along, Cut, TensorSpec
@@ -154,8 +155,7 @@ class _Assembly:
         assert torch.equal(self.first.group_of, chunk.group_of), "groups of IN features do not depend on the row"
         rows = slice(at, at + len(chunk.codes))
         codes = chunk.codes if self.order is None else chunk.codes[:, self.order]
-        for plane, new in zip(self.planes, pack(codes, chunk.coding.bits), strict=True):
-            plane[rows] = new
+        pack(codes, chunk.coding.bits, [plane[rows] for plane in self.planes])
         self.scales[rows] = chunk.scales[:, self.select]
         if self.zeros is not None:
             assert chunk.zeros is not None
@@ -164,8 +164,7 @@ class _Assembly:
     def _begin(self, chunk: Decoded) -> None:
         self.first = chunk
         self.order, self.groups, self.select = lay_out_groups(chunk.group_of)
-        sizes = [plane.shape[1] for plane in pack(chunk.codes[:1], chunk.coding.bits)]
-        self.planes = tuple(torch.empty(self.rows, size, dtype=torch.uint8) for size in sizes)
+        self.planes = new_planes(self.rows, chunk.codes.shape[1], chunk.coding.bits)
         self.scales = torch.empty(self.rows, len(self.select), dtype=chunk.scales.dtype)
         self.zeros = None if chunk.zeros is None else torch.empty(self.rows, len(self.select), dtype=torch.uint8)
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...weights import Coding, DenseRows, Float8, Integer, QuantizedWeight, Table, pack
+from ...codes import pack
+from ...weights import Coding, DenseRows, Float8, Integer, QuantizedWeight, Table
 from .library import FLOATS, Library
 
 logger = logging.getLogger(__name__)
