@@ -336,11 +336,11 @@ def test_the_most_probable_id_is_the_highest_of_those_that_are_allowed(grammars,
     Four rows at a time: the most probable, the same where the text may not end yet, a mask, and one without the end.
     """
     draw, steps = np.random.default_rng(3), 0
-    for seed in range(4):
+    for seed in range(2):
         log = written(grammars.constraint(form, []), seed)
         judge = Judge(form)
         constraints = [grammars.constraint(form, []) for _ in range(4)]
-        for token_id in log[:40]:
+        for token_id in log[:24]:
             ways = judge.allowed()
             goes_on = [way for way in ways if way != EOS] or ways
             logits = draw.integers(0, 40, (4, VOCAB)).astype(np.float32)
