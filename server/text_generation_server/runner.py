@@ -246,7 +246,7 @@ class Runner:
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
-            Asked(i, c, not states[row].params.do_sample, self.is_too_short(row, states[row]))
+            Asked(i, c, not (state := states[row]).params.do_sample, self.is_too_short(row, state))
             for i, row, c in bound
             if row not in self.begun and isinstance(c, Guided)
         ]

@@ -232,6 +232,7 @@ class GuidedRows:
     """Rows of logits whose ids a grammar limits, each by a matcher of llguidance's C interface; all are [n].
 
     matchers: addresses. rows: of the logits. is_greedy: the most probable id is wanted, else the mask alone.
+    tries: so many of the most probable ids are judged before a mask is asked for.
     goes_on: the text may not end yet, unless it has to.
     mask_words: of the masks of these matchers. functions: addresses of the interface's functions that judge ids
     (`llg_matcher_validate_tokens`), go on by ids (`llg_matcher_consume_tokens`) and find masks
@@ -241,6 +242,7 @@ class GuidedRows:
     matchers: NDArray[np.uint64]
     rows: NDArray[np.int64]
     is_greedy: NDArray[np.bool_]
+    tries: NDArray[np.int32]
     goes_on: NDArray[np.bool_]
     mask_words: int
     functions: tuple[int, int, int]
@@ -287,10 +289,8 @@ class DrawsIds(Protocol):
         """
         ...
 
-    def guide(self, logits: Tensor, guided: GuidedRows, tries: int) -> Guidance | None:
+    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance | None:
         """The most probable of the ids that a grammar allows, or which ones it allows. logits: [rows, vocab] float32.
-
-        tries: so many of the most probable ids are judged before a mask is asked for.
 
         None: these kernels do not, and nothing was done.
         """

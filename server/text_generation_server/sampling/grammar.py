@@ -188,6 +188,7 @@ class Guided:
         self._ended = False
         self._followed: int | None = None  # by the matcher, before note was taken of it
         self.expected_s = np.inf
+        self.needed_mask = False  # the last time
         for token_id in generated:
             self.advance(token_id)
 

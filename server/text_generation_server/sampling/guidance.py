@@ -18,11 +18,12 @@ from .constraint import GrammarError
 from .grammar import Guided
 from .matcher import Matcher, functions
 
-# So many of the most probable ids are judged before a mask is asked for.
-TRIES = 4
+# So many of the most probable ids are judged before a mask is asked for; fewer where a row needed a mask the last time:
+# it is likely to need one again.
+TRIES, TRIES_AFTER_A_MASK = 4, 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Asked:
     """A row of the logits that a grammar limits."""
 
@@ -48,7 +49,7 @@ def guide(logits: Tensor, asked: list[Asked], ends: NDArray[np.int32], kernels: 
     kernels: who follows grammars, if they can.
     """
     found = Found({}, {}, {})
-    going: list[tuple[Asked, Matcher]] = []
+    going, matchers = list[Asked](), list[Matcher]()
     for one in asked:
         try:
             matcher = one.constraint.follow()
@@ -59,36 +60,40 @@ def guide(logits: Tensor, asked: list[Asked], ends: NDArray[np.int32], kernels: 
             found.masks[one.place] = words = np.empty_like(ends)
             one.constraint.fill(words)
         else:
-            going.append((one, matcher))
+            going.append(one)
+            matchers.append(matcher)
     if not going:
         return found
     rows = GuidedRows(
-        matchers=np.array([matcher.address for _, matcher in going], np.uint64),
-        rows=np.array([one.place for one, _ in going]),
-        is_greedy=np.array([one.is_greedy for one, _ in going]),
-        goes_on=np.array([one.goes_on for one, _ in going]),
-        mask_words=going[0][1].mask_words,
+        matchers=np.array([matcher.address for matcher in matchers], np.uint64),
+        rows=np.array([one.place for one in going]),
+        is_greedy=np.array([one.is_greedy for one in going]),
+        tries=np.array([TRIES_AFTER_A_MASK if one.constraint.needed_mask else TRIES for one in going], np.int32),
+        goes_on=np.array([one.goes_on for one in going]),
+        mask_words=matchers[0].mask_words,
         functions=functions(),
         ends=ends,
     )
-    guidance = kernels.guide(logits, rows, TRIES) if kernels is not None else None
+    guidance = kernels.guide(logits, rows) if kernels is not None else None
     if guidance is None:
-        guidance = guide_rows(logits, rows, [matcher for _, matcher in going], TRIES)
-    results = zip(going, guidance.ids.tolist(), guidance.masks, guidance.seconds.tolist(), strict=True)
-    for (one, matcher), token_id, mask, seconds in results:
+        guidance = guide_rows(logits, rows, matchers)
+    for i, (one, token_id, seconds) in enumerate(
+        zip(going, guidance.ids.tolist(), guidance.seconds.tolist(), strict=True)
+    ):
+        one.constraint.needed_mask = seconds > 0
         if seconds:
             one.constraint.took(seconds)
-        if token_id == FAILED:
-            found.errors[one.place] = matcher.error() or "the grammar leaves no id to go on with"
-        elif token_id == MASKED:
-            found.masks[one.place] = mask
-        else:
+        if token_id >= 0:
             found.ids[one.place] = token_id
             one.constraint.has_followed(token_id)
+        elif token_id == MASKED:
+            found.masks[one.place] = guidance.masks[i]
+        else:
+            found.errors[one.place] = matchers[i].error() or "the grammar leaves no id to go on with"
     return found
 
 
-def guide_rows(logits: Tensor, guided: GuidedRows, matchers: list[Matcher], tries: int) -> Guidance:
+def guide_rows(logits: Tensor, guided: GuidedRows, matchers: list[Matcher]) -> Guidance:
     """One row after the other. See `DrawsIds`."""
     result = Guidance(
         ids=np.full(len(matchers), MASKED),
@@ -97,7 +102,7 @@ def guide_rows(logits: Tensor, guided: GuidedRows, matchers: list[Matcher], trie
     )
     for i, matcher in enumerate(matchers):
         row = cast(NDArray[np.float32], logits[guided.rows[i]].numpy())
-        token_id = try_most_probable(row, matcher, guided.ends, tries) if guided.is_greedy[i] else None
+        token_id = try_most_probable(row, matcher, guided.ends, int(guided.tries[i])) if guided.is_greedy[i] else None
         if token_id is None:
             begun = time.thread_time()
             masked = mask_of(matcher, row.size, guided.ends if guided.goes_on[i] else None)

@@ -80,8 +80,8 @@ class CpuKernels:
     def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
         return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed)
 
-    def guide(self, logits: Tensor, guided: GuidedRows, tries: int) -> Guidance | None:
-        return None if self._sampling is None else self._sampling.guide(logits, guided, tries)
+    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance | None:
+        return None if self._sampling is None else self._sampling.guide(logits, guided)
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> bool:
         if self._sampling is not None:

@@ -36,13 +36,12 @@ bool follow(const MatcherFunctions &by, void *matcher, int64_t id) {
     return by.validate(matcher, &token, 1) == 1 && by.consume(matcher, &token, 1) == 0;
 }
 
-void guide_row(const SamplingVariant &use, const MatcherFunctions &by, const uint32_t *ends, int64_t size, int32_t tries,
-               GuidedRow &row) {
+void guide_row(const SamplingVariant &use, const MatcherFunctions &by, const uint32_t *ends, int64_t size, GuidedRow &row) {
     row.id = kMasked, row.mask_seconds = 0;
     static thread_local std::vector<float> left;
     const float *logits = row.logits;
     int64_t best = row.is_greedy ? highest(use, logits, size) : -1;
-    for (int32_t turn = 0; turn < tries && best >= 0 && !has(ends, best); turn++) {
+    for (int32_t turn = 0; turn < row.tries && best >= 0 && !has(ends, best); turn++) {
         if (follow(by, row.matcher, best)) {
             row.id = best;
             return;
@@ -52,7 +51,7 @@ void guide_row(const SamplingVariant &use, const MatcherFunctions &by, const uin
             logits = left.data();
         }
         left[best] = -std::numeric_limits<float>::infinity();
-        best = turn + 1 < tries ? highest(use, logits, size) : -1;
+        best = turn + 1 < row.tries ? highest(use, logits, size) : -1;
     }
     const double begun = seconds_of_thread();
     const int64_t words = (size + 31) / 32, shared = std::min(words, row.mask_words);
@@ -93,12 +92,12 @@ using namespace kernels;
 
 extern "C" {
 
-// ends: one bit for each id that ends a text, [(size + 31) / 32]. tries: ids that are tried before a mask is asked for.
-EXPORT void kernels_guide(int32_t variant, const MatcherFunctions *by, const uint32_t *ends, int64_t size, int32_t tries,
-                          GuidedRow *rows, int64_t count, int32_t threads) {
+// ends: one bit for each id that ends a text, [(size + 31) / 32].
+EXPORT void kernels_guide(int32_t variant, const MatcherFunctions *by, const uint32_t *ends, int64_t size, GuidedRow *rows,
+                          int64_t count, int32_t threads) {
     Pool::shared().run(threads, count, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
-            guide_row(*variant_of(variant).sampling, *by, ends, size, tries, rows[i]);
+            guide_row(*variant_of(variant).sampling, *by, ends, size, rows[i]);
     });
 }
 }

@@ -72,6 +72,7 @@ struct GuidedRow {
     int64_t id;            // result: the matcher has gone on by it unless it is an end; or one of those below
     double mask_seconds;   // result: what the mask has cost the thread; 0 if none was needed
     int32_t is_greedy;     // the most probable id is wanted, else the mask alone
+    int32_t tries;         // of the most probable ids so many are judged before a mask is asked for
     int32_t goes_on;       // it may not end yet
 };
 // To be drawn from the mask; the matcher has an error, or leaves no id.

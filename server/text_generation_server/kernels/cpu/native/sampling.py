@@ -59,6 +59,7 @@ GUIDED_ROW = np.dtype(
         ("id", np.int64),
         ("mask_seconds", np.float64),
         ("is_greedy", np.int32),
+        ("tries", np.int32),
         ("goes_on", np.int32),
     ],
     align=True,
@@ -79,7 +80,7 @@ class NativeSampling:
         self._draw = library.function("draw", "iplpllppli")
         self._candidates = library.function("candidates", "iplpppp")
         self._penalize = library.function("penalize", "iplli")
-        self._guide = library.function("guide", "ipplipli")
+        self._guide = library.function("guide", "ipplpli")
 
     def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None = None) -> Drawn:
         """raw, processed: [rows, vocab] float32, which may be the same tensor."""
@@ -94,7 +95,7 @@ class NativeSampling:
             rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
         )
 
-    def guide(self, logits: Tensor, guided: GuidedRows, tries: int) -> Guidance:
+    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance:
         """See `DrawsIds`.
 
         Raises:
@@ -110,10 +111,10 @@ class NativeSampling:
         rows["matcher"], rows["mask_words"] = guided.matchers, guided.mask_words
         rows["logits"] = logits.data_ptr() + guided.rows * (4 * logits.stride(0))
         rows["mask"] = masks.ctypes.data + np.arange(count) * (4 * words)
-        rows["is_greedy"], rows["goes_on"] = guided.is_greedy, guided.goes_on
+        rows["is_greedy"], rows["tries"], rows["goes_on"] = guided.is_greedy, guided.tries, guided.goes_on
         functions = np.array(guided.functions, np.uint64)
         self._guide(
-            self._variant, functions.ctypes.data, guided.ends.ctypes.data, vocab, tries, rows.ctypes.data, count,
+            self._variant, functions.ctypes.data, guided.ends.ctypes.data, vocab, rows.ctypes.data, count,
             torch.get_num_threads(),
         )  # fmt: skip
         return Guidance(rows["id"].copy(), masks, rows["mask_seconds"].copy())
