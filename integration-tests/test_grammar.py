@@ -106,6 +106,32 @@ def test_answers_are_json_of_the_schema(server: Server, name: str) -> None:
     server.wait_clean()
 
 
+def test_the_example_of_tgis_documentation_is_answered_with_its_fields_and_no_others(server: Server) -> None:
+    # Neither says that it is an object.
+    animals = {
+        "properties": {
+            "location": {"type": "string", "maxLength": 20},
+            "activity": {"type": "string", "maxLength": 20},
+            "animals_seen": {"type": "integer", "minimum": 1, "maximum": 5},
+            "animals": {"type": "array", "items": {"type": "string", "maxLength": 10}, "maxItems": 3},
+            "home": {"properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]},
+        },
+        "required": ["location", "activity", "animals_seen", "animals", "home"],
+    }
+    fields = animals["properties"].keys()  # type: ignore[attr-defined]
+    inputs = "I saw a puppy a cat and a raccoon during my bike ride in the park"
+    for seed in range(4):
+        sampled = {"do_sample": True, "seed": seed, "repetition_penalty": 1.3, "max_new_tokens": 400}
+        for grammar in ({"type": "json", "value": animals}, {"type": "json", "value": json.dumps(animals)}):
+            answer = json.loads(server.generate(inputs, grammar=grammar, **sampled)["generated_text"])
+            jsonschema.validate(answer, animals)
+            assert isinstance(answer, dict)
+            assert (answer.keys(), answer["home"].keys()) == (fields, {"city"})
+        told = {"type": "json_schema", "json_schema": {"name": "animals", "schema": animals}}
+        # Here the schema lets it go on with fields of its own.
+        assert chat(server, response_format=told, seed=seed)["message"]["content"].startswith("{")
+
+
 @pytest.mark.parametrize("regex", REGEXES)
 def test_answers_match_the_expression(server: Server, regex: str) -> None:
     for seed in range(3):

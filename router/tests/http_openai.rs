@@ -382,7 +382,8 @@ async fn the_served_model_is_listed_and_found_by_its_name() {
     let model = json!({"id": "org/model", "object": "model", "created": 0, "owned_by": "org/model"});
     let list = ask(server.address, &get("/v1/models")).await.json();
     assert_eq!(list, json!({"object": "list", "data": [model]}));
-    for path in ["/v1/models/org/model", "/v1/models/org%2Fmodel"] {
+    // By every name that a request may give it.
+    for path in ["/v1/models/org/model", "/v1/models/org%2Fmodel", "/v1/models/tgi", "/v1/models/dummy"] {
         assert_eq!(ask(server.address, &get(path)).await.json(), model, "{path}");
     }
     ask(server.address, &get("/v1/models/other")).await.check_openai_error(404, "model_not_found");

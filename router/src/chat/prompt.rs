@@ -25,8 +25,8 @@ pub struct Wanted {
     pub variables: Map<String, Value>,
 }
 
-/// The prompt.
-pub fn render(template: &ChatTemplate, wanted: Wanted) -> Result<String, RenderError> {
+/// The chat as the template takes it.
+pub fn fit(template: &ChatTemplate, wanted: Wanted) -> Result<Chat, RenderError> {
     if let Some(name) = wanted.variables.keys().find(|name| template.is_reserved(name)) {
         let name: String = name.chars().take(50).collect();
         return Err(RenderError::Refused(format!("`chat_template_kwargs` may not set {name:?}")));
@@ -49,7 +49,7 @@ pub fn render(template: &ChatTemplate, wanted: Wanted) -> Result<String, RenderE
     if !knows_tools {
         tools = None;
     }
-    template.render(&Chat {
+    Ok(Chat {
         messages,
         tools,
         add_generation_prompt: wanted.add_generation_prompt,
@@ -73,7 +73,8 @@ mod tests {
     fn render_with(template: &str, wanted: Wanted) -> Result<String, RenderError> {
         let source = Source { name: DEFAULT.into(), text: template.into(), file: String::new() };
         let tokens = json!({"bos_token": "<s>"}).as_object().unwrap().clone();
-        render(&ChatTemplate::new(vec![source], tokens).unwrap(), wanted)
+        let template = ChatTemplate::new(vec![source], tokens).unwrap();
+        template.render(&fit(&template, wanted)?)
     }
 
     fn wanted() -> Wanted {

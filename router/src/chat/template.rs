@@ -13,6 +13,9 @@ use super::python::{self, Raised};
 /// Instructions of one rendering, and as many times 64 bytes that it makes.
 const FUEL: u64 = 1_000_000;
 
+/// The same, of one that is brief: a few milliseconds. Chats take less.
+const BRIEF_FUEL: u64 = 50_000;
+
 /// Bytes of a rendered chat. The fuel bounds what a template makes on its way there.
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
@@ -110,6 +113,8 @@ pub struct ChatTemplate(Arc<Templates>);
 
 struct Templates {
     environment: Environment<'static>,
+    /// The same, with little fuel.
+    brief: Environment<'static>,
     sources: Vec<Source>,
     /// `bos_token` and the like.
     tokens: Map<String, Value>,
@@ -153,7 +158,9 @@ impl ChatTemplate {
                 reason: error.detail().map_or_else(|| error.kind().to_string(), str::to_owned),
             })?;
         }
-        Ok(Self(Arc::new(Templates { environment, sources, tokens })))
+        let mut brief = environment.clone();
+        brief.set_fuel(Some(BRIEF_FUEL));
+        Ok(Self(Arc::new(Templates { environment, brief, sources, tokens })))
     }
 
     /// Whether there is any.
@@ -173,6 +180,15 @@ impl ChatTemplate {
 
     /// The prompt. Takes up to a tenth of a second of one core.
     pub fn render(&self, chat: &Chat) -> Result<String, RenderError> {
+        self.render_in(&self.0.environment, chat)
+    }
+
+    /// The same, within a few milliseconds: [`RenderError::TooMuch`] if it takes longer.
+    pub fn render_briefly(&self, chat: &Chat) -> Result<String, RenderError> {
+        self.render_in(&self.0.brief, chat)
+    }
+
+    fn render_in(&self, environment: &Environment<'static>, chat: &Chat) -> Result<String, RenderError> {
         let name = self.choose(chat.tools.is_some()).ok_or(RenderError::Absent)?;
         let mut messages = chat.messages.clone();
         if chat.continue_final_message {
@@ -188,7 +204,7 @@ impl ChatTemplate {
             documents: None,
             add_generation_prompt: chat.add_generation_prompt,
         };
-        let template = self.0.environment.get_template(name).map_err(|error| describe(&error))?;
+        let template = environment.get_template(name).map_err(|error| describe(&error))?;
         let context = minijinja::Value::from(minijinja::value::Serde(&context));
         let mut out = Bounded(vec![]);
         template.render_captured_to(context, &mut out).map_err(|error| describe(&error))?;
@@ -336,5 +352,18 @@ mod tests {
         assert_eq!(both.render(&Chat { tools: Some(vec![]), ..chat("") }).unwrap(), TOOL_USE);
         let none = ChatTemplate::new(vec![], Map::new()).unwrap();
         assert_eq!(none.render(&chat("")), Err(RenderError::Absent));
+    }
+
+    #[test]
+    fn what_takes_long_is_told_within_milliseconds_and_what_chats_are_is_not_stopped() {
+        let usual =
+            "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content | trim }}{% endif %}{% endfor %}";
+        let many = Chat { messages: vec![json!({"role": "user", "content": "a".repeat(100)}); 500], ..Chat::default() };
+        assert_eq!(template(usual).render_briefly(&many), template(usual).render(&many));
+        let long = "{% for i in range(60000) %}x{% endfor %}";
+        let began = Instant::now();
+        assert_eq!(template(long).render_briefly(&chat("")), Err(RenderError::TooMuch));
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        assert_eq!(template(long).render(&chat("")).unwrap().len(), 60_000);
     }
 }

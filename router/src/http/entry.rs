@@ -17,12 +17,14 @@ use super::error::ApiError;
 use super::streams::Streams;
 use super::ticket::{Flight, RequestId, Ticket};
 use crate::chat::prompt::{self, Wanted};
+use crate::chat::template::{Chat, ChatTemplate, RenderError};
 use crate::engine::{GenerateError, ModelFacts, Permit};
 use crate::grammar::GrammarError;
 use crate::request::chat::Prompting;
 use crate::request::form::Grammar;
 use crate::request::limits::MAX_CHOICES;
-use crate::request::{Limits, Options, ValidRequest};
+use crate::request::{Limits, Options, Refused, ValidRequest};
+use crate::text::tokenizer::{Encode, SHORT};
 
 /// A request that came in, for a handler to answer.
 #[derive(Debug)]
@@ -39,7 +41,7 @@ pub(super) struct Entry {
 pub(super) struct Admitted {
     pub model: Arc<ModelFacts>,
     pub limits: Limits,
-    pub body: Vec<u8>,
+    pub body: Arc<Vec<u8>>,
 }
 
 impl FromRequestParts<State> for Entry {
@@ -72,7 +74,7 @@ impl Entry {
     /// The request is judged before its body is read: a server that is not ready needs none.
     async fn admit(&self, body: Body) -> Result<Admitted, ApiError> {
         let model = admit(&self.state)?;
-        let body = json_body(&self.state, &self.headers, body).await?;
+        let body = Arc::new(json_body(&self.state, &self.headers, body).await?);
         Ok(Admitted { limits: limits(&self.state, &model), model, body })
     }
 
@@ -93,27 +95,40 @@ impl Entry {
         Ok(permits?)
     }
 
-    /// The prompt of a chat, as text and as ids.
+    /// What a body asks for. A long one is read where no stream waits for it.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        admitted: &Admitted,
+        read: impl FnOnce(&[u8], &Limits) -> Result<T, Refused> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if admitted.body.len() <= SHORT {
+            return Ok(read(&admitted.body, &admitted.limits)?);
+        }
+        let (body, limits) = (Arc::clone(&admitted.body), admitted.limits.clone());
+        Ok(self.state.pool.run(body.len(), move |_| read(&body, &limits)).await??)
+    }
+
+    /// The prompt of a chat, as text and as ids. What takes long to render, or to tokenize, goes on where long texts are.
     pub async fn render(
         &self,
         prompting: Prompting,
         options: &Options,
-        limits: &Limits,
+        admitted: &Admitted,
     ) -> Result<(String, Vec<u32>), ApiError> {
-        let (template, options, limits) = (self.state.template.clone(), options.clone(), limits.clone());
+        let template = self.state.template.clone();
         let Prompting { messages, tools, tool_prompt, continue_final_message, add_generation_prompt, variables } =
             prompting;
         let wanted = Wanted { messages, tools, tool_prompt, continue_final_message, add_generation_prompt, variables };
-        // How much the text is going to be is not known; the body's length will do.
-        let size = wanted.messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum();
-        let work = move |encoder: &dyn crate::text::tokenizer::Encode| {
-            let text = prompt::render(&template, wanted).map_err(ApiError::from)?;
-            options.check_bytes(text.len(), &limits)?;
-            // The template writes the special tokens itself.
-            let ids = encoder.encode(&text, false).map_err(ApiError::from)?;
-            Ok((text, ids))
-        };
-        self.state.pool.run(size, work).await?
+        let mut size = admitted.body.len();
+        let mut stage = Stage::Fitting(wanted);
+        loop {
+            let (template, options, limits) = (template.clone(), options.clone(), admitted.limits.clone());
+            let work = move |encoder: &dyn Encode| stage.go_on(size, &template, encoder, &options, &limits);
+            match self.state.pool.run(size, work).await?? {
+                Stage::Done(text, ids) => return Ok((text, ids)),
+                next => (stage, size) = (next, SHORT + 1),
+            }
+        }
     }
 
     /// Takes the request back from a part of it that has come to its end, for what follows.
@@ -181,6 +196,49 @@ impl Entry {
     }
 }
 
+/// How far a chat has come on its way to ids.
+#[derive(Debug)]
+enum Stage {
+    Fitting(Wanted),
+    Rendering(Chat),
+    Encoding(String),
+    Done(String, Vec<u32>),
+}
+
+impl Stage {
+    /// Goes on to the end; or, where only short texts are (`size`), up to what takes long.
+    fn go_on(
+        mut self,
+        size: usize,
+        template: &ChatTemplate,
+        encoder: &dyn Encode,
+        options: &Options,
+        limits: &Limits,
+    ) -> Result<Self, ApiError> {
+        let is_among_short = size <= SHORT;
+        loop {
+            self = match self {
+                Self::Fitting(wanted) => Self::Rendering(prompt::fit(template, wanted)?),
+                Self::Rendering(chat) if is_among_short => match template.render_briefly(&chat) {
+                    Err(RenderError::TooMuch) => return Ok(Self::Rendering(chat)),
+                    rendered => Self::Encoding(rendered?),
+                },
+                Self::Rendering(chat) => Self::Encoding(template.render(&chat)?),
+                Self::Encoding(text) => {
+                    options.check_bytes(text.len(), limits)?;
+                    if is_among_short && text.len() > SHORT {
+                        return Ok(Self::Encoding(text));
+                    }
+                    // The template writes the special tokens itself.
+                    let ids = encoder.encode(&text, false)?;
+                    return Ok(Self::Done(text, ids));
+                }
+                Self::Done(..) => return Ok(self),
+            }
+        }
+    }
+}
+
 /// One prompt.
 #[derive(Clone, Debug)]
 pub(super) struct Prompt {
@@ -242,4 +300,59 @@ pub(super) fn name(request: &mut Request) -> RequestId {
     let id = RequestId::new(request.headers());
     request.extensions_mut().insert(id.clone());
     id
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Map, json};
+
+    use super::*;
+    use crate::chat::template::{DEFAULT, Source};
+    use crate::text::tokenizer::Tokenizer;
+
+    const TEMPLATE: &str = "{% if messages[0].content == 'loop' %}{% for i in range(100000) %}x{% endfor %}{% endif %}\
+                            {{ messages[0].content * messages[0].times }}";
+
+    fn limits() -> Limits {
+        Limits {
+            max_best_of: 2,
+            max_client_batch_size: 4,
+            max_choices: 4,
+            max_stop_sequences: 4,
+            max_top_n_tokens: 5,
+            max_input_tokens: 1 << 20,
+            max_total_tokens: 1 << 20,
+            vocab_size: 4096,
+            max_token_bytes: None,
+            model_id: "model".into(),
+        }
+    }
+
+    #[test]
+    fn what_takes_long_is_done_where_long_texts_are_and_comes_to_the_same() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/docs-llama-7m/tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&file).unwrap();
+        let source = Source { name: DEFAULT.into(), text: TEMPLATE.into(), file: String::new() };
+        let template = ChatTemplate::new(vec![source], Map::new()).unwrap();
+        let options = Options::default();
+        let go_on = |stage: Stage, size: usize| stage.go_on(size, &template, &tokenizer, &options, &limits()).unwrap();
+        let begin = |content: &str, times: usize| {
+            let messages = vec![json!({"role": "user", "content": content, "times": times})];
+            Stage::Fitting(Wanted { messages, ..Wanted::default() })
+        };
+        let ids = |stage: Stage| match stage {
+            Stage::Done(text, ids) => (text, ids),
+            other => panic!("{other:?}"),
+        };
+        let (text, of_short) = ids(go_on(begin("a b", 1), 100));
+        assert_eq!((text.as_str(), of_short), ("a b", tokenizer.encode("a b", false).unwrap()));
+        // A template that loops, and one that makes a long text of a short one.
+        for (content, times) in [("loop", 1), ("a b ", 10_000)] {
+            let left = go_on(begin(content, times), 100);
+            assert!(matches!(left, Stage::Rendering(_) | Stage::Encoding(_)), "{left:?}");
+            assert_eq!(ids(go_on(left, SHORT + 1)), ids(go_on(begin(content, times), SHORT + 1)));
+        }
+    }
 }

@@ -12,6 +12,7 @@ use super::sse::{self, Events, Frames};
 use super::streams::{Streams, Whole, best_first, collect};
 use super::ticket::{Flight, reason_name};
 use crate::engine::{Output, PromptToken, TopToken};
+use crate::request::Limits;
 use crate::request::native::{self, CompatGenerateRequest, Delivery, GenerateRequest, WireRequest};
 
 /// A token as TGI writes it.
@@ -140,7 +141,8 @@ async fn respond(entry: Entry, body: Body, delivery: Delivery) -> Result<Respons
 
 /// Answers a body that was read.
 pub(super) async fn answer(entry: &mut Entry, admitted: &Admitted, delivery: Delivery) -> Result<Response, ApiError> {
-    let mut wire = native::parse(&admitted.body, delivery, &admitted.limits)?;
+    let parse = move |body: &[u8], limits: &Limits| native::parse(body, delivery, limits);
+    let mut wire = entry.read(admitted, parse).await?;
     let (mut flight, streams) = launch(entry, admitted, &wire).await?;
     let is_compat = delivery == Delivery::AsAsked;
     if !wire.return_full_text.unwrap_or(is_compat) {

@@ -28,7 +28,7 @@ pub(super) async fn invocations(entry: Entry, body: Body) -> Result<Response, Ap
 }
 
 async fn invoke(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
-    match kind_of_invocation(&admitted.body)? {
+    match entry.read(admitted, |body, _| kind_of_invocation(body)).await? {
         Invocation::Generate => generate::answer(entry, admitted, Delivery::AsAsked).await,
         Invocation::Chat => openai::chat::answer(entry, admitted).await.map_err(ApiError::for_openai),
         Invocation::Completion => openai::completions::answer(entry, admitted).await.map_err(ApiError::for_openai),
@@ -51,7 +51,7 @@ pub(super) async fn vertex(entry: Entry, body: Body) -> Result<Response, ApiErro
 
 async fn predict(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
     let mut predictions = vec![];
-    for instance in parse_vertex(&admitted.body, &admitted.limits)? {
+    for instance in entry.read(admitted, parse_vertex).await? {
         predictions.push(text_of(entry, admitted, instance).await?);
     }
     Ok(Json(VertexResponse { predictions }).into_response())
@@ -67,7 +67,7 @@ async fn text_of(entry: &mut Entry, admitted: &Admitted, instance: Instance) -> 
         }
         Instance::Chat(chat) => {
             let permits = entry.permits(chat.options.num_candidates)?;
-            let (text, ids) = entry.render(chat.prompting, &chat.options, &admitted.limits).await?;
+            let (text, ids) = entry.render(chat.prompting, &chat.options, admitted).await?;
             (chat.options, Prompt::new(&text, ids), permits)
         }
     };
@@ -105,7 +105,7 @@ pub(super) async fn infer(entry: Entry, body: Body) -> Result<Response, ApiError
 }
 
 async fn infer_all(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
-    let inference = parse_inference(&admitted.body, &admitted.limits)?;
+    let inference = entry.read(admitted, parse_inference).await?;
     let mut outputs = vec![];
     for (name, wire) in inference.requests {
         let data = text_of(entry, admitted, Instance::Generate(Box::new(wire))).await?.into_bytes();

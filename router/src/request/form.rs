@@ -144,23 +144,81 @@ pub(super) fn read(value: Option<&Value>, field: &str, is_open: bool) -> Result<
         ("json_object", None) if is_open => Ok(Some(Form::AnyObject)),
         ("json_schema", None) if is_open => {
             let schema = object.get("json_schema").and_then(|named| named.get("schema"));
-            let schema = schema.ok_or_else(|| wrong("`json_schema.schema` is missing"))?;
-            schema_form(schema.clone(), field)
+            let mut schema = schema.ok_or_else(|| wrong("`json_schema.schema` is missing"))?.clone();
+            imply_objects(&mut schema, false);
+            schema_form(schema, field)
         }
         ("regex", Some(Value::String(regex))) => Ok(Some(Form::Regex(regex.clone()))),
         ("regex", _) => Err(wrong("`value` must be a text")),
         ("json" | "json_object", Some(Value::String(text))) => {
             let schema = serde_json::from_str(text)
                 .map_err(|error| wrong(&format!("`value` is a text that is not JSON: {error}")))?;
-            schema_form(schema, field)
+            schema_form(as_in_tgi(schema), field)
         }
-        ("json" | "json_object", Some(schema)) => schema_form(schema.clone(), field),
+        ("json" | "json_object", Some(schema)) => schema_form(as_in_tgi(schema.clone()), field),
         ("json_schema", Some(named)) => {
             let schema = named.get("schema").ok_or_else(|| wrong("`value.schema` is missing"))?;
-            schema_form(schema.clone(), field)
+            schema_form(as_in_tgi(schema.clone()), field)
         }
         ("json" | "json_object" | "json_schema", None) => Err(wrong("`value` is missing")),
         _ => Err(wrong("`type` must be one of json, json_object, json_schema, regex")),
+    }
+}
+
+/// What stands beside `properties` where these do not tell alone what is meant.
+const MORE_THAN_PROPERTIES: [&str; 8] = ["allOf", "anyOf", "oneOf", "not", "if", "$ref", "enum", "const"];
+
+/// To TGI, what has `properties` is an object of these and no others, whether the schema says so or not: its own examples
+/// do not. Every such object is one of the schema.
+fn as_in_tgi(mut schema: Value) -> Value {
+    let is_closed = !has_composed_objects(&schema);
+    imply_objects(&mut schema, is_closed);
+    schema
+}
+
+/// Whether an object's properties may stand in several places, so that in none of them are all.
+fn has_composed_objects(schema: &Value) -> bool {
+    match schema {
+        Value::Object(object) => {
+            let is_composed = object.contains_key("properties")
+                && MORE_THAN_PROPERTIES.iter().any(|key| object.contains_key(*key))
+                || object.get("allOf").and_then(Value::as_array).is_some_and(|parts| parts.len() > 1)
+                || object.contains_key("unevaluatedProperties");
+            is_composed || object.values().any(has_composed_objects)
+        }
+        Value::Array(values) => values.iter().any(has_composed_objects),
+        _ => false,
+    }
+}
+
+/// Says of whatever has `properties` that it is an object; if `is_closed`, that it has no others.
+fn imply_objects(schema: &mut Value, is_closed: bool) {
+    let Value::Object(object) = schema else { return };
+    for (key, value) in object.iter_mut() {
+        match (key.as_str(), value) {
+            ("properties" | "patternProperties" | "$defs" | "definitions", Value::Object(schemas)) => {
+                schemas.values_mut().for_each(|schema| imply_objects(schema, is_closed));
+            }
+            ("anyOf" | "oneOf" | "allOf" | "prefixItems", Value::Array(schemas)) => {
+                schemas.iter_mut().for_each(|schema| imply_objects(schema, is_closed));
+            }
+            ("items" | "additionalProperties", schema) => imply_objects(schema, is_closed),
+            _ => {}
+        }
+    }
+    let has = |name: &str| object.contains_key(name);
+    if !object.get("properties").is_some_and(Value::is_object) || MORE_THAN_PROPERTIES.iter().any(|key| has(key)) {
+        return;
+    }
+    let is_there = |name: &Value| name.as_str().is_some_and(|name| object["properties"].get(name).is_some());
+    let needs_others =
+        object.get("required").and_then(Value::as_array).is_some_and(|names| !names.iter().all(is_there));
+    let is_open = has("additionalProperties") || has("patternProperties") || needs_others;
+    if !has("type") {
+        object.insert("type".into(), json!("object"));
+    }
+    if is_closed && !is_open {
+        object.insert("additionalProperties".into(), json!(false));
     }
 }
 
@@ -177,7 +235,7 @@ mod tests {
 
     #[test]
     fn forms_of_tgi_and_of_openai_are_told_from_what_is_none() {
-        let schema = json!({"type": "object", "properties": {}});
+        let schema = json!({"type": "object", "properties": {}, "additionalProperties": false});
         for (value, expected) in [
             (json!(null), Ok(None)),
             (json!({"type": "text"}), Ok(None)),
@@ -245,5 +303,39 @@ mod tests {
         };
         assert_eq!(names(&schema), ["f", "g"]);
         assert_eq!(names(&call_schema(Some("g"), &tools)), ["g"]);
+    }
+
+    #[test]
+    fn what_has_properties_is_an_object_of_these_alone_where_tgi_takes_it_so() {
+        let read = |value: Value| match read(Some(&value), "f", true) {
+            Ok(Some(Form::Schema(schema))) => schema,
+            other => panic!("{other:?}"),
+        };
+        let open = json!({"properties": {"properties": {"type": "string"}, "b": {"properties": {"c": true}}}});
+        let b = json!({"properties": {"c": true}, "type": "object", "additionalProperties": false});
+        let closed = json!({
+            "properties": {"properties": {"type": "string"}, "b": b}, "type": "object", "additionalProperties": false
+        });
+        assert_eq!(read(json!({"type": "json", "value": open})), closed);
+        assert_eq!(read(json!({"type": "json", "value": open.to_string()})), closed);
+        assert_eq!(read(json!({"type": "json_schema", "value": {"schema": open}})), closed);
+        let b = json!({"properties": {"c": true}, "type": "object"});
+        let implied = json!({"properties": {"properties": {"type": "string"}, "b": b}, "type": "object"});
+        assert_eq!(read(json!({"type": "json_schema", "json_schema": {"schema": open}})), implied);
+        // Elsewhere properties are not all that is said of an object, or of no object at all.
+        let parts =
+            json!([{"properties": {"a": true}, "type": "object"}, {"properties": {"b": true}, "type": "object"}]);
+        for schema in [
+            json!({"allOf": parts}),
+            json!({"properties": {"a": true}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}),
+            json!({"properties": {"a": true}, "enum": [1, 2]}),
+            json!({"properties": {"a": true}, "type": "object", "additionalProperties": {"type": "string"}}),
+            json!({"properties": {"a": true}, "type": "object", "required": ["b"]}),
+            json!({"const": {"properties": {}}}),
+            json!({"type": "string"}),
+            json!(true),
+        ] {
+            assert_eq!(read(json!({"type": "json", "value": schema})), schema);
+        }
     }
 }

@@ -69,19 +69,30 @@ fn refuse_or_read<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, Refuse
 
 /// How deep lists and objects are nested in a text that is JSON.
 fn depth(json: &str) -> usize {
-    let (mut depth, mut deepest, mut is_string, mut is_escaped) = (0_usize, 0, false, false);
-    for byte in json.bytes() {
+    let (json, mut at, mut depth, mut deepest) = (json.as_bytes(), 0, 0_usize, 0);
+    while let Some(byte) = json.get(at) {
+        at += 1;
         match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' => is_escaped = true,
-            b'"' => is_string = !is_string,
-            b'[' | b'{' if !is_string => depth += 1,
-            b']' | b'}' if !is_string => depth = depth.saturating_sub(1),
+            b'"' => at = behind_string(json, at),
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
             _ => {}
         }
         deepest = deepest.max(depth);
     }
     deepest
+}
+
+/// Where a string has ended whose first character stands at `at`. Most of a long body is one string, which this leaps over.
+fn behind_string(json: &[u8], mut at: usize) -> usize {
+    while let Some(found) = json.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
+        at += found + 1;
+        if json[at - 1] == b'"' {
+            return at;
+        }
+        at += 1;
+    }
+    json.len()
 }
 
 /// Without most of what the client has sent.
@@ -106,4 +117,32 @@ pub(super) fn in_words(error: &serde_json::Error) -> String {
         other => other,
     };
     format!("{}, expected {words} {rest}", short(found.into(), 200)).trim_end().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// As serde has read it.
+    fn levels(value: &Value) -> usize {
+        match value {
+            Value::Array(values) => 1 + values.iter().map(levels).max().unwrap_or(0),
+            Value::Object(fields) => 1 + fields.values().map(levels).max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    #[test]
+    fn the_depth_of_a_text_is_that_of_the_value_that_serde_reads() {
+        let odd = ["", "\"", "\\", "\\\"", "[{", "]}", "a\"]\\", "é\u{1f642}[", "\n\t\\\\\"{", &"x[".repeat(5000)];
+        for text in odd {
+            for after in odd {
+                let value = json!({text: [after, {after: text}, [[text, 1.5, null]]], "b": [[[[after]]]]});
+                assert_eq!(depth(&value.to_string()), levels(&value), "{value}");
+                assert_eq!(depth(&Value::from(text).to_string()), 0);
+            }
+        }
+    }
 }

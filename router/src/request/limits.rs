@@ -64,8 +64,13 @@ const ANY_MODEL: [&str; 2] = ["tgi", "dummy"];
 impl Limits {
     /// Whether a name is one of the served model.
     pub fn names_the_model(&self, name: &str) -> bool {
-        name == self.model_id || ANY_MODEL.contains(&name)
+        names(name, &self.model_id)
     }
+}
+
+/// Whether a name is one of this model, which is the only one that is served.
+pub fn names(name: &str, model_id: &str) -> bool {
+    name == model_id || ANY_MODEL.contains(&name)
 }
 
 /// A bound, for people.

@@ -18,7 +18,7 @@ use super::words::Words;
 const MAX_WAITING: usize = 64;
 
 /// Texts up to so many bytes do not wait for longer ones. They take some milliseconds; the longest take a second.
-const SHORT: usize = 32 << 10;
+pub const SHORT: usize = 32 << 10;
 
 /// Whoever streams comes before long texts: what computes a step waits for the slowest of its threads.
 const NICENESS_OF_LONG: i32 = 10;

@@ -150,9 +150,9 @@ pub(in crate::http) async fn completions(entry: Entry, body: Body) -> Result<Res
 
 /// Answers a body that was read.
 pub(in crate::http) async fn answer(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
-    let mut request = chat::parse(&admitted.body, &admitted.limits)?;
+    let mut request = entry.read(admitted, chat::parse).await?;
     let permits = entry.permits(request.options.num_choices)?;
-    let (text, ids) = entry.render(std::mem::take(&mut request.prompting), &request.options, &admitted.limits).await?;
+    let (text, ids) = entry.render(std::mem::take(&mut request.prompting), &request.options, admitted).await?;
     let prompt = Prompt::new(&text, ids.clone());
     let (mut flight, streams) = entry.launch(admitted, &request.options, vec![prompt], permits).await?;
     let state = &entry.state;

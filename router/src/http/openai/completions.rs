@@ -67,7 +67,7 @@ pub(in crate::http) async fn completions(entry: Entry, body: Body) -> Result<Res
 
 /// Answers a body that was read.
 pub(in crate::http) async fn answer(entry: &mut Entry, admitted: &Admitted) -> Result<Response, ApiError> {
-    let request = completions::parse(&admitted.body, &admitted.limits)?;
+    let request = entry.read(admitted, completions::parse).await?;
     let num_sequences = request.prompts.len() * request.options.num_candidates;
     let permits = entry.permits(num_sequences)?;
     let tokenizer = Arc::clone(&entry.state.tokenizer);

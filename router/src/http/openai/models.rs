@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::http::State;
 use crate::http::error::{ApiError, ErrorBody};
-use crate::request::Refused;
+use crate::request::{Refused, limits};
 
 /// A model that is served.
 #[derive(Debug, Serialize, ToSchema)]
@@ -38,14 +38,14 @@ pub(in crate::http) async fn list(extract::State(state): extract::State<State>) 
     Json(ModelsInfo { object: "list", data: vec![served(&state)] })
 }
 
-/// One model; ids may have slashes
+/// One model, by any name that requests may give it; ids may have slashes
 #[utoipa::path(get, path = "/v1/models/{model}", tag = crate::http::docs::TAG, params(("model" = String, Path)),
     responses((status = 200, body = ModelInfo), (status = 404, body = ErrorBody)))]
 pub(in crate::http) async fn one(
     extract::State(state): extract::State<State>,
     Path(id): Path<String>,
 ) -> Result<Json<ModelInfo>, ApiError> {
-    if id == state.config.model_id {
+    if limits::names(&id, &state.config.model_id) {
         return Ok(Json(served(&state)));
     }
     Err(Refused::UnknownModel(id.chars().take(100).collect()).into())
