@@ -10,7 +10,8 @@ Eight streams run; beside them, in turn, nobody, and one kind of harm at a time,
   slow heads        400 connections that send nothing after the first byte
 
 For each the time between tokens is told, mean and p99, and the time of a short request (two tokens) sent meanwhile.
-Rounds take turns; a ratio is the median of those of each round.
+Rounds take turns; a ratio is the median of those of each round. Harm comes from a process of its own, which waits for
+nothing that the victims' clients do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import multiprocessing
 import socket
 import statistics
 import sys
@@ -138,19 +140,7 @@ def harms() -> dict[str, Callable[[int, int], None] | None]:
 
 def beside(port: int, name: str, harm: Callable[[int, int], None] | None) -> Seen:
     """Return what the victims see while the harm is done."""
-    over, seen, failures = threading.Event(), Seen(), []
-
-    def attack() -> None:
-        for n in itertools.count():
-            if harm is None or over.is_set():
-                return
-            begun = time.perf_counter()
-            try:
-                harm(port, n)
-            except (common.MeasureError, OSError) as error:
-                failures.append(error)
-                return
-            time.sleep(max(0.0, 1 / A_SECOND - (time.perf_counter() - begun)))
+    seen = Seen()
 
     def victim() -> None:
         seen.gaps.extend(gaps(port))
@@ -158,19 +148,54 @@ def beside(port: int, name: str, harm: Callable[[int, int], None] | None) -> See
     with contextlib.ExitStack() as stack:
         for _ in range(SLOW_HEADS if name == "slow heads" else 0):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)).sendall(b"P")
-        attacker = threading.Thread(target=attack)
+        if harm:
+            stack.enter_context(Attack(port, name))
         victims = [threading.Thread(target=victim) for _ in range(VICTIMS)]
-        attacker.start()
         for thread in victims:
             thread.start()
         while any(thread.is_alive() for thread in victims):
             seen.canaries.append(short_request(port))
             time.sleep(0.05)
-        over.set()
-        attacker.join()
-    if failures:
-        raise common.MeasureError(f"{name}: {failures[0]}")
     return seen
+
+
+class Attack:
+    """One kind of harm, while it is entered; raises `MeasureError` where it was answered otherwise than expected."""
+
+    def __init__(self, port: int, name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.over, self.begun, self.told = context.Event(), context.Event(), context.Queue()
+        self.process = context.Process(target=attack, args=(port, name, self.begun, self.over, self.told))
+
+    def __enter__(self) -> None:
+        self.process.start()
+        if not self.begun.wait(60):
+            raise common.MeasureError("found no attack after 60 s")
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        failure = self.told.get(timeout=60)
+        self.process.join(60)
+        if failure:
+            raise common.MeasureError(failure)
+
+
+def attack(port: int, name: str, begun: Any, over: Any, told: Any) -> None:
+    """Do one kind of harm until it is over, and tell what went wrong with it, if anything did."""
+    harm = harms()[name]
+    assert harm is not None
+    begun.set()
+    failure = None
+    for n in itertools.count():
+        if over.is_set() or failure:
+            break
+        started = time.perf_counter()
+        try:
+            harm(port, n)
+        except (common.MeasureError, OSError) as error:
+            failure = f"{name}: {error}"
+        over.wait(max(0.0, 1 / A_SECOND - (time.perf_counter() - started)))
+    told.put(failure)
 
 
 def measure(port: int, launcher: Path, rounds: int) -> dict[str, list[Seen]]:

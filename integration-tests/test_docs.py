@@ -226,3 +226,19 @@ def test_no_link_leads_nowhere() -> None:
         if not path.exists() or (anchor and anchor not in slugs(path)):
             broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+def test_every_row_of_hostile_input_has_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "hostile-input.md").read_text()
+    rows: list[int] = []
+    for numbers, tests in re.findall(r"^\| ([\d, –]+) \|.*\| ([^|]+) \|$", page, re.MULTILINE):
+        for part in numbers.split(", "):
+            first, _, last = part.partition("–")
+            rows += range(int(first), int(last or first) + 1)
+        named = re.findall(r"`([\w./-]+\.(?:rs|py))`: ((?:`\w+`(?:, )?)+)", tests)
+        assert named, tests
+        for file, names in named:
+            code = (ROOT / file).read_text()
+            for name in re.findall(r"\w+", names):
+                assert re.search(rf"\b(?:def|fn) {name}\(", code), f"{file} has no {name}"
+    assert sorted(rows) == list(range(1, 68))

@@ -318,3 +318,44 @@ async fn the_description_is_shown_by_swagger_ui_which_loads_nothing_from_elsewhe
     }
     ask(server.address, &get("/docs/absent.js")).await.check_error(404, "not_found");
 }
+
+/// Whether the description of a route has this answer: its status and the type of its content.
+fn is_described(document: &Value, path: &str, answer: &Answer) -> bool {
+    let kind = answer.headers.get("content-type").map_or("", String::as_str);
+    let told = &document["paths"][path]["post"]["responses"][answer.status.to_string()]["content"];
+    told.get(kind.split(';').next().unwrap_or_default()).is_some()
+}
+
+#[tokio::test]
+async fn the_description_tells_of_streams_and_of_models_that_are_not_served_wherever_a_request_may_ask_for_them() {
+    let mut server = start().await;
+    let document = document(server.address).await;
+    let chat = json!({"messages": [{"role": "user", "content": "a"}]});
+    let with = |body: &Value, name: &str, value: Value| {
+        let mut body = body.clone();
+        body[name] = value;
+        body
+    };
+    for path in ["/v1/chat/completions", "/v1/completions", "/chat_tokenize", "/invocations", "/vertex"] {
+        let body = if path == "/v1/completions" { json!({"prompt": "a"}) } else { chat.clone() };
+        let other = with(&body, "model", json!("of another"));
+        let other = if path == "/vertex" { json!({"instances": [other]}) } else { other };
+        let refused = asked(server.address, path, other).await.unwrap();
+        assert_eq!(refused.status, 404, "{path}");
+        assert!(is_described(&document, path, &refused), "{path}");
+    }
+    for (path, body) in [
+        ("/", json!({"inputs": "a"})),
+        ("/generate_stream", json!({"inputs": "a"})),
+        ("/v1/chat/completions", chat.clone()),
+        ("/v1/completions", json!({"prompt": "a"})),
+        ("/invocations", json!({"inputs": "a"})),
+        ("/invocations", chat.clone()),
+    ] {
+        let asked = asked(server.address, path, with(&body, "stream", json!(true)));
+        answer(server.submission().await, outputs(&["x"], FinishReason::EosToken)).await;
+        let streamed = asked.await.unwrap();
+        assert!(streamed.headers["content-type"].starts_with("text/event-stream"), "{path}");
+        assert!(is_described(&document, path, &streamed), "{path}");
+    }
+}

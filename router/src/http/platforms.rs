@@ -21,8 +21,10 @@ use crate::request::small::{
 
 /// Answer whatever the body is: as `/`, `/v1/chat/completions` or `/v1/completions`
 #[utoipa::path(post, path = "/invocations", tag = super::docs::TAG, request_body = CompatGenerateRequest,
-    responses((status = 200, description = "As for the route that it is", body = Value), (status = 422, body = ErrorBody),
-        (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
+    responses((status = 200, description = "As for the route that it is", content(
+            (Value = "application/json"), (Value = "text/event-stream"))),
+        (status = 404, body = ErrorBody), (status = 422, body = ErrorBody), (status = 424, body = ErrorBody),
+        (status = 429, body = ErrorBody)))]
 pub(super) async fn invocations(entry: Entry, body: Body) -> Result<Response, ApiError> {
     entry.run(body, |entry, admitted| invoke(entry, admitted).boxed()).await
 }
@@ -43,8 +45,8 @@ pub(super) struct VertexResponse {
 
 /// Answer some prompts and chats
 #[utoipa::path(post, path = "/vertex", tag = super::docs::TAG, request_body = VertexRequest,
-    responses((status = 200, description = "Generated texts", body = VertexResponse), (status = 422, body = ErrorBody),
-        (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
+    responses((status = 200, description = "Generated texts", body = VertexResponse), (status = 404, body = ErrorBody),
+        (status = 422, body = ErrorBody), (status = 424, body = ErrorBody), (status = 429, body = ErrorBody)))]
 pub(super) async fn vertex(entry: Entry, body: Body) -> Result<Response, ApiError> {
     entry.run(body, |entry, admitted| predict(entry, admitted).boxed()).await
 }

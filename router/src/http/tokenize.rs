@@ -70,7 +70,7 @@ async fn tokens_of(entry: &Entry, admitted: &Admitted) -> Result<Response, ApiEr
 /// Apply the chat template and tokenize what comes of it
 #[utoipa::path(post, path = "/chat_tokenize", tag = super::docs::TAG, request_body = ChatRequest,
     responses((status = 200, description = "The prompt and its tokens", body = ChatTokenizeResponse),
-        (status = 422, body = ErrorBody), (status = 429, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 422, body = ErrorBody), (status = 429, body = ErrorBody)))]
 pub(super) async fn chat_tokenize(entry: Entry, body: Body) -> Result<Response, ApiError> {
     entry.run(body, |entry, admitted| tokens_of_chat(entry, admitted).boxed()).await
 }
