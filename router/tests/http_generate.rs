@@ -205,7 +205,12 @@ async fn one_request_more_than_allowed_is_429_with_retry_after() {
         assert_eq!(answer.headers["retry-after"], "1");
         assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     }
+    // A long body is not even read: that would have it wait with others of its size.
+    let long = format!("{{\"inputs\":\"{}\",}}", "a".repeat(1 << 16));
+    ask(server.address, &post("/generate", &long)).await.check_error(429, "overloaded");
     drop(held);
+    assert_eq!(server.engine.num_free_permits(), 4);
+    ask(server.address, &post("/generate", &long)).await.check_error(400, "validation");
     assert_eq!(server.engine.num_free_permits(), 4);
 }
 

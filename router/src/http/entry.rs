@@ -104,6 +104,8 @@ impl Entry {
         if admitted.body.len() <= SHORT {
             return Ok(read(&admitted.body, &admitted.limits)?);
         }
+        // So that not more of them wait, each with its body, than requests may run.
+        let _permit = self.permits(1)?;
         let (body, limits) = (Arc::clone(&admitted.body), admitted.limits.clone());
         Ok(self.state.pool.run(body.len(), move |_| read(&body, &limits)).await??)
     }
