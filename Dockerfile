@@ -16,12 +16,14 @@ FROM ${BASE} AS build
 ARG BASE
 RUN command -v apt-get >/dev/null \
     || { echo "error: BASE=$BASE has no apt-get; name a Debian or Ubuntu whose packages have Python 3.11 to 3.13" >&2; exit 1; }
-RUN apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        build-essential ca-certificates curl python3 python3-venv >/dev/null
+# Python first: a base that has no fit one is told so before anything large is fetched.
+RUN export DEBIAN_FRONTEND=noninteractive \
+    && apt-get update -qq \
+    && apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null \
+    && { python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+        || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13: name a newer Debian or Ubuntu" >&2; exit 1; }; } \
+    && apt-get install -y -qq --no-install-recommends build-essential ca-certificates curl >/dev/null
 WORKDIR /build
-RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-    || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13" >&2; exit 1; }
 COPY rust-toolchain.toml ./
 COPY scripts/common.sh scripts/rust.sh scripts/
 RUN scripts/rust.sh

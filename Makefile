@@ -17,7 +17,7 @@ CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
 export GIT_COMMIT := $(shell . scripts/common.sh && echo "$$GIT_COMMIT")
 
-.PHONY: help install uninstall wheel docs run check test test-amx test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
+.PHONY: help install uninstall wheel docs run check check-rust check-python test test-amx test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
@@ -40,9 +40,13 @@ install:
 run: install
 	@$(PYTHON) scripts/run.py --model "$(MODEL)" --port "$(PORT)" -- $(ARGS)
 
-check: install
+check: check-rust check-python
+
+check-rust: install
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --release --workspace --all-targets --all-features -- -D warnings
+
+check-python: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	cd server && ../$(PYTHON) -m mypy
@@ -52,6 +56,8 @@ check: install
 
 test: install test-rust test-python test-integration
 
+# Many of them wait for something, so twice as many run at a time.
+test-rust: export RUST_TEST_THREADS = $(shell echo $$((2 * $(JOBS))))
 test-rust: install
 	$(CARGO) --config scripts/tests.toml test --locked --release --workspace
 	$(CARGO) --config scripts/tests.toml test --locked --release -p scheduler --features planted-bugs --test planted_bugs

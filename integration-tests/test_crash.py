@@ -16,7 +16,7 @@ from support.load import Crowd, alone, assert_same, midway, mixed_cases
 from support.server import Server, wait_until
 
 # Long enough that each stream has 64 tokens to go when a kill strikes, though some are ahead of others.
-LENGTH = 320
+LENGTH = 256
 CASES = mixed_cases(32, max_new_tokens=LENGTH)
 
 

@@ -150,6 +150,50 @@ def test_uninstall_removes_whatever_is_made_here(tmp_path: Path) -> None:
     assert kept.exists()
 
 
+# Programs of a bare system, each a script that stands for it, and what is said of that system.
+SYSTEMS = {
+    "no compiler, no apt-get": ({}, "missing: build-essential. This system has no apt-get; install them by hand"),
+    "no compiler, no root": (
+        {"apt-get": "exit 0", "id": "echo 1000"},
+        "missing: build-essential. Install them as root",
+    ),
+    "an old Python": (
+        {"cc": "exit 0", "c++": "exit 0", "apt-get": "exit 0", "python3": "exit 1"},
+        "no Python 3.11, 3.12 or 3.13 with venv was found; name one with PYTHON=...",
+    ),
+    "an old cargo": (
+        {"cc": "exit 0", "c++": "exit 0", "cargo": "echo cargo 1.60.0"},
+        "cargo is 1.60.0, {wanted} or newer is needed. Install rustup, or remove the older cargo from PATH",
+    ),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_that_lacks_something_is_told_what(system: str, tmp_path: Path) -> None:
+    """One message that begins with `error:`, and nothing half-installed."""
+    programs, expected = SYSTEMS[system]
+    for name in ("scripts/install.sh", "scripts/rust.sh", "scripts/common.sh", "rust-toolchain.toml"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "clone" / name)
+    found = tmp_path / "bin"
+    found.mkdir()
+    for name in ("bash", "cut", "dirname", "env", "git", "head", "id", "make", "curl", "sed", "sort"):
+        if name not in programs and (path := shutil.which(name)):
+            (found / name).symlink_to(path)
+    for name, script in ({"python3": "exit 0"} | programs).items():
+        (found / name).write_text(f"#!/bin/sh\n{script}\n")
+        (found / name).chmod(0o755)
+    before = sorted((tmp_path / "clone").rglob("*"))
+    environment = {"PATH": str(found), "HOME": str(tmp_path / "home")}
+    command = [tmp_path / "clone" / "scripts" / "install.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    wanted = re.search(r'^channel = "(.*)"', (ROOT / "rust-toolchain.toml").read_text(), re.MULTILINE)
+    assert wanted is not None
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode == 1 and errors == [f"install: error: {expected.format(wanted=wanted[1])}"], done
+    assert sorted((tmp_path / "clone").rglob("*")) == before
+
+
 def pythons() -> list[str]:
     """The environment's own, and others that are here: what Python tells of packages differs between its versions."""
     found = [str(BINARIES / "python")]

@@ -47,7 +47,7 @@ def test_huge_prompts_with_truncate_hold_up_nobody_else(llama: Server) -> None:
 def test_a_frozen_rank_alone_is_replaced_also_when_the_router_notices_first() -> None:
     flags = ("--dtype", "float32", "--num-shard", "2", "--step-timeout", "2")
     with Server(LLAMA, *flags) as server:
-        cases = mixed_cases(4, 400)
+        cases = mixed_cases(4, 200)
         golden = alone(server, cases)
         before = server.wait_clean()
         crowd = Crowd(server, cases)

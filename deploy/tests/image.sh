@@ -15,18 +15,19 @@ done
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
 image=localhost/text-generation:$target
 
-# A base as the public one is, where none can be pulled.
-base=${BASE:-}
-if [ -z "$base" ]; then
-    base=localhost/debian:bookworm
-    if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
-        deploy/tests/root_file_system.sh bookworm target/deploy/bookworm
+# base_of SUITE: a base as the public one of that Debian is, for where none can be pulled.
+base_of() {
+    local image=localhost/debian:$1 container
+    if ! buildah inspect --type image "$image" >/dev/null 2>&1; then
+        deploy/tests/root_file_system.sh "$1" "target/deploy/$1"
         container=$(buildah from scratch)
-        buildah add -q "$container" target/deploy/bookworm / >/dev/null
-        buildah commit -q "$container" "$base" >/dev/null
+        buildah add -q "$container" "target/deploy/$1" / >/dev/null
+        buildah commit -q "$container" "$image" >/dev/null
         buildah rm "$container" >/dev/null
     fi
-fi
+    echo "$image"
+}
+base=${BASE:-$(base_of bookworm)}
 
 # What package clients need to know of this machine stays outside of the image: it is mounted while commands run. Whom this machine
 # trusts beside the public authorities, the package ca-certificates takes up from there.
@@ -52,6 +53,13 @@ if [ "$target" = cpu ]; then
     rm -rf "$other"
     ! said=$(build localhost/other:1 localhost/never:1 2>&1) || fail "a base without apt-get was taken"
     case $said in *"has no apt-get; name a Debian or Ubuntu"*) say "refused: a base without apt-get" ;; *) fail "a wrong base: $said" ;; esac
+    # One that is too old: Debian 11.
+    older=$(base_of bullseye)
+    ! said=$(build "$older" localhost/never:1 2>&1) || fail "a base with an old Python was taken"
+    case $said in
+        *"error: BASE=$older has Python 3.9"*"expected Python 3.11 to 3.13: name a newer Debian or Ubuntu"*) say "refused: a base with Python 3.9" ;;
+        *) fail "an old base: $said" ;;
+    esac
 fi
 start=$SECONDS
 build "$base" "$image" >/dev/null
@@ -202,6 +210,9 @@ if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
     refused "there is no such directory; check the path" writable --model-id /data/none
     refused "device cuda" writable --model-id /data/model --device cuda
+    # The image's port is 80, which an engine lets everybody take; here, as on a host's own network, nobody but root may.
+    [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -le 80 ] ||
+        refused "ports below 1024 are reserved for root; choose another port" writable --model-id /data/model --port 80
     python3 -c '
 import socket, sys, time
 with socket.create_server(("0.0.0.0", int(sys.argv[1]))):

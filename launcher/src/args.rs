@@ -48,7 +48,8 @@ pub struct Args {
     /// Accepted for scripts that give it: no model that is served needs code of its own, and nothing is ever unpickled.
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = MODEL)]
     pub trust_remote_code: bool,
-    /// Where models from the hub are kept.
+    /// Where models from the hub are kept. By default where other programs of the hub keep them: `hub` in HF_HOME, which is
+    /// ~/.cache/huggingface if not set.
     #[arg(long, env, help_heading = MODEL)]
     pub huggingface_hub_cache: Option<String>,
 
@@ -108,28 +109,29 @@ pub struct Args {
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_total_tokens: Option<u32>,
     /// Input tokens computed in one step, over all sequences; longer prompts are computed in parts, and in smaller ones
-    /// while other sequences go on.
+    /// while other sequences go on. By default the smaller of 512 and the model's positions, but at least one for each
+    /// running sequence.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_prefill_tokens: Option<u32>,
     /// Tokens held in the KV cache at a time. By default as many as the memory allows.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_total_tokens: Option<u32>,
-    /// Tokens per block of the KV cache.
+    /// Tokens per block of the KV cache. By default 16.
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=1024), allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub block_size: Option<u32>,
-    /// Sequences computed in one step.
+    /// Sequences computed in one step. By default as many as --max-concurrent-requests.
     #[arg(long, env, value_parser = at_least_one(), allow_negative_numbers = true, help_heading = LIMITS)]
     pub max_batch_size: Option<u32>,
-    /// Steps in flight: while one is computed the next is planned and sent.
+    /// Steps in flight: while one is computed the next is planned and sent. By default 2.
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=4), allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub pipeline_depth: Option<u32>,
-    /// Seconds that a request may wait in the queue.
+    /// Seconds that a request may wait in the queue. By default for ever.
     #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub queue_timeout: Option<f64>,
-    /// Seconds after which a step without an answer counts as a fault of the shards.
+    /// Seconds after which a step without an answer counts as a fault of the shards. By default 60.
     #[arg(long, env, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true,
           help_heading = LIMITS)]
     pub step_timeout: Option<f64>,

@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use clap::Arg;
+use clap::{Arg, CommandFactory as _};
 
 const HEAD: &str = "# Launcher reference
 
@@ -67,4 +67,23 @@ fn the_launcher_reference_is_that_of_the_parser() {
         found == reference(),
         "docs/launcher.md is old: WRITE=1 cargo test -p text-generation-launcher --test reference"
     );
+}
+
+/// What the launcher leaves to the router, it leaves to the router's default, and says which that is.
+#[test]
+fn the_defaults_that_the_router_has_are_those_of_the_help() {
+    let launcher = text_generation_launcher::args::command();
+    let router = text_generation_router::args::Args::command();
+    let mut num_said = 0;
+    for flag in router.get_arguments() {
+        let Some(ours) = launcher.get_arguments().find(|ours| ours.get_long() == flag.get_long()) else { continue };
+        let Some(value) = flag.get_default_values().first().map(|value| value.to_string_lossy()) else { continue };
+        if ours.get_default_values().first().is_some_and(|ours| *ours.to_string_lossy() == *value) {
+            continue;
+        }
+        let help = ours.get_long_help().or(ours.get_help()).unwrap().to_string();
+        assert!(help.contains(&format!("By default {value}")), "--{}: {value}, {help}", flag.get_long().unwrap());
+        num_said += 1;
+    }
+    assert!(num_said >= 3, "{num_said}");
 }

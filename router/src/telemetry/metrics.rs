@@ -4,11 +4,11 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tracing::error;
 
-use super::names::{Kind, METRICS};
+use super::names::{Kind, METHODS, METRICS, Metric};
 
 /// How often samples that nobody has fetched are folded into their histograms.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -132,7 +132,24 @@ fn length_recorder(max_input_tokens: usize, max_total_tokens: usize) -> Result<P
     Ok(builder.build_recorder())
 }
 
+/// A counter is there from the start, at nought, as far as its series are known: whoever watches sees none where nothing has
+/// happened yet, rather than nothing, and the first event is a growth.
+fn begin(recorder: &PrometheusRecorder, metric: &Metric) {
+    let labels = match metric.label {
+        "" => vec![vec![]],
+        "method" => METHODS.map(|method| vec![Label::new("method", method)]).into(),
+        _ => vec![],
+    };
+    for labels in labels {
+        let key = Key::from_parts(metric.name, labels);
+        let _ = recorder.register_counter(&key, &Metadata::new(module_path!(), Level::INFO, None));
+    }
+}
+
 fn describe(recorder: &PrometheusRecorder) {
+    for metric in METRICS.iter().filter(|metric| matches!(metric.kind, Kind::Counter)) {
+        begin(recorder, metric);
+    }
     for metric in METRICS {
         let text = SharedString::const_str(metric.text);
         match metric.kind {
@@ -157,5 +174,20 @@ mod tests {
         assert!((145.0..147.0).contains(&durations[34]), "{}", durations[34]);
         assert_eq!((lengths(2048).len(), lengths(2048)[99]), (100, 2048.0));
         assert!(recorder().is_ok() && length_recorder(1, 2).is_ok());
+    }
+
+    #[test]
+    fn a_counter_of_what_has_not_happened_yet_is_nought() {
+        let text = Exporter::default().text();
+        for metric in METRICS.iter().filter(|metric| matches!(metric.kind, Kind::Counter)) {
+            let series = match metric.label {
+                "" => vec![format!("{} 0", metric.name)],
+                "method" => METHODS.map(|method| format!("{}{{method=\"{method}\"}} 0", metric.name)).into(),
+                _ => vec![],
+            };
+            for line in series {
+                assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+            }
+        }
     }
 }

@@ -32,6 +32,9 @@ const fn metric(kind: Kind, name: &'static str, label: &'static str, text: &'sta
     Metric { name, kind, label, text }
 }
 
+/// The values of the label `method`, as the engine gives them to a step.
+pub const METHODS: [&str; 2] = ["prefill", "decode"];
+
 /// All of them.
 pub const METRICS: [Metric; 30] = [
     metric(Kind::Counter, "tgi_request_count", "", "requests for tokens, or to tokenize"),

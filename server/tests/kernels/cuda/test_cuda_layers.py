@@ -71,7 +71,7 @@ def attention_case(
 def test_attention_over_several_splits_of_heads_of_any_size(
     dim: int, dtype: torch.dtype, cap: float, window: int | None, kernels: CudaKernels
 ) -> None:
-    found, wanted = attention_case(kernels, dim, [(600, 1), (257, 3), (530, 40), (5, 5)], dtype, window, cap)
+    found, wanted = attention_case(kernels, dim, [(600, 1), (257, 3), (300, 40), (5, 5)], dtype, window, cap)
     assert error(found, wanted) <= TOLERANCE[dtype]
 
 
@@ -138,7 +138,7 @@ def test_a_quantized_model_computes_what_the_reference_does_and_the_same_bits_ho
     kernels: CudaKernels,
 ) -> None:
     alone, path = TensorParallel(0, 1, Alone()), LLAMA.with_name("docs-llama-7m-gptq-4bit-g128")
-    ids = torch.randint(5, 2000, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(5, 2000, (22,), generator=torch.Generator().manual_seed(1)).tolist()
 
     def logits(kind: CudaKernels | ReferenceKernels, dtype: str, chunks: list[int]) -> torch.Tensor:
         shard, log, other = Shard(load(path, alone, kind, dtype), 8), Log(ids, [0, 1]), Log(ids[::-1], [2, 3])
@@ -146,10 +146,10 @@ def test_a_quantized_model_computes_what_the_reference_does_and_the_same_bits_ho
             shard.step([(log, count), (other, 3)] if i % 2 == 0 and i < 16 else [(log, count)], sample_all=True)
         return torch.stack([log.logits[i + 1] for i in range(len(ids))])
 
-    whole = logits(kernels, "bfloat16", [24])
-    wanted, plain = logits(REFERENCE, "float32", [24]), logits(REFERENCE, "bfloat16", [24])
+    whole = logits(kernels, "bfloat16", [22])
+    wanted, plain = logits(REFERENCE, "float32", [22]), logits(REFERENCE, "bfloat16", [22])
     assert error(whole, wanted.double()) <= 1.2 * error(plain, wanted.double())
-    assert torch.equal(logits(kernels, "bfloat16", [10, 1, 1, 9, 1, 1, 1]), whole)
+    assert torch.equal(logits(kernels, "bfloat16", [10, 1, 1, 9, 1]), whole)
 
 
 def test_a_batch_goes_to_the_models_device_whole(kernels: CudaKernels) -> None:
