@@ -105,7 +105,7 @@ fn a_prompt_fills_what_the_decoding_sequences_leave_of_the_budget() {
 }
 
 #[test]
-fn while_more_sequences_go_on_than_read_prompts_are_read_in_small_parts() {
+fn while_many_sequences_go_on_and_few_read_prompts_are_read_in_small_parts() {
     let mut scheduler = scheduler(Limits { max_running: 8, ..limits() });
     let mut shard = Shard::default();
     // Of tenants that share no prefix.
@@ -124,14 +124,16 @@ fn while_more_sequences_go_on_than_read_prompts_are_read_in_small_parts() {
     assert_eq!(tokens(&mut scheduler), [4], "nobody goes on yet");
     add(&mut scheduler, 7);
     assert_eq!(tokens(&mut scheduler), [1, 7], "as many are to be read as go on");
+    add(&mut scheduler, 7);
+    assert_eq!(tokens(&mut scheduler), [1, 1, 7], "two go on, and one is to be read");
     add(&mut scheduler, 8);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 3], "two go on, and one is to be read");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 3], "three go on");
     add(&mut scheduler, 5);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 5, 5], "two of each");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 5, 5], "two are to be read");
     scheduler.set_prompt_tokens(0);
     add(&mut scheduler, 2);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "never nothing");
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "the last of a prompt is as short as the others");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1, 1], "never nothing");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1, 1], "the last of a prompt is as short as the others");
 }
 
 #[test]

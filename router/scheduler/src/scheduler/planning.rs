@@ -29,13 +29,13 @@ impl Scheduler {
         }
     }
 
-    /// Tokens of prompts that the next step may read. Where as many are to be read as go on, what they read holds up the
-    /// fewer.
+    /// Tokens of prompts that the next step may read. Where many are to be read, they would wait for longer than what they
+    /// read holds up the others.
     pub(super) fn prompt_budget(&self) -> usize {
         let going_on = self.running.iter().filter(|sequence| !sequence.has_prompt()).count();
         let admissible = self.waiting.len().min(self.limits.max_running - self.running.len());
         let reading = self.running.len() - going_on + admissible;
-        if going_on > reading { self.prompt_tokens } else { usize::MAX }
+        if going_on > 2 * reading { self.prompt_tokens } else { usize::MAX }
     }
 
     /// Returns whether there were blocks for all. Once somebody must wait for blocks, nobody younger may take any.
