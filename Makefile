@@ -56,8 +56,6 @@ check-python: install
 
 test: install test-rust test-python test-integration
 
-# Many of them wait for something, so twice as many run at a time.
-test-rust: export RUST_TEST_THREADS = $(shell echo $$((2 * $(JOBS))))
 test-rust: install
 	$(CARGO) --config scripts/tests.toml test --locked --release --workspace
 	$(CARGO) --config scripts/tests.toml test --locked --release -p scheduler --features planted-bugs --test planted_bugs
