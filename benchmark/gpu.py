@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from text_generation_server.batch import StepBatch
 from text_generation_server.errors import ConfigError
+from text_generation_server.kernels.codes import pack
 from text_generation_server.kernels.cuda.kernels import CudaKernels
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec, Matmul
-from text_generation_server.kernels.weights import Coding, Integer, QuantizedWeight, Table, pack
+from text_generation_server.kernels.weights import Coding, Integer, QuantizedWeight, Table
 from torch import Tensor
 
 ROUNDS = 7

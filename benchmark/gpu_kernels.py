@@ -10,6 +10,7 @@ from pathlib import Path
 import common
 import torch
 from text_generation_server.batch import StepBatch
+from text_generation_server.kernels.codes import pack
 from text_generation_server.kernels.cuda.attention import PagedAttention
 from text_generation_server.kernels.cuda.compile import ARCHITECTURES, compiled
 from text_generation_server.kernels.cuda.emulation.emulator import EmulatedModule, Emulator, Place
@@ -17,7 +18,7 @@ from text_generation_server.kernels.cuda.kernels import CudaKernels
 from text_generation_server.kernels.cuda.layout import pack_dense, pack_quantized
 from text_generation_server.kernels.cuda.linear import CudaLinear
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
-from text_generation_server.kernels.weights import Coding, Integer, QuantizedWeight, Table, pack
+from text_generation_server.kernels.weights import Coding, Integer, QuantizedWeight, Table
 from torch import Tensor
 
 # File, definitions, which kernels.
