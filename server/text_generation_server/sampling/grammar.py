@@ -226,14 +226,7 @@ class Guided:
         if matcher is None:
             set_bits(words, self._eos)
             return
-        if matcher.mask_words == len(words):
-            matcher.fill(words)
-        else:
-            mask = np.zeros(matcher.mask_words, np.int32)
-            matcher.fill(mask)
-            # A mask of as many ids as the tokenizer has, for as many as there are logits.
-            shared = min(len(mask), len(words))
-            words[:shared], words[shared:] = mask[:shared], 0
+        matcher.fill(words)
         if (error := matcher.error()) is not None:
             raise GrammarError(first_line(error))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.interface import FAILED, MASKED, DrawsIds, Guidance, GuidedRows
 from .constraint import GrammarError
-from .grammar import Guided
+from .grammar import Guided, first_line
 from .matcher import Matcher, functions
 
 # So many of the most probable ids are judged before a mask is asked for; fewer where a row needed a mask the last time:
@@ -89,7 +89,7 @@ def guide(logits: Tensor, asked: list[Asked], ends: NDArray[np.int32], kernels: 
         elif token_id == MASKED:
             found.masks[one.place] = guidance.masks[i]
         else:
-            found.errors[one.place] = matchers[i].error() or "the grammar leaves no id to go on with"
+            found.errors[one.place] = first_line(matchers[i].error() or "the grammar leaves no id to go on with")
     return found
 
 
@@ -131,11 +131,8 @@ def try_most_probable(row: NDArray[np.float32], matcher: Matcher, ends: NDArray[
 
 def mask_of(matcher: Matcher, vocab: int, ends: NDArray[np.int32] | None) -> NDArray[np.int32] | None:
     """Which ids may come next, without `ends` unless nothing else is left. None: nothing, or an error."""
-    own = np.zeros(matcher.mask_words, np.int32)
-    matcher.fill(own)
     words = np.zeros(-(-vocab // 32), np.int32)
-    shared = min(len(own), len(words))
-    words[:shared] = own[:shared]
+    matcher.fill(words)
     if vocab % 32:
         words[-1] &= (1 << vocab % 32) - 1
     if matcher.error() is not None or not words.any():

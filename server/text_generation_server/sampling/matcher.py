@@ -73,7 +73,7 @@ class _TokenizerInit(ctypes.Structure):
     )
 
 
-_INT, _POINTER, _BOOL, _TEXT = ctypes.c_int32, ctypes.c_void_p, ctypes.c_bool, ctypes.c_char_p
+_INT, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llg_get_version": (_TEXT, ()),
     "llg_new_tokenizer_v2": (_POINTER, (_POINTER, _TEXT, ctypes.c_size_t)),
@@ -203,8 +203,15 @@ class Matcher:
         return allowed
 
     def fill(self, words: NDArray[np.int32]) -> None:
-        """Says which ids may come next: a bit for each in words [mask_words], lowest first. Nothing after an error."""
-        interface().llg_matcher_compute_mask_into(self.address, words.__array_interface__["data"][0], words.nbytes)
+        """Says which ids may come next: a bit for each in words, lowest first. Nothing after an error.
+
+        words: as many as the logits ask for; none of those beyond `mask_words` may come.
+        """
+        own = words if len(words) == self.mask_words else np.zeros(self.mask_words, np.int32)
+        interface().llg_matcher_compute_mask_into(self.address, own.__array_interface__["data"][0], own.nbytes)
+        if own is not words:
+            shared = min(len(own), len(words))
+            words[:shared], words[shared:] = own[:shared], 0
 
     def __del__(self) -> None:
         if getattr(self, "address", None):
