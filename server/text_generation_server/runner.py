@@ -20,7 +20,7 @@ from .kernels.interface import Allowed, DrawsIds, KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
 from .sampling.grammar import Grammar, Grammars, Guided, Masks
-from .sampling.guidance import Asked, Found, guide
+from .sampling.guidance import Asked, allowed_by, ask, guided_rows, take_note
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
@@ -234,34 +234,27 @@ class Runner:
             for masks in self.grammars.begin(missing):
                 self.begun.update({row: (missing[row], masks, i) for i, row in enumerate(masks.rows)})
 
-    def constrain(self, rows: list[int], logits: Tensor) -> tuple[dict[int, int], Allowed | None, dict[int, str]]:
-        """Ids of places of `rows` where nothing is left to draw, what may be drawn elsewhere, and errors of rows.
-
-        logits: [rows, vocab].
-        """
+    def constrain(self, rows: list[int]) -> tuple[list[Asked], Allowed | None, dict[int, str]]:
+        """Places of `rows` that are guided, what may be drawn at others, and errors of places."""
         states = self.table.states
         bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
         if not bound:
-            return {}, None, {}
+            return [], None, {}
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
-            Asked(i, c, not (state := states[row]).params.do_sample, self.is_too_short(row, state))
+            (i, c, self.is_too_short(row, states[row]))
             for i, row, c in bound
             if row not in self.begun and isinstance(c, Guided)
         ]
-        found = guide(logits, cheap, self.ends, self.drawing) if cheap else Found({}, {}, {})
-        errors = {rows[place]: cause for place, cause in found.errors.items()}
-        words, of = list(found.masks.values()), np.full(len(rows), -1)
-        of[list(found.masks)] = range(len(words))
+        asked, masks, errors = ask(cheap, self.ends)
         for i, row, _ in bound:
             if (begun := self.begun.pop(row, None)) is not None:
-                _, masks, at = begun
-                words.append(self.lengthen(row, masks.wait()[at]))
-                of[i] = len(words) - 1
-                if row in masks.errors:
-                    errors[row] = masks.errors[row]
-        return found.ids, Allowed(np.stack(words), of) if words else None, errors
+                _, found, at = begun
+                masks[i] = self.lengthen(row, found.wait()[at])
+                if row in found.errors:
+                    errors[i] = found.errors[row]
+        return asked, allowed_by(masks, len(rows)), errors
 
     def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
@@ -313,9 +306,11 @@ class Runner:
         if special:
             processed = raw.clone()
             self.process(processed, rows, states, special)
-        chosen, allowed, errors = self.constrain(rows, processed)
-        params = [state.params for state in states]
-        return draw(raw, processed, params, self.table.length[rows], allowed, chosen, self.drawing), errors
+        asked, allowed, errors = self.constrain(rows)
+        params, guided = [state.params for state in states], guided_rows(asked, self.ends)
+        drawn = draw(raw, processed, params, self.table.length[rows], allowed, guided, self.drawing)
+        errors |= take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance)
+        return drawn, {rows[place]: cause for place, cause in errors.items()}
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""

@@ -5,6 +5,7 @@ import random
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jsonschema
@@ -18,7 +19,9 @@ from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.sampling import grammar as grammar_module
 from text_generation_server.sampling.constraint import GrammarError
 from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided, Masks
-from text_generation_server.sampling.guidance import Asked, Found, guide
+from text_generation_server.sampling.guidance import allowed_by, ask, guided_rows, take_note
+from text_generation_server.sampling.params import SamplingParams
+from text_generation_server.sampling.sampler import draw
 from tokenizers import Tokenizer
 
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
@@ -321,53 +324,83 @@ def kernels(request) -> CpuKernels:
     return CpuKernels(request.param)
 
 
-def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided, bool, bool]) -> Found:
-    """Of rows that have a constraint, chance or not, and a least length or not."""
+@dataclass
+class Outcome:
+    """By place: ids and their log-probabilities where there are any, errors, and rows that leave nothing to draw."""
+
+    ids: dict[int, int]
+    logprobs: dict[int, float]
+    errors: dict[int, str]
+    nothing: list[int]
+
+
+def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided, SamplingParams, bool]) -> Outcome:
+    """Of rows that have a constraint, whose text may not end yet if so said."""
     ends = np.zeros(-(-logits.shape[1] // 32), np.int32)
     ends[EOS // 32] |= 1 << EOS % 32
-    asked = [Asked(place, *row) for place, row in enumerate(rows)]
-    return guide(torch.from_numpy(logits), asked, ends, kernels)
+    asked, masks, errors = ask(((i, constraint, goes_on) for i, (constraint, _, goes_on) in enumerate(rows)), ends)
+    raw, positions = torch.from_numpy(logits), np.arange(len(rows)) + 7
+    params = [params for _, params, _ in rows]
+    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), guided_rows(asked, ends), kernels)
+    errors |= take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance)
+    good = [i for i in range(len(rows)) if i not in errors and drawn.is_finite[i]]
+    ids, logprobs = ({i: of[i] for i in good} for of in (drawn.ids.tolist(), drawn.logprobs.tolist()))
+    return Outcome(ids, logprobs, errors, np.nonzero(~drawn.is_finite)[0].tolist())
+
+
+def drawn_from(logits: NDArray[np.float32], ways: list[int], params: SamplingParams, place: int) -> tuple[int, float]:
+    """By torch's operators, from those of one row that are left."""
+    raw, left = torch.from_numpy(logits[place : place + 1]), torch.full((1, logits.shape[1]), -torch.inf)
+    left[0, ways] = raw[0, ways]
+    drawn = draw(raw, left, [params], np.array([place + 7]))
+    return int(drawn.ids[0]), float(drawn.logprobs[0])
+
+
+GREEDY, BY_CHANCE = SamplingParams(), SamplingParams(do_sample=True, seed=5, top_k=9, temperature=9.0)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.source[:40])
-def test_the_most_probable_id_is_the_highest_of_those_that_are_allowed(grammars, kernels, form):
+def test_what_is_drawn_is_drawn_from_what_is_allowed(grammars, kernels, form):
     """Whatever is most probable: ids that follow, ids that do not, the end, equals, and what is impossible.
 
-    Four rows at a time: the most probable, the same where the text may not end yet, a mask, and one without the end.
+    Four rows at a time: the most probable and one by chance, and the same where the text may not end yet.
     """
-    draw, steps = np.random.default_rng(3), 0
+    random, steps = np.random.default_rng(3), 0
     for seed in range(2):
         log = written(grammars.constraint(form, []), seed)
         judge = Judge(form)
-        constraints = [grammars.constraint(form, []) for _ in range(4)]
-        for token_id in log[:24]:
+        kinds = [(GREEDY, False), (GREEDY, True), (BY_CHANCE, False), (BY_CHANCE, True)]
+        for at, token_id in enumerate(log[:24]):
             ways = judge.allowed()
             goes_on = [way for way in ways if way != EOS] or ways
-            logits = draw.integers(0, 40, (4, VOCAB)).astype(np.float32)
-            logits[:, draw.choice(ways, min(2, len(ways)), replace=False)] += draw.integers(0, 50)
-            logits[:, draw.choice(VOCAB, 2000, replace=False)] = -np.inf
-            logits[:, token_id] = 1000.0
-            rows = [(c, i < 2, i % 2 == 1) for i, c in enumerate(constraints)]
-            found = guided(kernels, logits, *rows)
+            logits = random.integers(0, 40, (4, VOCAB)).astype(np.float32)
+            logits[:, random.choice(ways, min(2, len(ways)), replace=False)] += random.integers(0, 50)
+            impossible = random.choice(VOCAB, 2000, replace=False)
+            logits[:, impossible] = -1e30
+            logits[:2, token_id] = 1000.0
+            rows = [grammars.constraint(form, log[:at]) for _ in kinds]
+            found = guided(kernels, logits, *((row, *kind) for row, kind in zip(rows, kinds, strict=True)))
             assert not found.errors
-            assert {place: ids_of(mask) for place, mask in found.masks.items() if place > 1} == {2: ways, 3: goes_on}
-            assert found.ids[0] == token_id == ways[int(logits[0, ways].argmax())]
-            best = goes_on[int(logits[1, goes_on].argmax())]
-            if np.isfinite(logits[1, best]):
-                assert found.ids[1] == best
-            else:
-                assert ids_of(found.masks[1]) == goes_on
+            assert not found.nothing
+            assert found.ids[0] == token_id
+            for place, (params, is_too_short) in enumerate(kinds):
+                expected, logprob = drawn_from(logits, goes_on if is_too_short else ways, params, place)
+                assert found.ids[place] == expected
+                assert found.logprobs[place] == pytest.approx(logprob, rel=1e-5, abs=1e-4)
+                # The matcher has gone on by it.
+                rows[place].advance(expected)
+                if at % 4 == 0:
+                    assert allowed(rows[place]) == allowed(grammars.constraint(form, [*log[:at], expected]))
             steps += 1
-            if token_id == EOS or best != token_id:
+            if token_id == EOS:
                 break
-            for constraint in constraints:
-                constraint.advance(token_id)
             judge.advance(token_id)
     assert steps > 4
 
 
+@pytest.mark.parametrize("by", [GREEDY, BY_CHANCE], ids=["greedy", "by chance"])
 @pytest.mark.parametrize("vocab", [VOCAB, 4001, 70])
-def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars, kernels, vocab):
+def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars, kernels, vocab, by):
     few = grammars if vocab == VOCAB else Grammars(MODEL / "tokenizer.json", vocab, [EOS])
     form = Grammar(REGEX, "[!-+]{300}")
     rows = [few.constraint(form, []) for _ in range(5)] + [few.constraint(form, [EOS])]
@@ -375,21 +408,57 @@ def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars
     logits = np.arange(6 * vocab, dtype=np.float32).reshape(6, vocab) % 61
     logits[0, ways[0]] = 50
     logits[1, ways[1]] = np.nan
-    logits[2, ways] = -np.inf
+    logits[2, ways] = -1e30
     logits[3, ways[2]] = np.inf
     logits[4] = 7
-    found = guided(kernels, logits, *((row, True, False) for row in rows))
+    found = guided(kernels, logits, *((row, by, False) for row in rows))
     assert not found.errors
-    assert found.ids == {0: ways[int(logits[0, ways].argmax())], 4: ways[0]}
-    assert {place: ids_of(mask, vocab) for place, mask in found.masks.items()} == {1: ways, 2: ways, 3: ways, 5: [EOS]}
+    assert found.nothing == [1, 3]
+    for place in (0, 2, 4, 5):
+        left = ways if place < 5 else [EOS]
+        assert found.ids[place] == drawn_from(logits, left, by, place)[0]
+        assert found.ids[place] in left
     wrong = few.constraint(Grammar(REGEX, "[!-+]{2}"), [ways[0], ways[0], ways[0]])
     rows[0].advance(found.ids[0])
-    again = guided(kernels, logits, (wrong, True, False), (rows[0], True, False))
+    again = guided(kernels, logits[:2], (wrong, by, False), (rows[0], by, False))
     assert list(again.errors) == [0]
     assert "does not follow" in again.errors[0]
-    assert list(again.ids) + list(again.masks) == [1]
+    assert again.nothing == [1], "its row of the logits is not finite"
     if few is not grammars:
         few.close()
+
+
+def test_a_row_whose_ids_are_all_impossible_leaves_nothing_to_draw(grammars, kernels):
+    """Biases may forbid what the grammar asks for; the row's matcher stays where it was."""
+    form = Grammar(REGEX, "[0-9]{300}")
+    raw = torch.zeros(2, VOCAB)
+    processed = raw.clone()
+    ways = allowed(grammars.constraint(form, []))
+    processed[0, ways] = -torch.inf
+    ends = np.zeros(VOCAB // 32, np.int32)
+    for params in (GREEDY, BY_CHANCE):
+        rows = [grammars.constraint(form, []) for _ in range(2)]
+        asked, *_ = ask(((i, row, False) for i, row in enumerate(rows)), ends)
+        drawn = draw(raw, processed, [params] * 2, np.arange(2), None, guided_rows(asked, ends), kernels)
+        assert drawn.is_finite.tolist() == [False, True]
+        assert take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance) == {}
+        assert int(drawn.ids[1]) in ways
+        assert allowed(rows[0]) == ways
+
+
+def test_a_matcher_that_fails_is_the_error_of_its_row(grammars, kernels, monkeypatch):
+    """A step that costs more than it may: the library says so and goes no further."""
+    form = Grammar(REGEX, "[0-9]{300}")
+    rows = [grammars.constraint(form, []) for _ in range(2)]
+    matcher = rows[0].follow()
+    assert matcher.consume([VOCAB + 7]) == -1, "an id that is none puts a matcher into an error"
+    logits = np.zeros((2, VOCAB), np.float32)
+    for params in (GREEDY, BY_CHANCE):
+        found = guided(kernels, logits, (rows[0], params, False), (rows[1], params, False))
+        assert list(found.errors) == [0]
+        assert "out of range" in found.errors[0]
+        assert list(found.ids) == [1]
+        rows[1].advance(found.ids[1])
 
 
 def test_a_mask_that_was_dear_is_noticed(grammars, kernels):
@@ -401,10 +470,10 @@ def test_a_mask_that_was_dear_is_noticed(grammars, kernels):
     row.expected_s = 0.0
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, DIGIT] = 9
-    assert guided(kernels, logits, (row, True, False)).ids == {0: DIGIT}
+    assert guided(kernels, logits, (row, GREEDY, False)).ids == {0: DIGIT}
     assert row.expected_s == 0.0
     row.advance(DIGIT)
-    guided(kernels, logits, (row, False, False))
+    guided(kernels, logits, (row, BY_CHANCE, False))
     assert row.expected_s > 0.0
 
 

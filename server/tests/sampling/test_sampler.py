@@ -1,7 +1,9 @@
 """The distribution that ids are drawn from against transformers' processors, and that a row ignores its neighbours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import INSTRUCTION_SETS
 from text_generation_server.kernels.cpu.native.library import Library
 from text_generation_server.kernels.cpu.native.sampling import NativeSampling
-from text_generation_server.kernels.interface import Allowed, Drawn, DrawRequests
+from text_generation_server.kernels.interface import Allowed, Drawn, DrawRequest, GuidedRow, GuidedRows
 from text_generation_server.sampling import processors
 from text_generation_server.sampling.constraint import Automaton, biases
 from text_generation_server.sampling.params import SamplingParams
@@ -32,8 +34,15 @@ class Native:
     def __init__(self, name: str) -> None:
         self.sampling = NativeSampling(Library(name))
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn:
-        return self.sampling.draw(raw, processed, requests, allowed)
+    def draw_ids(
+        self,
+        raw: Tensor,
+        processed: Tensor,
+        requests: Sequence[DrawRequest],
+        allowed: Allowed | None,
+        guided: GuidedRows | None,
+    ) -> Drawn:
+        return self.sampling.draw(raw, processed, requests, allowed, guided)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, scope="module")
@@ -67,7 +76,7 @@ def candidates(kernels):
 
     def find(logits: Tensor, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         if kernels is not None:
-            ids, weights = kernels.sampling.candidates(logits, requests_of([params], np.zeros(1, np.int64)))
+            ids, weights = kernels.sampling.candidates(logits, *requests_of([params], np.zeros(1, np.int64)))
             weights = weights.astype(np.float64)
         else:
             row = scaled(logits[0], params)
@@ -380,8 +389,13 @@ def test_logits_of_another_kind_are_refused_with_their_shape(kernels):
     requests = requests_of([SamplingParams()] * 2, np.zeros(2, np.int64))
     for logits in (torch.zeros(2, 9).bfloat16(), torch.zeros(3, 9), torch.zeros(2, 0), torch.zeros(18)):
         with pytest.raises(ValueError, match=r"expected float32 \[2, vocab\]"):
-            kernels.draw_ids(logits, logits, requests, None)
+            kernels.draw_ids(logits, logits, requests, None, None)
     logits = torch.zeros(2, 40)
     for words, of in (((1, 1), [0, 0]), ((1, 2), [0]), ((1, 2), [0, 1])):
         with pytest.raises(ValueError, match=r"expected int32 \[n, 2\] and int64 \[2\] below n"):
-            kernels.draw_ids(logits, logits, requests, Allowed(np.zeros(words, np.int32), np.array(of)))
+            kernels.draw_ids(logits, logits, requests, Allowed(np.zeros(words, np.int32), np.array(of)), None)
+    matcher: Any = SimpleNamespace(address=0)
+    for place, words in ((2, 2), (-1, 2), (0, 1)):
+        guided = GuidedRows([GuidedRow(place, matcher, 1, False)], 2, (0, 0, 0), np.zeros(words, np.int32))
+        with pytest.raises(ValueError, match=r"rows \[.*\] of 2|expected int32 \[2\] for 40 ids"):
+            kernels.draw_ids(logits, logits, requests, None, guided)

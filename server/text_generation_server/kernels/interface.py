@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -174,19 +174,18 @@ class FusesBlocks(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DrawRequests:
-    """How the id of each row is drawn; all are [rows].
+class DrawRequest(NamedTuple):
+    """How the id of a row is drawn.
 
-    top_k: 0 for all. numbers: uniform in [0, 1); temperatures: above 0, and of no account where `do_sample` is not set.
+    number: uniform in [0, 1). top_k: 0 for all. temperature: above 0, and of no account where `do_sample` is not set.
     """
 
-    do_sample: NDArray[np.bool_]
-    temperatures: NDArray[np.float32]
-    top_k: NDArray[np.int64]
-    top_p: NDArray[np.float64]
-    typical_p: NDArray[np.float64]
-    numbers: NDArray[np.float64]
+    number: float
+    top_p: float
+    typical_p: float
+    top_k: int
+    temperature: float
+    do_sample: bool
 
 
 @dataclass(frozen=True)
@@ -223,44 +222,64 @@ class Allowed:
     of: NDArray[np.int64]
 
 
-# What `DrawsIds.guide` says instead of an id: to be drawn from the mask; the matcher has an error, or leaves no id.
-MASKED, FAILED = -1, -2
+class FollowsText(Protocol):
+    """A matcher of llguidance's C interface, which knows which ids may come next in one text."""
+
+    @property
+    def address(self) -> int:
+        """For the functions of the interface."""
+        ...
+
+    def consume(self, token_ids: Sequence[int]) -> int:
+        """Goes on by these ids as far as they are allowed. How many of them; -1 after an error."""
+        ...
+
+    def fill(self, words: NDArray[np.int32]) -> None:
+        """Says which ids may come next: a bit for each in words, lowest first. Nothing after an error."""
+        ...
+
+    def error(self) -> str | None:
+        """What went wrong; after that, nothing goes on."""
+        ...
+
+
+class GuidedRow(NamedTuple):
+    """A row of the logits whose ids a grammar limits.
+
+    place: of the logits. tries: so many of the most probable ids are judged before a mask is asked for.
+    goes_on: the text may not end yet, unless it has to.
+    """
+
+    place: int
+    matcher: FollowsText
+    tries: int
+    goes_on: bool
 
 
 @dataclass(frozen=True)
 class GuidedRows:
-    """Rows of logits whose ids a grammar limits, each by a matcher of llguidance's C interface; all are [n].
+    """Rows whose matchers go on by the id that is drawn, unless it ends the text.
 
-    matchers: addresses. rows: of the logits. is_greedy: the most probable id is wanted, else the mask alone.
-    tries: so many of the most probable ids are judged before a mask is asked for.
-    goes_on: the text may not end yet, unless it has to.
     mask_words: of the masks of these matchers. functions: addresses of the interface's functions that judge ids
     (`llg_matcher_validate_tokens`), go on by ids (`llg_matcher_consume_tokens`) and find masks
     (`llg_matcher_compute_mask_into`). ends: [ceil(vocab / 32)] int32, one bit for each id that ends a text.
     """
 
-    matchers: NDArray[np.uint64]
-    rows: NDArray[np.int64]
-    is_greedy: NDArray[np.bool_]
-    tries: NDArray[np.int32]
-    goes_on: NDArray[np.bool_]
+    rows: list[GuidedRow]
     mask_words: int
     functions: tuple[int, int, int]
     ends: NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What came of it.
+class Guidance(NamedTuple):
+    """What came of a guided row, besides its id.
 
-    ids: [n] int64, by which the matcher has gone on unless they end the text, or MASKED or FAILED.
-    masks: [n, ceil(vocab / 32)] int32, one bit for each id that may come next, lowest first; of rows that are MASKED.
-    seconds: [n], of processor time that the mask has cost; 0 where none was needed.
+    mask_seconds: of processor time that a mask has cost; 0 if none was needed.
+    has_failed: the matcher has an error, or leaves no id; nothing else of the row means anything.
     """
 
-    ids: NDArray[np.int64]
-    masks: NDArray[np.int32]
-    seconds: NDArray[np.float64]
+    mask_seconds: float
+    has_failed: bool
 
 
 @dataclass(frozen=True)
@@ -268,31 +287,34 @@ class Drawn:
     """What came of it; all are [rows]. logprobs and normalizers (log of the sum of exponentials) are of raw logits.
 
     is_finite: whether the raw logits are, and the processed ones leave an id to draw; else nothing else means anything.
+    guidance: one for each guided row, in order.
     """
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     normalizers: NDArray[np.float32]
     is_finite: NDArray[np.bool_]
+    guidance: Sequence[Guidance] = ()
 
 
 @runtime_checkable
 class DrawsIds(Protocol):
     """Kernels that draw ids: by top_k, then top_p, then typical_p, each row's result its own."""
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
+    def draw_ids(
+        self,
+        raw: Tensor,
+        processed: Tensor,
+        requests: Sequence[DrawRequest],
+        allowed: Allowed | None,
+        guided: GuidedRows | None,
+    ) -> Drawn | None:
         """raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
 
-        allowed: which ids may be drawn; None: all.
+        allowed: which ids may be drawn; None: all. guided: rows that matchers limit, of which `allowed`
+        says nothing.
 
         None: these kernels do not draw after all, and nothing was computed.
-        """
-        ...
-
-    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance | None:
-        """The most probable of the ids that a grammar allows, or which ones it allows. logits: [rows, vocab] float32.
-
-        None: these kernels do not, and nothing was done.
         """
         ...
 

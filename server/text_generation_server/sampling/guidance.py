@@ -1,19 +1,20 @@
-"""Draws from what grammars allow: the most probable id of rows without chance, a mask for the others.
+"""Rows that grammars limit.
 
 Whether one id may come next costs a small part of a mask, and what is wanted is mostly among the most probable. Kernels
-that follow grammars are preferred; the loop here serves where there are none, and says what is meant.
+that follow grammars are preferred; `guide_rows` serves where there are none, and says what is meant.
 """
 
 import math
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.interface import FAILED, MASKED, DrawsIds, Guidance, GuidedRows
+from ..kernels.interface import Allowed, FollowsText, Guidance, GuidedRow, GuidedRows
 from .constraint import GrammarError
 from .grammar import Guided, first_line
 from .matcher import Matcher, functions
@@ -23,100 +24,123 @@ from .matcher import Matcher, functions
 TRIES, TRIES_AFTER_A_MASK = 4, 1
 
 
-@dataclass(slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A row of the logits that a grammar limits."""
 
     place: int  # of the logits
     constraint: Guided
-    is_greedy: bool  # the most probable id is wanted, else the mask alone
+    matcher: Matcher  # what the constraint's `follow` has given
     goes_on: bool  # the text may not end yet
+
+
+def ask(
+    rows: Iterable[tuple[int, Guided, bool]], ends: NDArray[np.int32]
+) -> tuple[list[Asked], dict[int, NDArray[np.int32]], dict[int, str]]:
+    """What follows each row, the mask of those that have come to their end, and errors; each by place of the logits.
+
+    rows: place, constraint, and whether the text may not end yet. ends: [ceil(vocab / 32)].
+    """
+    asked, masks, errors = list[Asked](), dict[int, NDArray[np.int32]](), dict[int, str]()
+    for place, constraint, goes_on in rows:
+        try:
+            matcher = constraint.follow()
+        except GrammarError as error:
+            errors[place] = str(error)
+            continue
+        if matcher is not None:
+            asked.append(Asked(place, constraint, matcher, goes_on))
+        else:
+            masks[place] = np.empty_like(ends)
+            constraint.fill(masks[place])
+    return asked, masks, errors
+
+
+def guided_rows(asked: Sequence[Asked], ends: NDArray[np.int32]) -> GuidedRows | None:
+    """What those who draw are told. ends: [ceil(vocab / 32)], one bit for each id that ends a text."""
+    if not asked:
+        return None
+    rows = [
+        GuidedRow(place, matcher, TRIES_AFTER_A_MASK if constraint.needed_mask else TRIES, goes_on)
+        for place, constraint, matcher, goes_on in asked
+    ]
+    return GuidedRows(rows, asked[0].matcher.mask_words, functions(), ends)
+
+
+def take_note(
+    asked: Sequence[Asked], ids: NDArray[np.int64], is_finite: NDArray[np.bool_], guidance: Sequence[Guidance]
+) -> dict[int, str]:
+    """Tells the constraints what came of their rows. The errors of places of the logits.
+
+    ids, is_finite: [rows of the logits].
+    """
+    errors = dict[int, str]()
+    for (place, constraint, matcher, _), (seconds, has_failed) in zip(asked, guidance, strict=True):
+        constraint.needed_mask = seconds > 0
+        if seconds:
+            constraint.took(seconds)
+        if has_failed:
+            errors[place] = first_line(matcher.error() or "the grammar leaves no id to go on with")
+        elif is_finite[place]:
+            constraint.has_followed(int(ids[place]))
+    return errors
+
+
+def allowed_by(masks: Mapping[int, NDArray[np.int32]], rows: int) -> Allowed | None:
+    """Masks [words] by place, for so many rows of logits; None: there is none."""
+    if not masks:
+        return None
+    of = np.full(rows, -1)
+    of[list(masks)] = range(len(masks))
+    return Allowed(np.stack(list(masks.values())), of)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of it: an id, a mask [ceil(vocab / 32)] or an error for each place of the logits."""
+    """Ids by which matchers have gone on and masks [words] of others, by place of the logits; of all what it took."""
 
     ids: dict[int, int]
     masks: dict[int, NDArray[np.int32]]
-    errors: dict[int, str]
+    guidance: list[Guidance]
 
 
-def guide(logits: Tensor, asked: list[Asked], ends: NDArray[np.int32], kernels: DrawsIds | None) -> Found:
-    """The constraints have to be told of the ids that were drawn, those that are found here included.
+def guide_rows(logits: Tensor, guided: GuidedRows, is_greedy: Sequence[bool], is_finite: NDArray[np.bool_]) -> Found:
+    """One row after the other. What is drawn from a mask has to be told to `go_on`.
 
-    logits: [rows, vocab] float32. ends: [ceil(vocab / 32)], one bit for each id that ends a text.
-    kernels: who follows grammars, if they can.
+    logits: [rows, vocab] float32; those that are not `is_finite` are passed over. is_greedy: [rows].
     """
-    found = Found({}, {}, {})
-    going, matchers = list[Asked](), list[Matcher]()
-    for one in asked:
-        try:
-            matcher = one.constraint.follow()
-        except GrammarError as error:
-            found.errors[one.place] = str(error)
-            continue
-        if matcher is None:
-            found.masks[one.place] = words = np.empty_like(ends)
-            one.constraint.fill(words)
-        else:
-            going.append(one)
-            matchers.append(matcher)
-    if not going:
-        return found
-    rows = GuidedRows(
-        matchers=np.array([matcher.address for matcher in matchers], np.uint64),
-        rows=np.array([one.place for one in going]),
-        is_greedy=np.array([one.is_greedy for one in going]),
-        tries=np.array([TRIES_AFTER_A_MASK if one.constraint.needed_mask else TRIES for one in going], np.int32),
-        goes_on=np.array([one.goes_on for one in going]),
-        mask_words=matchers[0].mask_words,
-        functions=functions(),
-        ends=ends,
-    )
-    guidance = kernels.guide(logits, rows) if kernels is not None else None
-    if guidance is None:
-        guidance = guide_rows(logits, rows, matchers)
-    for i, (one, token_id, seconds) in enumerate(
-        zip(going, guidance.ids.tolist(), guidance.seconds.tolist(), strict=True)
-    ):
-        one.constraint.needed_mask = seconds > 0
-        if seconds:
-            one.constraint.took(seconds)
-        if token_id >= 0:
-            found.ids[one.place] = token_id
-            one.constraint.has_followed(token_id)
-        elif token_id == MASKED:
-            found.masks[one.place] = guidance.masks[i]
-        else:
-            found.errors[one.place] = first_line(matchers[i].error() or "the grammar leaves no id to go on with")
+    found = Found({}, {}, [])
+    for place, matcher, tries, goes_on in guided.rows:
+        seconds, has_failed = 0.0, False
+        row = cast(NDArray[np.float32], logits[place].numpy())
+        token_id = None
+        if is_finite[place]:
+            token_id = try_most_probable(row, matcher, guided.ends, tries) if is_greedy[place] else None
+            if token_id is None:
+                begun = time.thread_time()
+                words = mask_of(matcher, guided.mask_words, row.size, guided.ends if goes_on else None)
+                seconds, has_failed = time.thread_time() - begun, words is None
+                if words is not None:
+                    found.masks[place] = words
+            else:
+                found.ids[place] = token_id
+        found.guidance.append(Guidance(seconds, has_failed))
     return found
 
 
-def guide_rows(logits: Tensor, guided: GuidedRows, matchers: list[Matcher]) -> Guidance:
-    """One row after the other. See `DrawsIds`."""
-    result = Guidance(
-        ids=np.full(len(matchers), MASKED),
-        masks=np.zeros((len(matchers), len(guided.ends)), np.int32),
-        seconds=np.zeros(len(matchers)),
-    )
-    for i, matcher in enumerate(matchers):
-        row = cast(NDArray[np.float32], logits[guided.rows[i]].numpy())
-        token_id = try_most_probable(row, matcher, guided.ends, int(guided.tries[i])) if guided.is_greedy[i] else None
-        if token_id is None:
-            begun = time.thread_time()
-            masked = mask_of(matcher, row.size, guided.ends if guided.goes_on[i] else None)
-            result.seconds[i] = time.thread_time() - begun
-            if masked is None:
-                result.ids[i] = FAILED
-                continue
-            result.masks[i] = masked
-            token_id = highest_of(row, masked, matcher, guided.ends) if guided.is_greedy[i] else MASKED
-        result.ids[i] = token_id
-    return result
+def go_on(found: Found, guided: GuidedRows, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> list[Guidance]:
+    """The matchers of rows that were drawn from a mask go on by their ids, unless these end the text. ids: [rows]."""
+    after = list[Guidance]()
+    for (place, matcher, *_), of_row in zip(guided.rows, found.guidance, strict=True):
+        token_id = int(ids[place])
+        is_told = place in found.masks and is_finite[place] and not has(guided.ends, token_id)
+        failed = of_row.has_failed or (is_told and matcher.consume([token_id]) != 1)
+        after.append(Guidance(of_row.mask_seconds, failed))
+    return after
 
 
-def try_most_probable(row: NDArray[np.float32], matcher: Matcher, ends: NDArray[np.int32], tries: int) -> int | None:
+def try_most_probable(
+    row: NDArray[np.float32], matcher: FollowsText, ends: NDArray[np.int32], tries: int
+) -> int | None:
     """The highest of `row` [vocab], the first of equals, if it is among the first few and allowed."""
     for turn in range(tries):
         token_id = int(row.argmax())
@@ -129,10 +153,17 @@ def try_most_probable(row: NDArray[np.float32], matcher: Matcher, ends: NDArray[
     return None
 
 
-def mask_of(matcher: Matcher, vocab: int, ends: NDArray[np.int32] | None) -> NDArray[np.int32] | None:
-    """Which ids may come next, without `ends` unless nothing else is left. None: nothing, or an error."""
-    words = np.zeros(-(-vocab // 32), np.int32)
-    matcher.fill(words)
+def mask_of(
+    matcher: FollowsText, mask_words: int, vocab: int, ends: NDArray[np.int32] | None
+) -> NDArray[np.int32] | None:
+    """Which ids may come next, without `ends` unless nothing else is left. None: nothing, or an error.
+
+    mask_words: of the matcher's own mask.
+    """
+    words, own = np.zeros(-(-vocab // 32), np.int32), np.zeros(mask_words, np.int32)
+    matcher.fill(own)
+    shared = min(len(own), len(words))
+    words[:shared] = own[:shared]
     if vocab % 32:
         words[-1] &= (1 << vocab % 32) - 1
     if matcher.error() is not None or not words.any():
@@ -141,16 +172,6 @@ def mask_of(matcher: Matcher, vocab: int, ends: NDArray[np.int32] | None) -> NDA
     if ends is not None and (words & ~ends).any():
         words &= ~ends
     return words
-
-
-def highest_of(row: NDArray[np.float32], words: NDArray[np.int32], matcher: Matcher, ends: NDArray[np.int32]) -> int:
-    """The highest that a mask leaves, by which the matcher goes on; MASKED: there is none; FAILED: it cannot."""
-    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: row.size].astype(np.bool_)
-    left = np.where(allowed, row, -np.inf)
-    token_id = int(left.argmax())
-    if not math.isfinite(left[token_id]):
-        return MASKED
-    return token_id if has(ends, token_id) or matcher.consume([token_id]) == 1 else FAILED
 
 
 def has(words: NDArray[np.int32], token_id: int) -> bool:

@@ -5,7 +5,7 @@ vocabulary run row by row in an order that does not depend on how many rows ther
 Kernels that draw ids are preferred; torch's operators serve where there are none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.interface import Allowed, Drawn, DrawRequests, DrawsIds
+from ..kernels.interface import Allowed, Drawn, DrawRequest, DrawsIds, Guidance, GuidedRows
 from .constraint import biases
+from .guidance import allowed_by, go_on, guide_rows
 from .params import SamplingParams
 from .philox import Purpose, uniform
 
@@ -30,6 +31,7 @@ class Draw:
     logprobs: NDArray[np.float32]  # [rows], under the raw distribution
     top: list[tuple[list[int], list[float]]]
     is_finite: NDArray[np.bool_]  # [rows]; else there is no id to draw, and nothing else of the row means anything
+    guidance: Sequence[Guidance]  # of each guided row
 
 
 def log_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ def draw(
     params: Sequence[SamplingParams],
     positions: NDArray[np.int64],
     allowed: Allowed | None = None,
-    chosen: Mapping[int, int] | None = None,
+    guided: GuidedRows | None = None,
     kernels: DrawsIds | None = None,
 ) -> Draw:
     """One id for each row.
@@ -63,38 +65,30 @@ def draw(
     raw, processed: [rows, vocab] float32, before and after the processors; they may be the same tensor.
     positions: [rows], the index that the new id will have in its sequence.
     allowed: which ids may be drawn; None: all.
-    chosen: ids of rows for which nothing is left to draw.
+    guided: rows that matchers limit, of which `allowed` says nothing.
     kernels: who draws, if they can; torch does otherwise.
     """
     requests = requests_of(params, positions)
-    drawn = kernels.draw_ids(raw, processed, requests, allowed) if kernels is not None else None
+    drawn = kernels.draw_ids(raw, processed, requests, allowed, guided) if kernels is not None else None
     if drawn is None:
-        drawn = draw_ids(raw, leave_allowed(processed, allowed), params, requests.numbers)
-    if chosen:
-        places, ids = list(chosen), list(chosen.values())
-        drawn.ids[places], drawn.logprobs[places] = ids, raw.numpy()[places, ids] - drawn.normalizers[places]
+        drawn = draw_ids(raw, processed, params, np.array([r.number for r in requests]), allowed, guided)
     wanted = [(i, p.top_n) for i, p in enumerate(params) if p.top_n]
     top: list[tuple[list[int], list[float]]] = [([], [])] * len(params)
     for i, count in wanted:
         top[i] = top_ids(raw[i], float(drawn.normalizers[i]), count)
-    return Draw(drawn.ids, drawn.logprobs, top, drawn.is_finite)
+    return Draw(drawn.ids, drawn.logprobs, top, drawn.is_finite, drawn.guidance)
 
 
-def requests_of(params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> DrawRequests:
+def requests_of(params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> list[DrawRequest]:
     """What is asked for each row, with its uniform number."""
-    do_sample = np.array([p.do_sample for p in params], np.bool_)
-    numbers = np.zeros(len(params))
-    if do_sample.any():
+    numbers = [0.0] * len(params)
+    if any(p.do_sample for p in params):
         seeds, branches = np.array([p.seed for p in params], np.uint64), np.array([p.branch for p in params], np.uint32)
-        numbers = uniform(seeds, branches, positions, Purpose.SAMPLE)
-    return DrawRequests(
-        do_sample=do_sample,
-        temperatures=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([p.top_k for p in params], np.int64),
-        top_p=np.array([p.top_p for p in params], np.float64),
-        typical_p=np.array([p.typical_p for p in params], np.float64),
-        numbers=numbers,
-    )
+        numbers = uniform(seeds, branches, positions, Purpose.SAMPLE).tolist()
+    return [
+        DrawRequest(number, p.top_p, p.typical_p, p.top_k, p.temperature, p.do_sample)
+        for number, p in zip(numbers, params, strict=True)
+    ]
 
 
 def leave_allowed(logits: Tensor, allowed: Allowed | None) -> Tensor:
@@ -106,19 +100,35 @@ def leave_allowed(logits: Tensor, allowed: Allowed | None) -> Tensor:
     return left
 
 
-def draw_ids(raw: Tensor, processed: Tensor, params: Sequence[SamplingParams], numbers: NDArray[np.float64]) -> Drawn:
+def draw_ids(
+    raw: Tensor,
+    processed: Tensor,
+    params: Sequence[SamplingParams],
+    numbers: NDArray[np.float64],
+    allowed: Allowed | None,
+    guided: GuidedRows | None,
+) -> Drawn:
     """By torch's operators. See `DrawsIds`."""
     normalizer, is_finite = raw_logprobs(raw)
-    if processed is not raw:
-        # Biases and a constraint may together forbid every id; a penalty may overflow.
-        is_finite &= torch.isfinite(processed.amax(-1)).numpy()
-    ids = processed.numpy().argmax(-1)
+    left = leave_allowed(processed, allowed)
+    # Biases and a constraint may together forbid every id; a penalty may overflow.
+    if left is not raw:
+        is_finite &= torch.isfinite(left.amax(-1)).numpy()
+    found = None
+    if guided is not None:
+        found = guide_rows(left, guided, [not p.do_sample for p in params], is_finite)
+        left = leave_allowed(left, allowed_by(found.masks, len(left)))
+        is_finite &= torch.isfinite(left.amax(-1)).numpy()
+    ids = left.numpy().argmax(-1)
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
-        ids = ids.copy()
-        ids[sampling] = sample(processed[sampling], [params[i] for i in sampling], numbers[sampling])
-    chosen = raw.gather(1, torch.from_numpy(ids)[:, None])[:, 0]
-    return Drawn(ids, (chosen - normalizer).numpy(), normalizer.numpy(), is_finite)
+        ids[sampling] = sample(left[sampling], [params[i] for i in sampling], numbers[sampling])
+    guidance = list[Guidance]()
+    if found is not None and guided is not None:
+        ids[list(found.ids)] = list(found.ids.values())
+        guidance = go_on(found, guided, ids, is_finite)
+    drawn = raw.gather(1, torch.from_numpy(ids)[:, None])[:, 0]
+    return Drawn(ids, (drawn - normalizer).numpy(), normalizer.numpy(), is_finite, guidance)
 
 
 def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], list[float]]:

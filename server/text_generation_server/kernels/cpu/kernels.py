@@ -13,9 +13,8 @@ from ..interface import (
     BlockParts,
     CacheSpec,
     Drawn,
-    DrawRequests,
+    DrawRequest,
     FusedBlock,
-    Guidance,
     GuidedRows,
     KVCache,
     Matmul,
@@ -77,11 +76,15 @@ class CpuKernels:
     def join_blocks(self, blocks: Sequence[FusedBlock]) -> FusedBlock | None:
         return None if self._library is None else join(self._library, blocks)
 
-    def draw_ids(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None) -> Drawn | None:
-        return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed)
-
-    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance | None:
-        return None if self._sampling is None else self._sampling.guide(logits, guided)
+    def draw_ids(
+        self,
+        raw: Tensor,
+        processed: Tensor,
+        requests: Sequence[DrawRequest],
+        allowed: Allowed | None,
+        guided: GuidedRows | None,
+    ) -> Drawn | None:
+        return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed, guided)
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> bool:
         if self._sampling is not None:

@@ -86,7 +86,7 @@ struct Candidates {
 };
 
 // row: [size], usable; most: its highest.
-void find_candidates(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRow &how,
+void find_candidates(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRequest &how,
                      Candidates &found) {
     static thread_local std::vector<double> keys;
     const bool some = how.top_k > 0 && how.top_k < size, share = how.top_p < 1.0;
@@ -154,7 +154,7 @@ int64_t pick(const float *weights, int64_t size, double total, double number) {
 }
 
 // Without filters, the block of ids is found first.
-int64_t draw_any(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRow &how) {
+int64_t draw_any(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRequest &how) {
     static thread_local std::vector<double> sums;
     sums.clear();
     double total = 0;
@@ -177,33 +177,48 @@ int64_t draw_any(const SamplingVariant &use, const float *row, int64_t size, flo
     return begin + pick(weights, count, 1.0, how.number * total - before);
 }
 
-// mask: of the ids that may be drawn, or null.
-void draw_row(const SamplingVariant &use, const float *raw, const float *processed, const uint32_t *mask, int64_t size,
-              DrawRow &how) {
-    if (mask) {
-        static thread_local std::vector<float> left;
-        left.resize(size);
-        use.leave(processed, size, mask, left.data());
-        processed = left.data();
-    }
+// The row with what a mask does not allow made impossible, until this thread's next call.
+const float *leave_allowed(const SamplingVariant &use, const float *row, int64_t size, const uint32_t *mask) {
+    static thread_local std::vector<float> left;
+    left.resize(size);
+    use.leave(row, size, mask, left.data());
+    return left.data();
+}
+
+// most: the highest of the row.
+int64_t draw_from(const SamplingVariant &use, const float *row, int64_t size, float most, const DrawRequest &how) {
+    if (!how.do_sample) return std::find(row, row + size, most) - row;
+    if (how.top_k == 0 && how.top_p >= 1.0 && how.typical_p >= 1.0) return draw_any(use, row, size, most, how);
+    static thread_local Candidates found;
+    find_candidates(use, row, size, most, how, found);
+    return found.ids[pick(found.weights.data(), int64_t(found.ids.size()), add_up(found.weights), how.number)];
+}
+
+// mask: of the ids that may be drawn, or null. guided: what limits the row, or null.
+void draw_row(const SamplingVariant &use, const float *raw, const float *processed, const uint32_t *mask, const Guided *by,
+              GuidedRow *guided, int64_t size, DrawRow &row) {
+    if (mask) processed = leave_allowed(use, processed, size, mask);
     const RowStatistics of_raw = use.statistics(raw, size);
-    const RowStatistics of_processed = processed == raw ? of_raw : use.statistics(processed, size);
-    how.id = 0, how.normalizer = how.logprob = 0;
+    RowStatistics of_processed = processed == raw ? of_raw : use.statistics(processed, size);
+    row.id = 0, row.normalizer = row.logprob = 0;
     // Biases and a constraint may together forbid every id; a penalty may overflow.
-    how.is_finite = of_raw.finite && of_processed.usable;
-    if (!how.is_finite) return;
-    how.normalizer = float(of_raw.most + std::log(use.weigh(raw, size, of_raw.most, 1.0f, nullptr)));
-    const float most = of_processed.most;
-    if (!how.do_sample) {
-        how.id = std::find(processed, processed + size, most) - processed;
-    } else if (how.top_k == 0 && how.top_p >= 1.0 && how.typical_p >= 1.0) {
-        how.id = draw_any(use, processed, size, most, how);
-    } else {
-        static thread_local Candidates found;
-        find_candidates(use, processed, size, most, how, found);
-        how.id = found.ids[pick(found.weights.data(), int64_t(found.ids.size()), add_up(found.weights), how.number)];
+    row.is_finite = of_raw.finite && of_processed.usable;
+    if (!row.is_finite) return;
+    row.normalizer = float(of_raw.most + std::log(use.weigh(raw, size, of_raw.most, 1.0f, nullptr)));
+    row.id = guided && !row.how.do_sample ? follow_most_probable(use, *by, *guided, processed, size, of_processed.most) : -1;
+    if (row.id < 0) {
+        if (guided) {
+            mask = mask_of(*by, *guided, size);
+            if (!mask) return;
+            processed = leave_allowed(use, processed, size, mask);
+            of_processed = use.statistics(processed, size);
+            row.is_finite = of_processed.usable;
+            if (!row.is_finite) return;
+        }
+        row.id = draw_from(use, processed, size, of_processed.most, row.how);
+        if (guided) go_on(*by, *guided, row.id);
     }
-    how.logprob = raw[how.id] - how.normalizer;
+    row.logprob = raw[row.id] - row.normalizer;
 }
 
 }  // namespace
@@ -214,15 +229,16 @@ using namespace kernels;
 extern "C" {
 
 // raw, processed: [rows][size], `raw_stride` and `processed_stride` elements from one row to the next; they may be the same.
-// allowed: null for all.
+// allowed: null for all. guided: null if no row is.
 EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, const float *processed,
-                         int64_t processed_stride, int64_t size, const Allowed *allowed, DrawRow *how, int64_t rows,
-                         int32_t threads) {
+                         int64_t processed_stride, int64_t size, const Allowed *allowed, const Guided *guided, DrawRow *row,
+                         int64_t rows, int32_t threads) {
     Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            const int64_t of = allowed ? allowed->mask_of[row] : -1;
-            draw_row(*variant_of(variant).sampling, raw + row * raw_stride, processed + row * processed_stride,
-                     of < 0 ? nullptr : allowed->masks + of * allowed->words, size, how[row]);
+        for (int64_t i = first; i < last; i++) {
+            const int64_t of = allowed ? allowed->mask_of[i] : -1, place = guided ? row[i].guided : -1;
+            draw_row(*variant_of(variant).sampling, raw + i * raw_stride, processed + i * processed_stride,
+                     of < 0 ? nullptr : allowed->masks + of * allowed->words, guided, place < 0 ? nullptr : guided->rows + place,
+                     size, row[i]);
         }
     });
 }
@@ -237,7 +253,7 @@ EXPORT void kernels_penalize(int32_t variant, const PenalizedRow *how, int64_t r
 }
 
 // The ids of one row, of finite numbers, that may be drawn, ascending, with their weights, and how many there are.
-EXPORT void kernels_candidates(int32_t variant, const float *row, int64_t size, const DrawRow *how, int32_t *ids,
+EXPORT void kernels_candidates(int32_t variant, const float *row, int64_t size, const DrawRequest *how, int32_t *ids,
                                float *weights, int64_t *count) {
     const SamplingVariant &use = *variant_of(variant).sampling;
     Candidates found;

@@ -12,16 +12,22 @@ namespace kernels {
 // Weights that are added up in float32 before the sum goes on in float64.
 constexpr int64_t kSumBlock = 256;
 
-// How one row is drawn, and what came of it; `DRAW_ROW` of native/sampling.py.
-struct DrawRow {
+// How one row is drawn; `DRAW_REQUEST` of native/sampling.py.
+struct DrawRequest {
     double number;  // uniform in [0, 1)
     double top_p, typical_p;
     int64_t top_k;  // 0: all
-    int64_t id;     // result
     float temperature;
-    float normalizer, logprob;  // results, of the raw row
     int32_t do_sample;
-    int32_t is_finite;  // result; else nothing else of it means anything
+};
+
+// The same, and what came of it; `DRAW_ROW` of native/sampling.py.
+struct DrawRow {
+    DrawRequest how;
+    int64_t guided;             // its place among the guided rows, or -1
+    int64_t id;                 // result, as what follows
+    float normalizer, logprob;  // of the raw row
+    int32_t is_finite;          // else nothing else of it means anything
 };
 
 // What changes the logits of one row before an id is drawn; `PENALIZED_ROW` of native/sampling.py.
@@ -65,25 +71,31 @@ struct Allowed {
 
 // A row whose ids a grammar limits; `GUIDED_ROW` of native/sampling.py.
 struct GuidedRow {
-    void *matcher;         // that of the library which follows grammars
-    const float *logits;   // [size]
-    uint32_t *mask;        // [(size + 31) / 32], result: which ids may come next, where the id is kMasked
-    int64_t mask_words;    // of the matcher's own masks
-    int64_t id;            // result: the matcher has gone on by it unless it is an end; or one of those below
-    double mask_seconds;   // result: what the mask has cost the thread; 0 if none was needed
-    int32_t is_greedy;     // the most probable id is wanted, else the mask alone
-    int32_t tries;         // of the most probable ids so many are judged before a mask is asked for
-    int32_t goes_on;       // it may not end yet
+    void *matcher;        // that of the library which follows grammars; it goes on by the id, unless that ends the text
+    int32_t tries;        // of the most probable ids so many are judged before a mask is asked for
+    int32_t goes_on;      // it may not end yet
+    double mask_seconds;  // result: what the mask has cost the thread; 0 if none was needed
+    int32_t has_failed;   // result: the matcher has an error, or leaves no id
 };
-// To be drawn from the mask; the matcher has an error, or leaves no id.
-constexpr int64_t kMasked = -1, kFailed = -2;
 
-// `llg_matcher_validate_tokens`, `llg_matcher_consume_tokens` and `llg_matcher_compute_mask_into` of llguidance.h.
-struct MatcherFunctions {
+// How rows are guided; `_Guided` of native/sampling.py.
+struct Guided {
+    // `llg_matcher_validate_tokens`, `llg_matcher_consume_tokens` and `llg_matcher_compute_mask_into` of llguidance.h.
     int32_t (*validate)(void *matcher, const uint32_t *tokens, size_t count);
     int32_t (*consume)(void *matcher, const uint32_t *tokens, size_t count);
-    int32_t (*mask)(void *matcher, uint32_t *mask, size_t bytes);
+    int32_t (*fill)(void *matcher, uint32_t *mask, size_t bytes);
+    int64_t mask_words;    // of the matchers' own masks
+    const uint32_t *ends;  // [(size + 31) / 32], one bit for each id that ends a text
+    GuidedRow *rows;
 };
+
+// The highest of `row` [size], whose highest number is `most`, if it is among the first that are tried and follows: the matcher
+// has gone on by it. Else -1.
+int64_t follow_most_probable(const SamplingVariant &, const Guided &, const GuidedRow &, const float *row, int64_t size, float most);
+// Which ids may come next, [(size + 31) / 32], until this thread's next call; null if it has failed.
+const uint32_t *mask_of(const Guided &, GuidedRow &, int64_t size);
+// The matcher goes on by the id, unless that ends the text; or it has failed.
+void go_on(const Guided &, GuidedRow &, int64_t id);
 
 extern const SamplingVariant kSamplingAvx2, kSamplingAvx512;
 

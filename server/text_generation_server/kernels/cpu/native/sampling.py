@@ -10,21 +10,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...interface import Allowed, Drawn, DrawRequests, Guidance, GuidedRows, Penalties
+from ...interface import Allowed, Drawn, DrawRequest, Guidance, GuidedRows, Penalties
 from .library import Library
 
-# `DrawRow` of sampling.h.
-DRAW_ROW = np.dtype(
+# `DrawRequest` of sampling.h; in the order of the interface's.
+DRAW_REQUEST = np.dtype(
     [
         ("number", np.float64),
         ("top_p", np.float64),
         ("typical_p", np.float64),
         ("top_k", np.int64),
-        ("id", np.int64),
         ("temperature", np.float32),
+        ("do_sample", np.int32),
+    ],
+    align=True,
+)
+
+# `DrawRow` of sampling.h.
+DRAW_ROW = np.dtype(
+    [
+        ("how", DRAW_REQUEST),
+        ("guided", np.int64),
+        ("id", np.int64),
         ("normalizer", np.float32),
         ("logprob", np.float32),
-        ("do_sample", np.int32),
         ("is_finite", np.int32),
     ],
     align=True,
@@ -53,14 +62,10 @@ PENALIZED_ROW = np.dtype(
 GUIDED_ROW = np.dtype(
     [
         ("matcher", np.uint64),
-        ("logits", np.uint64),
-        ("mask", np.uint64),
-        ("mask_words", np.int64),
-        ("id", np.int64),
-        ("mask_seconds", np.float64),
-        ("is_greedy", np.int32),
         ("tries", np.int32),
         ("goes_on", np.int32),
+        ("mask_seconds", np.float64),
+        ("has_failed", np.int32),
     ],
     align=True,
 )
@@ -72,52 +77,66 @@ class _Allowed(ctypes.Structure):
     _fields_ = (("masks", ctypes.c_void_p), ("mask_of", ctypes.c_void_p), ("words", ctypes.c_int64))
 
 
+class _Guided(ctypes.Structure):
+    """`Guided` of sampling.h."""
+
+    _fields_ = (
+        ("validate", ctypes.c_void_p),
+        ("consume", ctypes.c_void_p),
+        ("fill", ctypes.c_void_p),
+        ("mask_words", ctypes.c_int64),
+        ("ends", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+    )
+
+
 class NativeSampling:
     """Each row's result is its own, whatever the number of rows and threads."""
 
     def __init__(self, library: Library):
         self._variant = library.variant
-        self._draw = library.function("draw", "iplpllppli")
+        self._draw = library.function("draw", "iplpllpppli")
         self._candidates = library.function("candidates", "iplpppp")
         self._penalize = library.function("penalize", "iplli")
-        self._guide = library.function("guide", "ipplpli")
 
-    def draw(self, raw: Tensor, processed: Tensor, requests: DrawRequests, allowed: Allowed | None = None) -> Drawn:
-        """raw, processed: [rows, vocab] float32, which may be the same tensor."""
-        rows = _rows_of(requests)
-        raw, processed = _checked(raw, len(rows)), _checked(processed, len(rows))
-        masks = None if allowed is None else _masks_of(allowed, *raw.shape)
-        self._draw(
-            self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
-            None if masks is None else ctypes.addressof(masks), rows.ctypes.data, len(rows), torch.get_num_threads(),
-        )  # fmt: skip
-        return Drawn(
-            rows["id"].copy(), rows["logprob"].copy(), rows["normalizer"].copy(), rows["is_finite"].astype(np.bool_)
-        )
-
-    def guide(self, logits: Tensor, guided: GuidedRows) -> Guidance:
+    def draw(
+        self,
+        raw: Tensor,
+        processed: Tensor,
+        requests: Sequence[DrawRequest],
+        allowed: Allowed | None = None,
+        guided: GuidedRows | None = None,
+    ) -> Drawn:
         """See `DrawsIds`.
 
         Raises:
-            ValueError: logits of another shape or type, or a row that is none of theirs.
+            ValueError: logits of another shape or type, masks or ends that are not theirs, or a row that is none.
         """
-        logits = _checked(logits, len(logits))
-        vocab, count = logits.shape[1], len(guided.rows)
-        words = -(-vocab // 32)
-        lowest, highest = guided.rows.min(initial=0), guided.rows.max(initial=0)
-        if len(guided.ends) != words or not 0 <= lowest <= highest < len(logits):
-            raise ValueError(f"rows {guided.rows} of {len(logits)}, {len(guided.ends)} words of ends for {vocab} ids")
-        masks, rows = np.empty((count, words), np.int32), np.zeros(count, GUIDED_ROW)
-        rows["matcher"], rows["mask_words"] = guided.matchers, guided.mask_words
-        rows["logits"] = logits.data_ptr() + guided.rows * (4 * logits.stride(0))
-        rows["mask"] = masks.ctypes.data + np.arange(count) * (4 * words)
-        rows["is_greedy"], rows["tries"], rows["goes_on"] = guided.is_greedy, guided.tries, guided.goes_on
-        functions = np.array(guided.functions, np.uint64)
-        self._guide(
-            self._variant, functions.ctypes.data, guided.ends.ctypes.data, vocab, rows.ctypes.data, count,
-            torch.get_num_threads(),
+        count = len(requests)
+        raw, processed = _checked(raw, count), _checked(processed, count)
+        rows = np.zeros(count, DRAW_ROW)
+        rows["how"], rows["guided"] = _array_of(requests), -1
+        masks = None if allowed is None else _masks_of(allowed, *raw.shape)
+        led = None
+        if guided is not None:
+            led = _guided_of(guided, raw.shape[1])
+            places = [row.place for row in guided.rows]
+            if not all(0 <= place < count for place in places):
+                raise ValueError(f"rows {places} of {count}")
+            rows["guided"][places] = range(len(places))
+            how = _Guided(*guided.functions, guided.mask_words, guided.ends.ctypes.data, led.ctypes.data)
+        self._draw(
+            self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
+            None if masks is None else ctypes.addressof(masks), None if led is None else ctypes.addressof(how),
+            rows.ctypes.data, count, torch.get_num_threads(),
         )  # fmt: skip
-        return Guidance(rows["id"].copy(), masks, rows["mask_seconds"].copy())
+        return Drawn(
+            rows["id"],
+            rows["logprob"],
+            rows["normalizer"],
+            rows["is_finite"].astype(np.bool_),
+            () if led is None else _guidance_of(led),
+        )
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> None:
         """See `DrawsIds`. The bits are those of `processors.penalize` and `processors.bias`.
@@ -155,24 +174,35 @@ class NativeSampling:
         asked["biases"] += np.uint64(biases.ctypes.data)
         self._penalize(self._variant, asked.ctypes.data, len(asked), vocab, torch.get_num_threads())
 
-    def candidates(self, logits: Tensor, requests: DrawRequests) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def candidates(self, logits: Tensor, request: DrawRequest) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ids of one row [1, vocab], all finite, that may be drawn, ascending; and their weights."""
-        rows = _rows_of(requests)
-        logits = _checked(logits, 1)
+        how, logits = _array_of([request]), _checked(logits, 1)
         ids, weights = np.empty(logits.shape[1], np.int32), np.empty(logits.shape[1], np.float32)
         count = np.zeros(1, np.int64)
         self._candidates(
-            self._variant, logits.data_ptr(), logits.shape[1], rows.ctypes.data, ids.ctypes.data, weights.ctypes.data,
+            self._variant, logits.data_ptr(), logits.shape[1], how.ctypes.data, ids.ctypes.data, weights.ctypes.data,
             count.ctypes.data,
         )  # fmt: skip
         return ids[: count[0]], weights[: count[0]]
 
 
-def _rows_of(requests: DrawRequests) -> NDArray[np.void]:
-    rows = np.zeros(len(requests.numbers), DRAW_ROW)
-    rows["number"], rows["do_sample"], rows["temperature"] = requests.numbers, requests.do_sample, requests.temperatures
-    rows["top_k"], rows["top_p"], rows["typical_p"] = requests.top_k, requests.top_p, requests.typical_p
-    return rows
+def _array_of(requests: Sequence[DrawRequest]) -> NDArray[np.void]:
+    return np.array(requests, DRAW_REQUEST)
+
+
+def _guided_of(guided: GuidedRows, vocab: int) -> NDArray[np.void]:
+    words = -(-vocab // 32)
+    if guided.ends.shape != (words,) or guided.ends.dtype != np.int32 or not guided.ends.flags.c_contiguous:
+        raise ValueError(
+            f"ends are {guided.ends.dtype} {list(guided.ends.shape)}; expected int32 [{words}] for {vocab} ids"
+        )
+    rows = [(row.matcher.address, row.tries, row.goes_on, 0.0, 0) for row in guided.rows]
+    return np.array(rows, GUIDED_ROW)
+
+
+def _guidance_of(rows: NDArray[np.void]) -> list[Guidance]:
+    seconds, has_failed = rows["mask_seconds"].tolist(), rows["has_failed"].astype(np.bool_).tolist()
+    return [Guidance(*one) for one in zip(seconds, has_failed, strict=True)]
 
 
 def _checked(logits: Tensor, rows: int) -> Tensor:
