@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from text_generation_server import runner as runner_module
 from text_generation_server.batch import StepBatch
 from text_generation_server.faults import Faults
+from text_generation_server.kernels.interface import GuidedRow
 from text_generation_server.runner import (
     GRAMMAR,
     NUMERICAL,
@@ -26,7 +26,7 @@ from text_generation_server.runner import (
     Work,
 )
 from text_generation_server.sampling.grammar import REGEX, Grammar, Grammars, Guided
-from text_generation_server.sampling.guidance import Asked, take_note
+from text_generation_server.sampling.guidance import Asked
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sequences import ProtocolError, SequenceTable
 from tokenizers import Tokenizer
@@ -247,8 +247,9 @@ def test_what_needs_no_mask_yields_what_masks_would_have_left(params, monkeypatc
             rows_of_all += [(row.ids, row.logprobs, row.top) for row in rows]
         return rows_of_all
 
-    guided: list[Asked] = []
-    monkeypatch.setattr(runner_module, "take_note", lambda asked, *of: (guided.extend(asked), take_note(asked, *of))[1])
+    guided: list[GuidedRow] = []
+    take_note = Asked.take_note
+    monkeypatch.setattr(Asked, "take_note", lambda asked, *of: (guided.extend(asked.rows), take_note(asked, *of))[1])
     monkeypatch.setattr(Guided, "is_cheap", lambda self: True)
     at_once = answers()
     count = len(guided)

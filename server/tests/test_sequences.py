@@ -92,9 +92,9 @@ def test_more_blocks_than_positions_need_are_refused():
 
 def test_a_log_grows_to_the_limit_and_not_beyond():
     held = admitted(tokens=[1] * 64)
-    held.append(0, 2)
-    with pytest.raises(ProtocolError, match="row 0 is at its last position"):
-        held.append(0, 2)
+    held.append(np.array([0]), np.array([2]))
+    with pytest.raises(ProtocolError, match=r"rows \[0\] are at their last position"):
+        held.append(np.array([0]), np.array([2]))
 
 
 @given(
@@ -109,7 +109,7 @@ def test_occurrences_counted_one_by_one_equal_those_of_the_whole_log(log, data):
     grown.admit(0, 1, 1, log[:known], num_prompt, 0)
     grown.states[0] = RowState(SamplingParams(repetition_penalty=2.0), counts=grown.count_ids(0))
     for token_id in log[known:]:
-        grown.append(0, token_id)
+        grown.append(np.array([0]), np.array([token_id]))
     counts = grown.states[0].counts
     assert counts is not None
     assert counts[0].tolist() == np.bincount(log, minlength=VOCAB).tolist()

@@ -20,7 +20,7 @@ from .kernels.interface import Allowed, DrawsIds, KVCache
 from .sampling import processors
 from .sampling.constraint import Automaton, Constraint, GrammarError, set_bits
 from .sampling.grammar import Grammar, Grammars, Guided, Masks
-from .sampling.guidance import Asked, allowed_by, ask, guided_rows, take_note
+from .sampling.guidance import Asked, allowed_by, ask
 from .sampling.params import SamplingParams
 from .sampling.sampler import Draw, draw, raw_logprobs, top_ids
 from .sequences import ProtocolError, RowFault, RowState, SequenceTable
@@ -224,22 +224,24 @@ class Runner:
         """
         if self.group.rank != 0:
             return
-        constraints = {row: c for row in rows if (c := self.table.states[row].constraint) is not None}
+        states = self.table.states
         missing = {
             row: c
-            for row, c in constraints.items()
-            if not (isinstance(c, Guided) and c.is_cheap()) and (row not in self.begun or self.begun[row][0] is not c)
+            for row in rows
+            if (c := states[row].constraint) is not None
+            and not (isinstance(c, Guided) and c.is_cheap())
+            and (row not in self.begun or self.begun[row][0] is not c)
         }
         if missing:
             for masks in self.grammars.begin(missing):
                 self.begun.update({row: (missing[row], masks, i) for i, row in enumerate(masks.rows)})
 
-    def constrain(self, rows: list[int]) -> tuple[list[Asked], Allowed | None, dict[int, str]]:
+    def constrain(self, rows: list[int]) -> tuple[Asked, Allowed | None, dict[int, str]]:
         """Places of `rows` that are guided, what may be drawn at others, and errors of places."""
         states = self.table.states
         bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
         if not bound:
-            return [], None, {}
+            return Asked([], []), None, {}
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
@@ -260,7 +262,7 @@ class Runner:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
         if not rows:
             return None
-        drawn, told = None, torch.empty(len(rows), 2, dtype=torch.int64)
+        drawn, told = None, np.empty((len(rows), 2), np.int64)
         errors: dict[int, str] = {}
         if self.group.rank == 0:
             assert logits is not None
@@ -268,12 +270,13 @@ class Runner:
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
             drawn, errors = self.draw(rows, logits)
-            told[:, 0] = torch.from_numpy(drawn.ids)
-            told[:, 1] = torch.from_numpy(np.where(drawn.is_finite, DRAWN, BROKEN))
-            for i, row in enumerate(rows):
-                if row in errors:
-                    told[i, 1] = OUT_OF_FORM
-        self.group.broadcast(told)
+            told[:, 0] = drawn.ids
+            told[:, 1] = np.where(drawn.is_finite, DRAWN, BROKEN)
+            for row in errors:
+                told[rows.index(row), 1] = OUT_OF_FORM
+        self.group.broadcast(torch.from_numpy(told))
+        is_drawn = told[:, 1] == DRAWN
+        self.table.append(np.array(rows)[is_drawn], told[is_drawn, 0])
         moved: list[int] = []
         for row, (token_id, state) in zip(rows, told.tolist(), strict=True):
             if state == OUT_OF_FORM:
@@ -282,7 +285,6 @@ class Runner:
             if state == BROKEN:
                 self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
-            self.table.append(row, token_id)
             constraint = self.table.states[row].constraint
             if constraint is not None:
                 constraint.advance(token_id)
@@ -307,9 +309,9 @@ class Runner:
             processed = raw.clone()
             self.process(processed, rows, states, special)
         asked, allowed, errors = self.constrain(rows)
-        params, guided = [state.params for state in states], guided_rows(asked, self.ends)
+        params, guided = [state.params for state in states], asked.guided_rows(self.ends)
         drawn = draw(raw, processed, params, self.table.length[rows], allowed, guided, self.drawing)
-        errors |= take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance)
+        errors |= asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance)
         return drawn, {rows[place]: cause for place, cause in errors.items()}
 
     def is_processed(self, row: int, state: RowState) -> bool:

@@ -98,16 +98,17 @@ class SequenceTable:
             mixed = (int(self.blocks_digest[row]) ^ (block + 1)) * 0x9E3779B97F4A7C15
             self.blocks_digest[row] = (mixed ^ (mixed >> 29)) & 0xFFFFFFFFFFFFFFFF
 
-    def append(self, row: int, token_id: int) -> None:
-        """Adds a generated id to the log."""
-        at = int(self.length[row])
-        if at == self.tokens.shape[1]:
-            raise ProtocolError(f"row {row} is at its last position")
-        self.tokens[row, at] = token_id
-        self.length[row] = at + 1
-        state = self.states.get(row)
-        if state is not None and state.counts is not None:
-            state.counts[:, token_id] += 1
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Adds a generated id to the log of each row: both [n], no row twice."""
+        at = self.length[rows]
+        if (at >= self.tokens.shape[1]).any():
+            raise ProtocolError(f"rows {rows[at >= self.tokens.shape[1]].tolist()} are at their last position")
+        self.tokens[rows, at] = token_ids
+        self.length[rows] = at + 1
+        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            state = self.states.get(row)
+            if state is not None and state.counts is not None:
+                state.counts[:, token_id] += 1
 
     def count_ids(self, row: int) -> Tensor:
         """Occurrences of every id in the row's log, and in its generated part: [2, vocab] float32."""

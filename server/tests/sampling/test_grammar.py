@@ -19,7 +19,7 @@ from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.sampling import grammar as grammar_module
 from text_generation_server.sampling.constraint import GrammarError
 from text_generation_server.sampling.grammar import JSON_SCHEMA, REGEX, Grammar, Grammars, Guided, Masks
-from text_generation_server.sampling.guidance import allowed_by, ask, guided_rows, take_note
+from text_generation_server.sampling.guidance import allowed_by, ask
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sampling.sampler import draw
 from tokenizers import Tokenizer
@@ -341,8 +341,8 @@ def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided
     asked, masks, errors = ask(((i, constraint, goes_on) for i, (constraint, _, goes_on) in enumerate(rows)), ends)
     raw, positions = torch.from_numpy(logits), np.arange(len(rows)) + 7
     params = [params for _, params, _ in rows]
-    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), guided_rows(asked, ends), kernels)
-    errors |= take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance)
+    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), asked.guided_rows(ends), kernels)
+    errors |= asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance)
     good = [i for i in range(len(rows)) if i not in errors and drawn.is_finite[i]]
     ids, logprobs = ({i: of[i] for i in good} for of in (drawn.ids.tolist(), drawn.logprobs.tolist()))
     return Outcome(ids, logprobs, errors, np.nonzero(~drawn.is_finite)[0].tolist())
@@ -439,9 +439,9 @@ def test_a_row_whose_ids_are_all_impossible_leaves_nothing_to_draw(grammars, ker
     for params in (GREEDY, BY_CHANCE):
         rows = [grammars.constraint(form, []) for _ in range(2)]
         asked, *_ = ask(((i, row, False) for i, row in enumerate(rows)), ends)
-        drawn = draw(raw, processed, [params] * 2, np.arange(2), None, guided_rows(asked, ends), kernels)
+        drawn = draw(raw, processed, [params] * 2, np.arange(2), None, asked.guided_rows(ends), kernels)
         assert drawn.is_finite.tolist() == [False, True]
-        assert take_note(asked, drawn.ids, drawn.is_finite, drawn.guidance) == {}
+        assert asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance) == {}
         assert int(drawn.ids[1]) in ways
         assert allowed(rows[0]) == ways
 

@@ -235,6 +235,8 @@ class Guided:
 
         Raises GrammarError.
         """
+        if self._matcher is not None and not self._pending and not self._ended:
+            return self._matcher
         if self._ended:
             return None
         if self._matcher is None:
@@ -246,6 +248,11 @@ class Guided:
                 error = self._matcher.error() or f"id {self._pending[0]} does not follow the grammar"
                 raise GrammarError(first_line(error))
         return self._matcher
+
+    @property
+    def mask_words(self) -> int:
+        """Of the masks of what `follow` gives."""
+        return self._matcher.mask_words if self._matcher is not None else 0
 
     def took(self, seconds: float) -> None:
         """Takes note of what a mask has cost."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels.interface import Allowed, FollowsText, Guidance, GuidedRow, GuidedRows
 from .constraint import GrammarError
 from .grammar import Guided, first_line
-from .matcher import Matcher, functions
+from .matcher import functions
 
 # So many of the most probable ids are judged before a mask is asked for; fewer where a row needed a mask the last time:
 # it is likely to need one again.
@@ -25,22 +25,43 @@ TRIES, TRIES_AFTER_A_MASK = 4, 1
 
 
 class Asked(NamedTuple):
-    """A row of the logits that a grammar limits."""
+    """Rows of the logits that grammars limit, and their constraints in the same order."""
 
-    place: int  # of the logits
-    constraint: Guided
-    matcher: Matcher  # what the constraint's `follow` has given
-    goes_on: bool  # the text may not end yet
+    rows: list[GuidedRow]
+    constraints: list[Guided]
+
+    def guided_rows(self, ends: NDArray[np.int32]) -> GuidedRows | None:
+        """What those who draw are told. ends: [ceil(vocab / 32)], one bit for each id that ends a text."""
+        return GuidedRows(self.rows, self.constraints[0].mask_words, functions(), ends) if self.rows else None
+
+    def take_note(
+        self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_], guidance: Sequence[Guidance]
+    ) -> dict[int, str]:
+        """Tells the constraints what came of their rows. The errors of places of the logits.
+
+        ids, is_finite: [rows of the logits].
+        """
+        errors = dict[int, str]()
+        all_ids, all_finite = ids.tolist(), is_finite.tolist()
+        for row, constraint, (seconds, has_failed) in zip(self.rows, self.constraints, guidance, strict=True):
+            constraint.needed_mask = seconds > 0
+            if seconds:
+                constraint.took(seconds)
+            if has_failed:
+                errors[row.place] = first_line(row.matcher.error() or "the grammar leaves no id to go on with")
+            elif all_finite[row.place]:
+                constraint.has_followed(all_ids[row.place])
+        return errors
 
 
 def ask(
     rows: Iterable[tuple[int, Guided, bool]], ends: NDArray[np.int32]
-) -> tuple[list[Asked], dict[int, NDArray[np.int32]], dict[int, str]]:
+) -> tuple[Asked, dict[int, NDArray[np.int32]], dict[int, str]]:
     """What follows each row, the mask of those that have come to their end, and errors; each by place of the logits.
 
     rows: place, constraint, and whether the text may not end yet. ends: [ceil(vocab / 32)].
     """
-    asked, masks, errors = list[Asked](), dict[int, NDArray[np.int32]](), dict[int, str]()
+    asked, masks, errors = Asked([], []), dict[int, NDArray[np.int32]](), dict[int, str]()
     for place, constraint, goes_on in rows:
         try:
             matcher = constraint.follow()
@@ -48,41 +69,13 @@ def ask(
             errors[place] = str(error)
             continue
         if matcher is not None:
-            asked.append(Asked(place, constraint, matcher, goes_on))
+            tries = TRIES_AFTER_A_MASK if constraint.needed_mask else TRIES
+            asked.rows.append(GuidedRow(place, matcher, tries, goes_on))
+            asked.constraints.append(constraint)
         else:
             masks[place] = np.empty_like(ends)
             constraint.fill(masks[place])
     return asked, masks, errors
-
-
-def guided_rows(asked: Sequence[Asked], ends: NDArray[np.int32]) -> GuidedRows | None:
-    """What those who draw are told. ends: [ceil(vocab / 32)], one bit for each id that ends a text."""
-    if not asked:
-        return None
-    rows = [
-        GuidedRow(place, matcher, TRIES_AFTER_A_MASK if constraint.needed_mask else TRIES, goes_on)
-        for place, constraint, matcher, goes_on in asked
-    ]
-    return GuidedRows(rows, asked[0].matcher.mask_words, functions(), ends)
-
-
-def take_note(
-    asked: Sequence[Asked], ids: NDArray[np.int64], is_finite: NDArray[np.bool_], guidance: Sequence[Guidance]
-) -> dict[int, str]:
-    """Tells the constraints what came of their rows. The errors of places of the logits.
-
-    ids, is_finite: [rows of the logits].
-    """
-    errors = dict[int, str]()
-    for (place, constraint, matcher, _), (seconds, has_failed) in zip(asked, guidance, strict=True):
-        constraint.needed_mask = seconds > 0
-        if seconds:
-            constraint.took(seconds)
-        if has_failed:
-            errors[place] = first_line(matcher.error() or "the grammar leaves no id to go on with")
-        elif is_finite[place]:
-            constraint.has_followed(int(ids[place]))
-    return errors
 
 
 def allowed_by(masks: Mapping[int, NDArray[np.int32]], rows: int) -> Allowed | None:
