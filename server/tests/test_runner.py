@@ -12,7 +12,6 @@ import pytest
 import torch
 from text_generation_server.batch import StepBatch
 from text_generation_server.faults import Faults
-from text_generation_server.kernels.interface import GuidedRow
 from text_generation_server.runner import (
     GRAMMAR,
     NUMERICAL,
@@ -247,9 +246,11 @@ def test_what_needs_no_mask_yields_what_masks_would_have_left(params, monkeypatc
             rows_of_all += [(row.ids, row.logprobs, row.top) for row in rows]
         return rows_of_all
 
-    guided: list[GuidedRow] = []
+    guided: list[Guided] = []
     take_note = Asked.take_note
-    monkeypatch.setattr(Asked, "take_note", lambda asked, *of: (guided.extend(asked.rows), take_note(asked, *of))[1])
+    monkeypatch.setattr(
+        Asked, "take_note", lambda asked, *of: (guided.extend(asked.constraints), take_note(asked, *of))[1]
+    )
     monkeypatch.setattr(Guided, "is_cheap", lambda self: True)
     at_once = answers()
     count = len(guided)

@@ -241,7 +241,7 @@ class Runner:
         states = self.table.states
         bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
         if not bound:
-            return Asked([], []), None, {}
+            return Asked(None, []), None, {}
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
@@ -309,9 +309,9 @@ class Runner:
             processed = raw.clone()
             self.process(processed, rows, states, special)
         asked, allowed, errors = self.constrain(rows)
-        params, guided = [state.params for state in states], asked.guided_rows(self.ends)
-        drawn = draw(raw, processed, params, self.table.length[rows], allowed, guided, self.drawing)
-        errors |= asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance)
+        params = [state.params for state in states]
+        drawn = draw(raw, processed, params, self.table.length[rows], allowed, asked.guided, self.drawing)
+        errors |= asked.take_note(drawn.ids, drawn.is_finite)
         return drawn, {rows[place]: cause for place, cause in errors.items()}
 
     def is_processed(self, row: int, state: RowState) -> bool:

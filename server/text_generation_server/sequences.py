@@ -27,7 +27,7 @@ class RowFault:
     message: str
 
 
-@dataclass
+@dataclass(slots=True)
 class RowState:
     """What only some rows need: everything that is not a number in an array."""
 

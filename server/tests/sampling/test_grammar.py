@@ -309,8 +309,8 @@ def test_masks_are_cheap_until_one_was_dear_and_after_some_that_were_not(grammar
 def test_what_a_mask_takes_is_the_time_of_its_own_thread(grammars, monkeypatch):
     """A machine that does other things meanwhile does not make a form a costly one."""
     digits = grammars.constraint(Grammar(REGEX, "[0-9]{300}"), [])
-    follow = digits.follow
-    monkeypatch.setattr(digits, "follow", lambda: (time.sleep(0.05), follow())[1])
+    follow = Guided.follow
+    monkeypatch.setattr(Guided, "follow", lambda constraint: (time.sleep(0.05), follow(constraint))[1])
     found(grammars.begin({1: digits}))
     assert digits.expected_s < 0.02
 
@@ -341,8 +341,8 @@ def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided
     asked, masks, errors = ask(((i, constraint, goes_on) for i, (constraint, _, goes_on) in enumerate(rows)), ends)
     raw, positions = torch.from_numpy(logits), np.arange(len(rows)) + 7
     params = [params for _, params, _ in rows]
-    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), asked.guided_rows(ends), kernels)
-    errors |= asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance)
+    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), asked.guided, kernels)
+    errors |= asked.take_note(drawn.ids, drawn.is_finite)
     good = [i for i in range(len(rows)) if i not in errors and drawn.is_finite[i]]
     ids, logprobs = ({i: of[i] for i in good} for of in (drawn.ids.tolist(), drawn.logprobs.tolist()))
     return Outcome(ids, logprobs, errors, np.nonzero(~drawn.is_finite)[0].tolist())
@@ -439,9 +439,9 @@ def test_a_row_whose_ids_are_all_impossible_leaves_nothing_to_draw(grammars, ker
     for params in (GREEDY, BY_CHANCE):
         rows = [grammars.constraint(form, []) for _ in range(2)]
         asked, *_ = ask(((i, row, False) for i, row in enumerate(rows)), ends)
-        drawn = draw(raw, processed, [params] * 2, np.arange(2), None, asked.guided_rows(ends), kernels)
+        drawn = draw(raw, processed, [params] * 2, np.arange(2), None, asked.guided, kernels)
         assert drawn.is_finite.tolist() == [False, True]
-        assert asked.take_note(drawn.ids, drawn.is_finite, drawn.guidance) == {}
+        assert asked.take_note(drawn.ids, drawn.is_finite) == {}
         assert int(drawn.ids[1]) in ways
         assert allowed(rows[0]) == ways
 

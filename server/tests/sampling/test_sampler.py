@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from conftest import INSTRUCTION_SETS
 from text_generation_server.kernels.cpu.native.library import Library
 from text_generation_server.kernels.cpu.native.sampling import NativeSampling
-from text_generation_server.kernels.interface import Allowed, Drawn, DrawRequest, GuidedRow, GuidedRows
+from text_generation_server.kernels.interface import GUIDED_ROW, Allowed, Drawn, DrawRequest, GuidedRows
 from text_generation_server.sampling import processors
 from text_generation_server.sampling.constraint import Automaton, biases
 from text_generation_server.sampling.params import SamplingParams
@@ -394,8 +392,8 @@ def test_logits_of_another_kind_are_refused_with_their_shape(kernels):
     for words, of in (((1, 1), [0, 0]), ((1, 2), [0]), ((1, 2), [0, 1])):
         with pytest.raises(ValueError, match=r"expected int32 \[n, 2\] and int64 \[2\] below n"):
             kernels.draw_ids(logits, logits, requests, Allowed(np.zeros(words, np.int32), np.array(of)), None)
-    matcher: Any = SimpleNamespace(address=0)
     for place, words in ((2, 2), (-1, 2), (0, 1)):
-        guided = GuidedRows([GuidedRow(place, matcher, 1, False)], 2, (0, 0, 0), np.zeros(words, np.int32))
+        rows = np.array([(0, place, 0.0, 1, False, 0)], GUIDED_ROW)
+        guided = GuidedRows(rows, [], 2, (0, 0, 0), np.zeros(words, np.int32))
         with pytest.raises(ValueError, match=r"rows \[.*\] of 2|expected int32 \[2\] for 40 ids"):
             kernels.draw_ids(logits, logits, requests, None, guided)

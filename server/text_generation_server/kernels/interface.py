@@ -243,43 +243,35 @@ class FollowsText(Protocol):
         ...
 
 
-class GuidedRow(NamedTuple):
-    """A row of the logits whose ids a grammar limits.
-
-    place: of the logits. tries: so many of the most probable ids are judged before a mask is asked for.
-    goes_on: the text may not end yet, unless it has to.
-    """
-
-    place: int
-    matcher: FollowsText
-    tries: int
-    goes_on: bool
+# A row of the logits whose ids a grammar limits.
+GUIDED_ROW = np.dtype(
+    [
+        ("matcher", np.uint64),  # its address
+        ("place", np.int64),  # of the logits
+        ("mask_seconds", np.float64),  # result: of processor time that a mask has cost; 0 if none was needed
+        ("tries", np.int32),  # so many of the most probable ids are judged before a mask is asked for
+        ("goes_on", np.int32),  # the text may not end yet, unless it has to
+        ("has_failed", np.int32),  # result: the matcher has an error, or leaves no id; the id means nothing then
+    ],
+    align=True,
+)
 
 
 @dataclass(frozen=True)
 class GuidedRows:
     """Rows whose matchers go on by the id that is drawn, unless it ends the text.
 
+    rows: [n] of GUIDED_ROW, with the results when ids were drawn. matchers: theirs, in the same order.
     mask_words: of the masks of these matchers. functions: addresses of the interface's functions that judge ids
     (`llg_matcher_validate_tokens`), go on by ids (`llg_matcher_consume_tokens`) and find masks
     (`llg_matcher_compute_mask_into`). ends: [ceil(vocab / 32)] int32, one bit for each id that ends a text.
     """
 
-    rows: list[GuidedRow]
+    rows: NDArray[np.void]
+    matchers: Sequence[FollowsText]
     mask_words: int
     functions: tuple[int, int, int]
     ends: NDArray[np.int32]
-
-
-class Guidance(NamedTuple):
-    """What came of a guided row, besides its id.
-
-    mask_seconds: of processor time that a mask has cost; 0 if none was needed.
-    has_failed: the matcher has an error, or leaves no id; nothing else of the row means anything.
-    """
-
-    mask_seconds: float
-    has_failed: bool
 
 
 @dataclass(frozen=True)
@@ -287,14 +279,12 @@ class Drawn:
     """What came of it; all are [rows]. logprobs and normalizers (log of the sum of exponentials) are of raw logits.
 
     is_finite: whether the raw logits are, and the processed ones leave an id to draw; else nothing else means anything.
-    guidance: one for each guided row, in order.
     """
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     normalizers: NDArray[np.float32]
     is_finite: NDArray[np.bool_]
-    guidance: Sequence[Guidance] = ()
 
 
 @runtime_checkable

@@ -181,6 +181,9 @@ def first_line(text: str) -> str:
 class Guided:
     """The constraint of one sequence by a grammar."""
 
+    # Of each row of a step something is looked at when nothing is in a core's caches.
+    __slots__ = ("_compiled", "_ended", "_eos", "_followed", "_matcher", "_pending", "expected_s", "needed_mask")
+
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
         self._compiled, self._eos = compiled, list(eos_token_ids)
         self._matcher: Matcher | None = None

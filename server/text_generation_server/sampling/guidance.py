@@ -6,18 +6,17 @@ that follow grammars are preferred; `guide_rows` serves where there are none, an
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.interface import Allowed, FollowsText, Guidance, GuidedRow, GuidedRows
+from ..kernels.interface import GUIDED_ROW, Allowed, FollowsText, GuidedRows
 from .constraint import GrammarError
 from .grammar import Guided, first_line
-from .matcher import functions
+from .matcher import Matcher, functions
 
 # So many of the most probable ids are judged before a mask is asked for; fewer where a row needed a mask the last time:
 # it is likely to need one again.
@@ -25,44 +24,46 @@ TRIES, TRIES_AFTER_A_MASK = 4, 1
 
 
 class Asked(NamedTuple):
-    """Rows of the logits that grammars limit, and their constraints in the same order."""
+    """Rows of the logits that grammars limit, as those who draw are told, and their constraints in the same order."""
 
-    rows: list[GuidedRow]
+    guided: GuidedRows | None
     constraints: list[Guided]
 
-    def guided_rows(self, ends: NDArray[np.int32]) -> GuidedRows | None:
-        """What those who draw are told. ends: [ceil(vocab / 32)], one bit for each id that ends a text."""
-        return GuidedRows(self.rows, self.constraints[0].mask_words, functions(), ends) if self.rows else None
-
-    def take_note(
-        self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_], guidance: Sequence[Guidance]
-    ) -> dict[int, str]:
+    def take_note(self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> dict[int, str]:
         """Tells the constraints what came of their rows. The errors of places of the logits.
 
         ids, is_finite: [rows of the logits].
         """
-        errors = dict[int, str]()
-        all_ids, all_finite = ids.tolist(), is_finite.tolist()
-        for row, constraint, (seconds, has_failed) in zip(self.rows, self.constraints, guidance, strict=True):
-            constraint.needed_mask = seconds > 0
-            if seconds:
-                constraint.took(seconds)
-            if has_failed:
-                errors[row.place] = first_line(row.matcher.error() or "the grammar leaves no id to go on with")
-            elif all_finite[row.place]:
-                constraint.has_followed(all_ids[row.place])
+        if self.guided is None:
+            return {}
+        rows, errors = self.guided.rows, dict[int, str]()
+        places, seconds = rows["place"], rows["mask_seconds"].tolist()
+        has_followed = is_finite[places] & (rows["has_failed"] == 0)
+        for constraint, took, token_id, followed in zip(
+            self.constraints, seconds, ids[places].tolist(), has_followed.tolist(), strict=True
+        ):
+            constraint.needed_mask = took > 0
+            if took:
+                constraint.took(took)
+            if followed:
+                constraint.has_followed(token_id)
+        for i in np.flatnonzero(rows["has_failed"]).tolist():
+            cause = self.guided.matchers[i].error() or "the grammar leaves no id to go on with"
+            errors[int(places[i])] = first_line(cause)
         return errors
 
 
 def ask(
-    rows: Iterable[tuple[int, Guided, bool]], ends: NDArray[np.int32]
+    asked: Iterable[tuple[int, Guided, bool]], ends: NDArray[np.int32]
 ) -> tuple[Asked, dict[int, NDArray[np.int32]], dict[int, str]]:
     """What follows each row, the mask of those that have come to their end, and errors; each by place of the logits.
 
-    rows: place, constraint, and whether the text may not end yet. ends: [ceil(vocab / 32)].
+    asked: place, constraint, and whether the text may not end yet. ends: [ceil(vocab / 32)], a bit for each id that
+    ends a text.
     """
-    asked, masks, errors = Asked([], []), dict[int, NDArray[np.int32]](), dict[int, str]()
-    for place, constraint, goes_on in rows:
+    rows, matchers, constraints = list[tuple[object, ...]](), list[Matcher](), list[Guided]()
+    masks, errors = dict[int, NDArray[np.int32]](), dict[int, str]()
+    for place, constraint, goes_on in asked:
         try:
             matcher = constraint.follow()
         except GrammarError as error:
@@ -70,12 +71,16 @@ def ask(
             continue
         if matcher is not None:
             tries = TRIES_AFTER_A_MASK if constraint.needed_mask else TRIES
-            asked.rows.append(GuidedRow(place, matcher, tries, goes_on))
-            asked.constraints.append(constraint)
+            rows.append((matcher.address, place, 0.0, tries, goes_on, 0))
+            matchers.append(matcher)
+            constraints.append(constraint)
         else:
             masks[place] = np.empty_like(ends)
             constraint.fill(masks[place])
-    return asked, masks, errors
+    if not rows:
+        return Asked(None, []), masks, errors
+    guided = GuidedRows(np.array(rows, GUIDED_ROW), matchers, matchers[0].mask_words, functions(), ends)
+    return Asked(guided, constraints), masks, errors
 
 
 def allowed_by(masks: Mapping[int, NDArray[np.int32]], rows: int) -> Allowed | None:
@@ -87,48 +92,39 @@ def allowed_by(masks: Mapping[int, NDArray[np.int32]], rows: int) -> Allowed | N
     return Allowed(np.stack(list(masks.values())), of)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Ids by which matchers have gone on and masks [words] of others, by place of the logits; of all what it took."""
+def guide_rows(
+    logits: Tensor, guided: GuidedRows, is_greedy: Sequence[bool], is_finite: NDArray[np.bool_]
+) -> tuple[dict[int, int], dict[int, NDArray[np.int32]]]:
+    """One row after the other: ids by which matchers have gone on, or masks [words], by place of the logits.
 
-    ids: dict[int, int]
-    masks: dict[int, NDArray[np.int32]]
-    guidance: list[Guidance]
-
-
-def guide_rows(logits: Tensor, guided: GuidedRows, is_greedy: Sequence[bool], is_finite: NDArray[np.bool_]) -> Found:
-    """One row after the other. What is drawn from a mask has to be told to `go_on`.
+    What is drawn from a mask has to be told to `go_on`.
 
     logits: [rows, vocab] float32; those that are not `is_finite` are passed over. is_greedy: [rows].
     """
-    found = Found({}, {}, [])
-    for place, matcher, tries, goes_on in guided.rows:
-        seconds, has_failed = 0.0, False
+    ids, masks = dict[int, int](), dict[int, NDArray[np.int32]]()
+    for asked, matcher in zip(guided.rows, guided.matchers, strict=True):
+        place = int(asked["place"])
+        if not is_finite[place]:
+            continue
         row = cast(NDArray[np.float32], logits[place].numpy())
-        token_id = None
-        if is_finite[place]:
-            token_id = try_most_probable(row, matcher, guided.ends, tries) if is_greedy[place] else None
-            if token_id is None:
-                begun = time.thread_time()
-                words = mask_of(matcher, guided.mask_words, row.size, guided.ends if goes_on else None)
-                seconds, has_failed = time.thread_time() - begun, words is None
-                if words is not None:
-                    found.masks[place] = words
-            else:
-                found.ids[place] = token_id
-        found.guidance.append(Guidance(seconds, has_failed))
-    return found
+        token_id = try_most_probable(row, matcher, guided.ends, int(asked["tries"])) if is_greedy[place] else None
+        if token_id is not None:
+            ids[place] = token_id
+            continue
+        begun = time.thread_time()
+        words = mask_of(matcher, guided.mask_words, row.size, guided.ends if asked["goes_on"] else None)
+        asked["mask_seconds"], asked["has_failed"] = time.thread_time() - begun, words is None
+        if words is not None:
+            masks[place] = words
+    return ids, masks
 
 
-def go_on(found: Found, guided: GuidedRows, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> list[Guidance]:
-    """The matchers of rows that were drawn from a mask go on by their ids, unless these end the text. ids: [rows]."""
-    after = list[Guidance]()
-    for (place, matcher, *_), of_row in zip(guided.rows, found.guidance, strict=True):
-        token_id = int(ids[place])
-        is_told = place in found.masks and is_finite[place] and not has(guided.ends, token_id)
-        failed = of_row.has_failed or (is_told and matcher.consume([token_id]) != 1)
-        after.append(Guidance(of_row.mask_seconds, failed))
-    return after
+def go_on(guided: GuidedRows, masked: Container[int], ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> None:
+    """The matchers of places that were drawn from a mask go on by their ids, unless these end the text. ids: [rows]."""
+    for asked, matcher in zip(guided.rows, guided.matchers, strict=True):
+        token_id = int(ids[asked["place"]])
+        if asked["place"] in masked and is_finite[asked["place"]] and not has(guided.ends, token_id):
+            asked["has_failed"] = matcher.consume([token_id]) != 1
 
 
 def try_most_probable(

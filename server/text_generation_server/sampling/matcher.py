@@ -177,6 +177,9 @@ def text_of(tokens: llguidance.LLTokenizer, token_id: int) -> bytes:
 class Matcher:
     """Follows one text. One thread at a time; the interpreter's lock is not held meanwhile."""
 
+    # Of each row of a step something is looked at when nothing is in a core's caches.
+    __slots__ = ("address", "mask_words", "vocabulary")
+
     def __init__(self, address: int, vocabulary: Vocabulary) -> None:
         """address: of an `LlgMatcher`, which it frees."""
         self.address, self.vocabulary = address, vocabulary

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.interface import Allowed, Drawn, DrawRequest, DrawsIds, Guidance, GuidedRows
+from ..kernels.interface import Allowed, Drawn, DrawRequest, DrawsIds, GuidedRows
 from .constraint import biases
 from .guidance import allowed_by, go_on, guide_rows
 from .params import SamplingParams
@@ -31,7 +31,6 @@ class Draw:
     logprobs: NDArray[np.float32]  # [rows], under the raw distribution
     top: list[tuple[list[int], list[float]]]
     is_finite: NDArray[np.bool_]  # [rows]; else there is no id to draw, and nothing else of the row means anything
-    guidance: Sequence[Guidance]  # of each guided row
 
 
 def log_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +75,7 @@ def draw(
     top: list[tuple[list[int], list[float]]] = [([], [])] * len(params)
     for i, count in wanted:
         top[i] = top_ids(raw[i], float(drawn.normalizers[i]), count)
-    return Draw(drawn.ids, drawn.logprobs, top, drawn.is_finite, drawn.guidance)
+    return Draw(drawn.ids, drawn.logprobs, top, drawn.is_finite)
 
 
 def requests_of(params: Sequence[SamplingParams], positions: NDArray[np.int64]) -> list[DrawRequest]:
@@ -114,21 +113,20 @@ def draw_ids(
     # Biases and a constraint may together forbid every id; a penalty may overflow.
     if left is not raw:
         is_finite &= torch.isfinite(left.amax(-1)).numpy()
-    found = None
+    followed, masks = dict[int, int](), dict[int, NDArray[np.int32]]()
     if guided is not None:
-        found = guide_rows(left, guided, [not p.do_sample for p in params], is_finite)
-        left = leave_allowed(left, allowed_by(found.masks, len(left)))
+        followed, masks = guide_rows(left, guided, [not p.do_sample for p in params], is_finite)
+        left = leave_allowed(left, allowed_by(masks, len(left)))
         is_finite &= torch.isfinite(left.amax(-1)).numpy()
     ids = left.numpy().argmax(-1)
     sampling = [i for i, p in enumerate(params) if p.do_sample and is_finite[i]]
     if sampling:
         ids[sampling] = sample(left[sampling], [params[i] for i in sampling], numbers[sampling])
-    guidance = list[Guidance]()
-    if found is not None and guided is not None:
-        ids[list(found.ids)] = list(found.ids.values())
-        guidance = go_on(found, guided, ids, is_finite)
+    ids[list(followed)] = list(followed.values())
+    if guided is not None:
+        go_on(guided, masks, ids, is_finite)
     drawn = raw.gather(1, torch.from_numpy(ids)[:, None])[:, 0]
-    return Drawn(ids, (drawn - normalizer).numpy(), normalizer.numpy(), is_finite, guidance)
+    return Drawn(ids, (drawn - normalizer).numpy(), normalizer.numpy(), is_finite)
 
 
 def top_ids(logits: Tensor, normalizer: float, count: int) -> tuple[list[int], list[float]]:

@@ -233,12 +233,15 @@ extern "C" {
 EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, const float *processed,
                          int64_t processed_stride, int64_t size, const Allowed *allowed, const Guided *guided, DrawRow *row,
                          int64_t rows, int32_t threads) {
-    Pool::shared().run(threads, rows, 1, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<GuidedRow *> guided_at;
+    guided_at.assign(rows, nullptr);
+    for (int64_t i = 0; guided && i < guided->count; i++) guided_at[guided->rows[i].place] = guided->rows + i;
+    GuidedRow *const *at = guided_at.data();
+    Pool::shared().run(threads, rows, 1, [&, at](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
-            const int64_t of = allowed ? allowed->mask_of[i] : -1, place = guided ? row[i].guided : -1;
+            const int64_t of = allowed ? allowed->mask_of[i] : -1;
             draw_row(*variant_of(variant).sampling, raw + i * raw_stride, processed + i * processed_stride,
-                     of < 0 ? nullptr : allowed->masks + of * allowed->words, guided, place < 0 ? nullptr : guided->rows + place,
-                     size, row[i]);
+                     of < 0 ? nullptr : allowed->masks + of * allowed->words, guided, at[i], size, row[i]);
         }
     });
 }

@@ -24,7 +24,6 @@ struct DrawRequest {
 // The same, and what came of it; `DRAW_ROW` of native/sampling.py.
 struct DrawRow {
     DrawRequest how;
-    int64_t guided;             // its place among the guided rows, or -1
     int64_t id;                 // result, as what follows
     float normalizer, logprob;  // of the raw row
     int32_t is_finite;          // else nothing else of it means anything
@@ -69,12 +68,13 @@ struct Allowed {
     int64_t words;
 };
 
-// A row whose ids a grammar limits; `GUIDED_ROW` of native/sampling.py.
+// A row whose ids a grammar limits; `GUIDED_ROW` of interface.py.
 struct GuidedRow {
     void *matcher;        // that of the library which follows grammars; it goes on by the id, unless that ends the text
+    int64_t place;        // of the logits
+    double mask_seconds;  // result: what the mask has cost the thread; 0 if none was needed
     int32_t tries;        // of the most probable ids so many are judged before a mask is asked for
     int32_t goes_on;      // it may not end yet
-    double mask_seconds;  // result: what the mask has cost the thread; 0 if none was needed
     int32_t has_failed;   // result: the matcher has an error, or leaves no id
 };
 
@@ -87,6 +87,7 @@ struct Guided {
     int64_t mask_words;    // of the matchers' own masks
     const uint32_t *ends;  // [(size + 31) / 32], one bit for each id that ends a text
     GuidedRow *rows;
+    int64_t count;
 };
 
 // The highest of `row` [size], whose highest number is `most`, if it is among the first that are tried and follows: the matcher

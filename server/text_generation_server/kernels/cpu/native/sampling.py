@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...interface import Allowed, Drawn, DrawRequest, Guidance, GuidedRows, Penalties
+from ...interface import GUIDED_ROW, Allowed, Drawn, DrawRequest, GuidedRows, Penalties
 from .library import Library
 
 # `DrawRequest` of sampling.h; in the order of the interface's.
@@ -30,7 +30,6 @@ DRAW_REQUEST = np.dtype(
 DRAW_ROW = np.dtype(
     [
         ("how", DRAW_REQUEST),
-        ("guided", np.int64),
         ("id", np.int64),
         ("normalizer", np.float32),
         ("logprob", np.float32),
@@ -58,19 +57,6 @@ PENALIZED_ROW = np.dtype(
 )
 
 
-# `GuidedRow` of sampling.h.
-GUIDED_ROW = np.dtype(
-    [
-        ("matcher", np.uint64),
-        ("tries", np.int32),
-        ("goes_on", np.int32),
-        ("mask_seconds", np.float64),
-        ("has_failed", np.int32),
-    ],
-    align=True,
-)
-
-
 class _Allowed(ctypes.Structure):
     """`Allowed` of sampling.h."""
 
@@ -87,6 +73,7 @@ class _Guided(ctypes.Structure):
         ("mask_words", ctypes.c_int64),
         ("ends", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -115,28 +102,15 @@ class NativeSampling:
         count = len(requests)
         raw, processed = _checked(raw, count), _checked(processed, count)
         rows = np.zeros(count, DRAW_ROW)
-        rows["how"], rows["guided"] = _array_of(requests), -1
+        rows["how"] = _array_of(requests)
         masks = None if allowed is None else _masks_of(allowed, *raw.shape)
-        led = None
-        if guided is not None:
-            led = _guided_of(guided, raw.shape[1])
-            places = [row.place for row in guided.rows]
-            if not all(0 <= place < count for place in places):
-                raise ValueError(f"rows {places} of {count}")
-            rows["guided"][places] = range(len(places))
-            how = _Guided(*guided.functions, guided.mask_words, guided.ends.ctypes.data, led.ctypes.data)
+        led = None if guided is None else _guided_of(guided, *raw.shape)
         self._draw(
             self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
-            None if masks is None else ctypes.addressof(masks), None if led is None else ctypes.addressof(how),
+            None if masks is None else ctypes.addressof(masks), None if led is None else ctypes.addressof(led),
             rows.ctypes.data, count, torch.get_num_threads(),
         )  # fmt: skip
-        return Drawn(
-            rows["id"],
-            rows["logprob"],
-            rows["normalizer"],
-            rows["is_finite"].astype(np.bool_),
-            () if led is None else _guidance_of(led),
-        )
+        return Drawn(rows["id"], rows["logprob"], rows["normalizer"], rows["is_finite"].astype(np.bool_))
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> None:
         """See `DrawsIds`. The bits are those of `processors.penalize` and `processors.bias`.
@@ -190,19 +164,15 @@ def _array_of(requests: Sequence[DrawRequest]) -> NDArray[np.void]:
     return np.array(requests, DRAW_REQUEST)
 
 
-def _guided_of(guided: GuidedRows, vocab: int) -> NDArray[np.void]:
-    words = -(-vocab // 32)
-    if guided.ends.shape != (words,) or guided.ends.dtype != np.int32 or not guided.ends.flags.c_contiguous:
-        raise ValueError(
-            f"ends are {guided.ends.dtype} {list(guided.ends.shape)}; expected int32 [{words}] for {vocab} ids"
-        )
-    rows = [(row.matcher.address, row.tries, row.goes_on, 0.0, 0) for row in guided.rows]
-    return np.array(rows, GUIDED_ROW)
-
-
-def _guidance_of(rows: NDArray[np.void]) -> list[Guidance]:
-    seconds, has_failed = rows["mask_seconds"].tolist(), rows["has_failed"].astype(np.bool_).tolist()
-    return [Guidance(*one) for one in zip(seconds, has_failed, strict=True)]
+def _guided_of(guided: GuidedRows, count: int, vocab: int) -> _Guided:
+    """What lives as long as `guided`."""
+    words, ends, rows = -(-vocab // 32), guided.ends, guided.rows
+    if ends.shape != (words,) or ends.dtype != np.int32 or not (ends.flags.c_contiguous and rows.flags.c_contiguous):
+        raise ValueError(f"ends are {ends.dtype} {list(ends.shape)}; expected int32 [{words}] for {vocab} ids")
+    places = rows["place"]
+    if rows.dtype != GUIDED_ROW or not 0 <= places.min() <= places.max() < count:
+        raise ValueError(f"rows {places.tolist()} of {count}")
+    return _Guided(*guided.functions, guided.mask_words, ends.ctypes.data, rows.ctypes.data, len(rows))
 
 
 def _checked(logits: Tensor, rows: int) -> Tensor:
