@@ -245,7 +245,7 @@ class Runner:
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
-            (i, c, self.is_too_short(row, states[row]))
+            (i, c, states[row].params.min_new_tokens > 0 and self.is_too_short(row, states[row]))
             for i, row, c in bound
             if row not in self.begun and isinstance(c, Guided)
         ]
@@ -263,40 +263,40 @@ class Runner:
         if not rows:
             return None
         drawn, told = None, np.empty((len(rows), 2), np.int64)
-        errors: dict[int, str] = {}
+        told_already, errors = set[int](), dict[int, str]()
         if self.group.rank == 0:
             assert logits is not None
             assert len(logits) == len(rows)
             if self.faults.reach("sample"):
                 logits[0, 0] = float("nan")
-            drawn, errors = self.draw(rows, logits)
+            drawn, told_already, errors = self.draw(rows, logits)
             told[:, 0] = drawn.ids
             told[:, 1] = np.where(drawn.is_finite, DRAWN, BROKEN)
-            for row in errors:
-                told[rows.index(row), 1] = OUT_OF_FORM
+            told[list(errors), 1] = OUT_OF_FORM
         self.group.broadcast(torch.from_numpy(told))
         is_drawn = told[:, 1] == DRAWN
         self.table.append(np.array(rows)[is_drawn], told[is_drawn, 0])
         moved: list[int] = []
-        for row, (token_id, state) in zip(rows, told.tolist(), strict=True):
+        for i, (row, (token_id, state)) in enumerate(zip(rows, told.tolist(), strict=True)):
             if state == OUT_OF_FORM:
-                self.table.faults[row] = RowFault(GRAMMAR, errors.get(row, "rank 0 says what is wrong"))
+                self.table.faults[row] = RowFault(GRAMMAR, errors.get(i, "rank 0 says what is wrong"))
                 continue
             if state == BROKEN:
                 self.table.faults[row] = RowFault(NUMERICAL, "the logits are not finite, or leave no id to draw")
                 continue
             constraint = self.table.states[row].constraint
             if constraint is not None:
-                constraint.advance(token_id)
                 moved.append(row)
+                if i not in told_already:
+                    constraint.advance(token_id)
         # Now, while this thread does what only one thread can do: during the forward pass every core is taken.
         self.begin_masks(moved)
         return drawn
 
-    def draw(self, rows: list[int], raw: Tensor) -> tuple[Draw, dict[int, str]]:
+    def draw(self, rows: list[int], raw: Tensor) -> tuple[Draw, set[int], dict[int, str]]:
         """Processes a copy of the logits of those rows that ask for it, and draws from what is allowed.
 
-        The errors are of rows whose constraint cannot be used.
+        Also places of `rows` whose constraints know of the id, and errors of places whose constraint cannot be used.
         """
         states = [self.table.states[row] for row in rows]
         if self.digests is not None:
@@ -311,8 +311,8 @@ class Runner:
         asked, allowed, errors = self.constrain(rows)
         params = [state.params for state in states]
         drawn = draw(raw, processed, params, self.table.length[rows], allowed, asked.guided, self.drawing)
-        errors |= asked.take_note(drawn.ids, drawn.is_finite)
-        return drawn, {rows[place]: cause for place, cause in errors.items()}
+        told, failed = asked.take_note(drawn.ids, drawn.is_finite)
+        return drawn, told, errors | failed
 
     def is_processed(self, row: int, state: RowState) -> bool:
         """Whether a row's logits are changed before its constraint is looked at."""

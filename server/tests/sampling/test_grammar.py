@@ -342,7 +342,9 @@ def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided
     raw, positions = torch.from_numpy(logits), np.arange(len(rows)) + 7
     params = [params for _, params, _ in rows]
     drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), asked.guided, kernels)
-    errors |= asked.take_note(drawn.ids, drawn.is_finite)
+    told, failed = asked.take_note(drawn.ids, drawn.is_finite)
+    assert told == {i for i in range(len(rows)) if i not in errors | failed | masks and drawn.is_finite[i]}
+    errors |= failed
     good = [i for i in range(len(rows)) if i not in errors and drawn.is_finite[i]]
     ids, logprobs = ({i: of[i] for i in good} for of in (drawn.ids.tolist(), drawn.logprobs.tolist()))
     return Outcome(ids, logprobs, errors, np.nonzero(~drawn.is_finite)[0].tolist())
@@ -388,7 +390,6 @@ def test_what_is_drawn_is_drawn_from_what_is_allowed(grammars, kernels, form):
                 assert found.ids[place] == expected
                 assert found.logprobs[place] == pytest.approx(logprob, rel=1e-5, abs=1e-4)
                 # The matcher has gone on by it.
-                rows[place].advance(expected)
                 if at % 4 == 0:
                     assert allowed(rows[place]) == allowed(grammars.constraint(form, [*log[:at], expected]))
             steps += 1
@@ -419,7 +420,6 @@ def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars
         assert found.ids[place] == drawn_from(logits, left, by, place)[0]
         assert found.ids[place] in left
     wrong = few.constraint(Grammar(REGEX, "[!-+]{2}"), [ways[0], ways[0], ways[0]])
-    rows[0].advance(found.ids[0])
     again = guided(kernels, logits[:2], (wrong, by, False), (rows[0], by, False))
     assert list(again.errors) == [0]
     assert "does not follow" in again.errors[0]
@@ -441,7 +441,7 @@ def test_a_row_whose_ids_are_all_impossible_leaves_nothing_to_draw(grammars, ker
         asked, *_ = ask(((i, row, False) for i, row in enumerate(rows)), ends)
         drawn = draw(raw, processed, [params] * 2, np.arange(2), None, asked.guided, kernels)
         assert drawn.is_finite.tolist() == [False, True]
-        assert asked.take_note(drawn.ids, drawn.is_finite) == {}
+        assert asked.take_note(drawn.ids, drawn.is_finite) == ({1}, {})
         assert int(drawn.ids[1]) in ways
         assert allowed(rows[0]) == ways
 
@@ -458,7 +458,6 @@ def test_a_matcher_that_fails_is_the_error_of_its_row(grammars, kernels, monkeyp
         assert list(found.errors) == [0]
         assert "out of range" in found.errors[0]
         assert list(found.ids) == [1]
-        rows[1].advance(found.ids[1])
 
 
 def test_a_mask_that_was_dear_is_noticed(grammars, kernels):
@@ -472,7 +471,6 @@ def test_a_mask_that_was_dear_is_noticed(grammars, kernels):
     logits[0, DIGIT] = 9
     assert guided(kernels, logits, (row, GREEDY, False)).ids == {0: DIGIT}
     assert row.expected_s == 0.0
-    row.advance(DIGIT)
     guided(kernels, logits, (row, BY_CHANCE, False))
     assert row.expected_s > 0.0
 

@@ -182,14 +182,13 @@ class Guided:
     """The constraint of one sequence by a grammar."""
 
     # Of each row of a step something is looked at when nothing is in a core's caches.
-    __slots__ = ("_compiled", "_ended", "_eos", "_followed", "_matcher", "_pending", "expected_s", "needed_mask")
+    __slots__ = ("_compiled", "_ended", "_eos", "_matcher", "_pending", "expected_s", "needed_mask")
 
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
         self._compiled, self._eos = compiled, list(eos_token_ids)
         self._matcher: Matcher | None = None
         self._pending: list[int] = []
         self._ended = False
-        self._followed: int | None = None  # by the matcher, before note was taken of it
         self.expected_s = np.inf
         self.needed_mask = False  # the last time
         for token_id in generated:
@@ -197,18 +196,21 @@ class Guided:
 
     def advance(self, token_id: int) -> None:
         """See `Constraint`. What it leads to is found out when it is needed."""
-        followed, self._followed = self._followed, None
-        if token_id == followed:
-            return
-        assert followed is None, "the matcher went on by an id, and another one was drawn"
         if self._ended or token_id in self._eos:
             self._ended = True
         else:
             self._pending.append(token_id)
 
-    def has_followed(self, token_id: int) -> None:
-        """The matcher has gone on by an id, unless it is an end, with which `advance` has to be called next."""
-        self._followed = token_id if token_id not in self._eos else None
+    def has_followed(self, token_id: int, mask_seconds: float) -> None:
+        """Instead of `advance`: the matcher has gone on by the id already, unless it ends the text.
+
+        mask_seconds: what a mask has cost; 0 if none was needed.
+        """
+        self.needed_mask = mask_seconds > 0
+        if mask_seconds:
+            self.took(mask_seconds)
+        if token_id in self._eos:
+            self._ended = True
 
     def is_cheap(self) -> bool:
         """Whether the next mask is expected to take but a moment, to judge by those before.

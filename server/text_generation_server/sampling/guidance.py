@@ -29,28 +29,28 @@ class Asked(NamedTuple):
     guided: GuidedRows | None
     constraints: list[Guided]
 
-    def take_note(self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> dict[int, str]:
-        """Tells the constraints what came of their rows. The errors of places of the logits.
+    def take_note(self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> tuple[set[int], dict[int, str]]:
+        """Tells the constraints by which ids their matchers have gone on.
 
         ids, is_finite: [rows of the logits].
+
+        Returns:
+            Places whose constraints need not be told any more, and errors of others.
         """
+        told, errors = set[int](), dict[int, str]()
         if self.guided is None:
-            return {}
-        rows, errors = self.guided.rows, dict[int, str]()
-        places, seconds = rows["place"], rows["mask_seconds"].tolist()
-        has_followed = is_finite[places] & (rows["has_failed"] == 0)
-        for constraint, took, token_id, followed in zip(
-            self.constraints, seconds, ids[places].tolist(), has_followed.tolist(), strict=True
-        ):
-            constraint.needed_mask = took > 0
-            if took:
-                constraint.took(took)
-            if followed:
-                constraint.has_followed(token_id)
-        for i in np.flatnonzero(rows["has_failed"]).tolist():
-            cause = self.guided.matchers[i].error() or "the grammar leaves no id to go on with"
-            errors[int(places[i])] = first_line(cause)
-        return errors
+            return told, errors
+        rows = self.guided.rows
+        places, seconds, has_failed = (rows[name].tolist() for name in ("place", "mask_seconds", "has_failed"))
+        all_ids, all_finite = ids.tolist(), is_finite.tolist()
+        for i, (place, constraint) in enumerate(zip(places, self.constraints, strict=True)):
+            if has_failed[i]:
+                cause = self.guided.matchers[i].error() or "the grammar leaves no id to go on with"
+                errors[place] = first_line(cause)
+            elif all_finite[place]:
+                constraint.has_followed(all_ids[place], seconds[i])
+                told.add(place)
+        return told, errors
 
 
 def ask(

@@ -231,11 +231,18 @@ extern "C" {
 // raw, processed: [rows][size], `raw_stride` and `processed_stride` elements from one row to the next; they may be the same.
 // allowed: null for all. guided: null if no row is.
 EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, const float *processed,
-                         int64_t processed_stride, int64_t size, const Allowed *allowed, const Guided *guided, DrawRow *row,
+                         int64_t processed_stride, int64_t size, const Allowed *allowed, Guided *guided, DrawRow *row,
                          int64_t rows, int32_t threads) {
     static thread_local std::vector<GuidedRow *> guided_at;
     guided_at.assign(rows, nullptr);
-    for (int64_t i = 0; guided && i < guided->count; i++) guided_at[guided->rows[i].place] = guided->rows + i;
+    for (int64_t i = 0; guided && i < guided->count; i++) {
+        GuidedRow &one = guided->rows[i];
+        if (one.place < 0 || one.place >= rows) {
+            guided->count = -1;
+            return;
+        }
+        guided_at[one.place] = &one;
+    }
     GuidedRow *const *at = guided_at.data();
     Pool::shared().run(threads, rows, 1, [&, at](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {

@@ -87,7 +87,7 @@ struct Guided {
     int64_t mask_words;    // of the matchers' own masks
     const uint32_t *ends;  // [(size + 31) / 32], one bit for each id that ends a text
     GuidedRow *rows;
-    int64_t count;
+    int64_t count;         // -1 as a result: one of them is no row of the logits, and nothing was drawn
 };
 
 // The highest of `row` [size], whose highest number is `most`, if it is among the first that are tried and follows: the matcher

@@ -100,16 +100,19 @@ class NativeSampling:
             ValueError: logits of another shape or type, masks or ends that are not theirs, or a row that is none.
         """
         count = len(requests)
-        raw, processed = _checked(raw, count), _checked(processed, count)
+        is_same, raw = processed is raw, _checked(raw, count)
+        processed = raw if is_same else _checked(processed, count)
         rows = np.zeros(count, DRAW_ROW)
         rows["how"] = _array_of(requests)
         masks = None if allowed is None else _masks_of(allowed, *raw.shape)
-        led = None if guided is None else _guided_of(guided, *raw.shape)
+        led = None if guided is None else _guided_of(guided, raw.shape[1])
         self._draw(
             self._variant, raw.data_ptr(), raw.stride(0), processed.data_ptr(), processed.stride(0), raw.shape[1],
             None if masks is None else ctypes.addressof(masks), None if led is None else ctypes.addressof(led),
             rows.ctypes.data, count, torch.get_num_threads(),
         )  # fmt: skip
+        if guided is not None and led is not None and led.count < 0:
+            raise ValueError(f"guided rows {guided.rows['place'].tolist()} of {count}")
         return Drawn(rows["id"], rows["logprob"], rows["normalizer"], rows["is_finite"].astype(np.bool_))
 
     def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> None:
@@ -164,14 +167,11 @@ def _array_of(requests: Sequence[DrawRequest]) -> NDArray[np.void]:
     return np.array(requests, DRAW_REQUEST)
 
 
-def _guided_of(guided: GuidedRows, count: int, vocab: int) -> _Guided:
+def _guided_of(guided: GuidedRows, vocab: int) -> _Guided:
     """What lives as long as `guided`."""
     words, ends, rows = -(-vocab // 32), guided.ends, guided.rows
-    if ends.shape != (words,) or ends.dtype != np.int32 or not (ends.flags.c_contiguous and rows.flags.c_contiguous):
+    if ends.nbytes != 4 * words or rows.dtype is not GUIDED_ROW:
         raise ValueError(f"ends are {ends.dtype} {list(ends.shape)}; expected int32 [{words}] for {vocab} ids")
-    places = rows["place"]
-    if rows.dtype != GUIDED_ROW or not 0 <= places.min() <= places.max() < count:
-        raise ValueError(f"rows {places.tolist()} of {count}")
     return _Guided(*guided.functions, guided.mask_words, ends.ctypes.data, rows.ctypes.data, len(rows))
 
 
