@@ -260,6 +260,56 @@ def test_what_needs_no_mask_yields_what_masks_would_have_left(params, monkeypatc
     assert len(guided) == count
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_come_and_go_yield_what_each_yields_alone(seed, monkeypatch):
+    """What was asked of grammars in one step serves the next one, but not where a row is another one's by now."""
+    draw, kinds = random.Random(seed), [MARKS, MANY, Grammar(REGEX, "[!-+]{5}"), None]
+    sequences = [
+        (
+            [draw.randrange(3, VOCAB) for _ in range(3)],
+            draw.choice([SamplingParams(), SAMPLING, SamplingParams(min_new_tokens=6)]),
+            draw.choice(kinds),
+            draw.randrange(2, 14),
+        )
+        for _ in range(14)
+    ]
+    alone = [
+        generate(runner(), count, tokens=tokens, params=params, grammar=grammar)
+        for tokens, params, grammar, count in sequences
+    ]
+    # Of some rows a mask is dear now and then.
+    monkeypatch.setattr(Guided, "is_cheap", lambda constraint: draw.random() < 0.98)
+    run, waiting, running, found = (
+        runner(),
+        list(range(len(sequences))),
+        dict[int, int](),
+        [list[int]() for _ in sequences],
+    )
+    for number in range(1, 200):
+        admit, new = [], set[int]()
+        for row in range(4):
+            if row not in running and waiting and draw.random() < 0.8:
+                running[row] = waiting.pop(0)
+                tokens, params, grammar, _ = sequences[running[row]]
+                admit.append(admission(row, tokens, params=params, grammar=grammar, incarnation=running[row] + 1))
+                new.add(row)
+        # Some rows may rest in a step.
+        rows = [row for row in sorted(running) if row in new or draw.random() < 0.95]
+        release = [row for row in rows if len(found[running[row]]) + 1 == sequences[running[row]][3]]
+        works = [
+            work(row, 99 if row in new else 1, blocks_of(row) if row in new else (), incarnation=running[row] + 1)
+            for row in rows
+        ]
+        for row, result in zip(rows, step(run, *works, admit=admit, release=release, number=number), strict=True):
+            assert result.fault is None
+            found[running[row]] += result.ids
+        for row in release:
+            del running[row]
+        if not running and not waiting:
+            break
+    assert found == alone
+
+
 def test_all_ranks_leave_out_a_row_whose_grammar_fails_on_the_first():
     wire: list[Tensor] = []
     first, second = runner(0, wire), runner(1, wire)

@@ -156,6 +156,8 @@ class Runner:
         set_bits(self.ends, [*(i for i in eos_token_ids if i < table.vocab_size), *beyond])
         # Of rows that are constrained: the constraint, and where its mask is being found out.
         self.begun: dict[int, tuple[Constraint, Masks, int]] = {}
+        # What the last step asked of grammars, of which rows, and how many changes of rows there had been.
+        self.asked, self.asked_of, self.changes = Asked(None, [], holds=False), (list[int](), 0), 0
 
     def step(self, plan: Plan) -> Result:
         """Computes a plan. Raises ProtocolError if it does not fit what this rank holds."""
@@ -185,6 +187,7 @@ class Runner:
         for row in plan.release:
             self.table.release(row)
             self.begun.pop(row, None)
+            self.changes += 1
         ended = time.monotonic_ns()
         micros = [(b - a) // 1000 for a, b in ((started, forwarded), (forwarded, sampled), (started, ended))]
         return Result(plan.epoch, plan.step, digest, rows, *micros)
@@ -192,6 +195,7 @@ class Runner:
     def admit(self, a: Admission) -> None:
         """Takes a sequence; what it asks for and cannot get is an error of its row alone."""
         table = self.table
+        self.changes += 1
         table.admit(a.row, a.sequence, a.incarnation, a.tokens, a.num_prompt, a.cached_len)
         state = table.states[a.row] = RowState(a.params, prompt_logprobs_from=a.prompt_logprobs_from)
         if a.unsupported is not None:
@@ -238,25 +242,27 @@ class Runner:
 
     def constrain(self, rows: list[int]) -> tuple[Asked, Allowed | None, dict[int, str]]:
         """Places of `rows` that are guided, what may be drawn at others, and errors of places."""
+        if self.asked.holds and self.asked_of == (rows, self.changes):
+            return self.asked, None, {}
         states = self.table.states
         bound = [(i, row, c) for i, row in enumerate(rows) if (c := states[row].constraint) is not None]
-        if not bound:
-            return Asked(None, []), None, {}
         # Some may have become dear meanwhile.
         self.begin_masks([row for _, row, _ in bound])
         cheap = [
-            (i, c, states[row].params.min_new_tokens > 0 and self.is_too_short(row, states[row]))
+            (i, c, self.is_too_short(row, states[row]))
             for i, row, c in bound
             if row not in self.begun and isinstance(c, Guided)
         ]
-        asked, masks, errors = ask(cheap, self.ends)
+        self.asked, masks, errors = ask(cheap, self.ends)
+        self.asked.holds &= len(cheap) == len(bound)
+        self.asked_of = list(rows), self.changes
         for i, row, _ in bound:
             if (begun := self.begun.pop(row, None)) is not None:
                 _, found, at = begun
                 masks[i] = self.lengthen(row, found.wait()[at])
                 if row in found.errors:
                     errors[i] = found.errors[row]
-        return asked, allowed_by(masks, len(rows)), errors
+        return self.asked, allowed_by(masks, len(rows)), errors
 
     def sample(self, rows: list[int], logits: Tensor | None) -> Draw | None:
         """Draws on rank 0 and tells the others: one broadcast of ids and states. Appends the ids to the logs."""
@@ -276,6 +282,9 @@ class Runner:
         self.group.broadcast(torch.from_numpy(told))
         is_drawn = told[:, 1] == DRAWN
         self.table.append(np.array(rows)[is_drawn], told[is_drawn, 0])
+        if self.asked.holds and is_drawn.all():
+            # Every constraint knows of its id, and none needs a mask that is dear.
+            return drawn
         moved: list[int] = []
         for i, (row, (token_id, state)) in enumerate(zip(rows, told.tolist(), strict=True)):
             if state == OUT_OF_FORM:

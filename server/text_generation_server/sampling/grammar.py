@@ -182,35 +182,26 @@ class Guided:
     """The constraint of one sequence by a grammar."""
 
     # Of each row of a step something is looked at when nothing is in a core's caches.
-    __slots__ = ("_compiled", "_ended", "_eos", "_matcher", "_pending", "expected_s", "needed_mask")
+    __slots__ = ("_compiled", "_ended", "_matcher", "_pending", "ends", "expected_s")
 
     def __init__(self, compiled: "Future[Compiled]", eos_token_ids: Sequence[int], generated: Sequence[int]) -> None:
-        self._compiled, self._eos = compiled, list(eos_token_ids)
+        self._compiled, self.ends = compiled, frozenset(eos_token_ids)
         self._matcher: Matcher | None = None
         self._pending: list[int] = []
         self._ended = False
         self.expected_s = np.inf
-        self.needed_mask = False  # the last time
         for token_id in generated:
             self.advance(token_id)
 
     def advance(self, token_id: int) -> None:
-        """See `Constraint`. What it leads to is found out when it is needed."""
-        if self._ended or token_id in self._eos:
+        """See `Constraint`. What it leads to is found out when it is needed.
+
+        By an id that does not end the text, the matcher may have been told to go on instead.
+        """
+        if self._ended or token_id in self.ends:
             self._ended = True
         else:
             self._pending.append(token_id)
-
-    def has_followed(self, token_id: int, mask_seconds: float) -> None:
-        """Instead of `advance`: the matcher has gone on by the id already, unless it ends the text.
-
-        mask_seconds: what a mask has cost; 0 if none was needed.
-        """
-        self.needed_mask = mask_seconds > 0
-        if mask_seconds:
-            self.took(mask_seconds)
-        if token_id in self._eos:
-            self._ended = True
 
     def is_cheap(self) -> bool:
         """Whether the next mask is expected to take but a moment, to judge by those before.
@@ -229,7 +220,7 @@ class Guided:
         """See `Constraint`. Waits for the grammar to be compiled."""
         matcher = self.follow()
         if matcher is None:
-            set_bits(words, self._eos)
+            set_bits(words, sorted(self.ends))
             return
         matcher.fill(words)
         if (error := matcher.error()) is not None:

@@ -7,7 +7,8 @@ that follow grammars are preferred; `guide_rows` serves where there are none, an
 import math
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,16 @@ from .matcher import Matcher, functions
 TRIES, TRIES_AFTER_A_MASK = 4, 1
 
 
-class Asked(NamedTuple):
-    """Rows of the logits that grammars limit, as those who draw are told, and their constraints in the same order."""
+@dataclass
+class Asked:
+    """Rows of the logits that grammars limit, as those who draw are told, and their constraints in the same order.
+
+    holds: of the next step the same may be asked, if it has the same rows.
+    """
 
     guided: GuidedRows | None
     constraints: list[Guided]
+    holds: bool
 
     def take_note(self, ids: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> tuple[set[int], dict[int, str]]:
         """Tells the constraints by which ids their matchers have gone on.
@@ -37,19 +43,28 @@ class Asked(NamedTuple):
         Returns:
             Places whose constraints need not be told any more, and errors of others.
         """
-        told, errors = set[int](), dict[int, str]()
         if self.guided is None:
-            return told, errors
-        rows = self.guided.rows
-        places, seconds, has_failed = (rows[name].tolist() for name in ("place", "mask_seconds", "has_failed"))
-        all_ids, all_finite = ids.tolist(), is_finite.tolist()
-        for i, (place, constraint) in enumerate(zip(places, self.constraints, strict=True)):
-            if has_failed[i]:
-                cause = self.guided.matchers[i].error() or "the grammar leaves no id to go on with"
-                errors[place] = first_line(cause)
-            elif all_finite[place]:
-                constraint.has_followed(all_ids[place], seconds[i])
-                told.add(place)
+            return set(), {}
+        rows, told, errors = self.guided.rows, set[int](), dict[int, str]()
+        all_ids, all_finite, ends = ids.tolist(), is_finite.tolist(), self.constraints[0].ends
+        tries = [TRIES] * len(rows)
+        # Numbers of Python: a few of them cost less than numpy's functions when nothing is in a core's caches.
+        for i, (_, place, mask_seconds, _, _, has_failed) in enumerate(rows.tolist()):
+            if mask_seconds:
+                tries[i] = TRIES_AFTER_A_MASK
+                self.constraints[i].took(mask_seconds)
+                self.holds &= self.constraints[i].is_cheap()
+            if has_failed or not all_finite[place]:
+                self.holds = False
+                if has_failed:
+                    cause = self.guided.matchers[i].error() or "the grammar leaves no id to go on with"
+                    errors[place] = first_line(cause)
+                continue
+            told.add(place)
+            if all_ids[place] in ends:
+                self.constraints[i].advance(all_ids[place])
+                self.holds = False
+        rows["tries"] = tries
         return told, errors
 
 
@@ -70,17 +85,16 @@ def ask(
             errors[place] = str(error)
             continue
         if matcher is not None:
-            tries = TRIES_AFTER_A_MASK if constraint.needed_mask else TRIES
-            rows.append((matcher.address, place, 0.0, tries, goes_on, 0))
+            rows.append((matcher.address, place, 0.0, TRIES, goes_on, 0))
             matchers.append(matcher)
             constraints.append(constraint)
         else:
             masks[place] = np.empty_like(ends)
             constraint.fill(masks[place])
     if not rows:
-        return Asked(None, []), masks, errors
+        return Asked(None, [], holds=not (masks or errors)), masks, errors
     guided = GuidedRows(np.array(rows, GUIDED_ROW), matchers, matchers[0].mask_words, functions(), ends)
-    return Asked(guided, constraints), masks, errors
+    return Asked(guided, constraints, holds=not (masks or errors or guided.rows["goes_on"].any())), masks, errors
 
 
 def allowed_by(masks: Mapping[int, NDArray[np.int32]], rows: int) -> Allowed | None:
@@ -104,6 +118,7 @@ def guide_rows(
     ids, masks = dict[int, int](), dict[int, NDArray[np.int32]]()
     for asked, matcher in zip(guided.rows, guided.matchers, strict=True):
         place = int(asked["place"])
+        asked["mask_seconds"], asked["has_failed"] = 0, 0
         if not is_finite[place]:
             continue
         row = cast(NDArray[np.float32], logits[place].numpy())

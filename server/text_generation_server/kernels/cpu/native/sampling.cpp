@@ -241,6 +241,7 @@ EXPORT void kernels_draw(int32_t variant, const float *raw, int64_t raw_stride, 
             guided->count = -1;
             return;
         }
+        one.mask_seconds = 0, one.has_failed = 0;
         guided_at[one.place] = &one;
     }
     GuidedRow *const *at = guided_at.data();
