@@ -9,8 +9,8 @@
 //            a scale of its own, which follows from the row alone. Sums within a block are exact; then a chain over the
 //            blocks of a group, in float32.
 //
-// After that a chain over the groups, as everywhere. One row goes through many columns in registers; several rows share a
-// chunk of units that is made once. Both walk the same chains.
+// After that a chain over the groups, as everywhere. One row goes through many columns in registers; several rows share
+// units, which are made in registers for each tile or, of numbers and many rows, once in memory. All walk the same chains.
 #include "layer.h"
 
 #include "avx512_vectors.h"
@@ -104,8 +104,9 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     });
 }
 
-// Rows of codes from which on each tile has `multiply_codes`.
-constexpr int kManyCodes = 3;
+// Rows of codes from which on each tile has `multiply_codes`, and those of a tile that have all they need in registers. Six rows
+// are one tile nevertheless, since all that they wait for is memory.
+constexpr int kManyCodes = 3, kGoodCodes = 5;
 
 // A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
 struct Ahead {
@@ -198,7 +199,7 @@ constexpr int64_t kFewTiles = 4;
 // are read one after the other, which is one stream.
 constexpr int64_t kLongPanel = 40 << 10;
 
-// Rows whose sums in both kinds of numbers fit into registers.
+// Rows of a tile, at most.
 template <class C>
 constexpr int kTile = C::kExact ? kTileOfEight : kTileOfBrain;
 
@@ -305,10 +306,11 @@ void multiply_units_of(const Weight &weight, const Units &units, int64_t first, 
         });
 }
 
-bool units_of(const Weight &weight, int64_t, UnitCounts *counts) {
+bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_units(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, kTile<C>};
+        const int64_t tile = C::kExact && rows > kTile<C> ? kGoodCodes : kTile<C>;
+        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, tile};
     });
 }
 
