@@ -104,9 +104,8 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     });
 }
 
-// Rows of codes from which on each tile has `multiply_codes`, and those of a tile that have all they need in registers. Six rows
-// are one tile nevertheless, since all that they wait for is memory.
-constexpr int kManyCodes = 3, kGoodCodes = 5;
+// Rows of codes from which on each tile has `multiply_codes`.
+constexpr int kManyCodes = 3;
 
 // A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
 struct Ahead {
@@ -202,6 +201,15 @@ constexpr int64_t kLongPanel = 40 << 10;
 // Rows of a tile, at most.
 template <class C>
 constexpr int kTile = C::kExact ? kTileOfEight : kTileOfBrain;
+
+// The same of many rows. Five of codes have all they need in registers, but the fewer tiles, the less often codes of 2 or 3 bits,
+// which take longest, become units. Six rows are one tile in any case, since what they wait for is memory.
+template <class C>
+constexpr int64_t tile_for(int64_t rows) {
+    if constexpr (C::kExact)
+        if (C::kBits >= 4 && rows > kTile<C>) return kTile<C> - 1;
+    return kTile<C>;
+}
 
 // The other kinds; the group may be none.
 template <class C, int R>
@@ -309,8 +317,7 @@ void multiply_units_of(const Weight &weight, const Units &units, int64_t first, 
 bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_units(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        const int64_t tile = C::kExact && rows > kTile<C> ? kGoodCodes : kTile<C>;
-        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, tile};
+        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, tile_for<C>(rows)};
     });
 }
 
