@@ -9,8 +9,8 @@
 //            a scale of its own, which follows from the row alone. Sums within a block are exact; then a chain over the
 //            blocks of a group, in float32.
 //
-// After that a chain over the groups, as everywhere. One row goes through many columns in registers; several rows share a
-// chunk of units that is made once. Both walk the same chains.
+// After that a chain over the groups, as everywhere. One row goes through many columns in registers; several rows share
+// units, which are made in registers for each tile or, of numbers and many rows, once in memory. All walk the same chains.
 #include "layer.h"
 
 #include "avx512_vectors.h"
@@ -19,6 +19,12 @@
 
 INLINE F add_dot(F sum, I weights, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights.v, (__m512bh)x.v); }
 INLINE I add_dot(I sum, I weights, I x) { return {_mm512_dpbusd_epi32(sum.v, weights.v, x.v)}; }
+
+// The same. Of many sums, given the instruction's function, gcc 12 moves each from register to register in every round of a loop.
+INLINE I add_dot_in_place(I sum, I weights, I x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(weights.v), "v"(x.v));
+    return sum;
+}
 
 // The sum of products of codes begins with what the middle of the codes takes away from it.
 template <class C>
@@ -98,17 +104,93 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     });
 }
 
-// Places of a panel that become units at once, for all rows: they stay in a core's first cache.
-constexpr int64_t kChunkBlocks = 64 / kBlockSteps;
+// Rows of codes from which on each tile has `multiply_codes`.
+constexpr int kManyCodes = 3;
 
-// What a tile of rows does with a chunk of units of one panel. Exact kinds: of several blocks, else of one group.
+// A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
+struct Ahead {
+    const uint8_t *at;
+    int64_t stride;
+};
+
+// Exact kinds. The next steps of a block, until `end`.
+template <class C, int R>
+INLINE void add_steps(const uint8_t *codes, const uint8_t *end, I table, const uint32_t *x, Ahead &ahead, I (&sum)[R][kVectors]) {
+    do {
+        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(codes + line);
+        for (int64_t line = 0; line < C::kStep / 2; line += 64) _mm_prefetch((const char *)ahead.at + line, _MM_HINT_T1);
+        ahead.at += ahead.stride;
+        typename C::Words words[kVectors];
+        repeat<kVectors>([&](auto v) { words[v] = C::load(codes, v, table); });
+        repeat<C::kUnits>([&](auto u) {
+            I unit[kVectors];
+            repeat<kVectors>([&](auto v) { unit[v] = C::template unit<u>(words[v]); });
+            repeat<R>([&](auto m) {
+                const I value = broadcast_unit(x + u * R + m);
+                repeat<kVectors>([&](auto v) { sum[m][v] = add_dot_in_place(sum[m][v], unit[v], value); });
+            });
+        });
+        codes += C::kStep, x += C::kUnits * R;
+    } while (codes != end);
+}
+
+// Exact kinds: the `R` rows of a tile with one panel. Making units anew for each tile costs nothing, as a processor does so beside the
+// products; so all that matters is that the sums of both kinds stay in registers.
+template <class C, int R>
+__attribute__((noinline)) void multiply_codes(const Weight &weight, const Tile &tile, I table, int64_t panel, Ahead ahead) {
+    const uint8_t *codes = weight.codes + panel * weight.steps * C::kStep;
+    auto each = [](auto &&function) {
+        repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v); }); });
+    };
+    alignas(64) float memory[R * kColumns];
+    float *totals = memory;
+    asm("" : "+r"(totals) : : "memory");  // else gcc has them in registers, and others in memory
+    each([&](auto m, auto v) { store_floats(totals + m * kColumns + v * kWidth, zeros()); });
+    const uint32_t *x = tile.x(0);
+    const int32_t *offsets = tile.offsets(0);
+    const float *scales = tile.scales(0);
+    int64_t step = 0;
+    for (int64_t group = 0; group < weight.groups; group++) {
+        F partial[R][kVectors];
+        each([&](auto m, auto v) { partial[m][v] = zeros(); });
+        const int64_t end = weight.group_ends[group];
+        while (step < end) {
+            const int64_t steps = std::min(kBlockSteps, end - step);
+            I sum[R][kVectors];
+            each([&](auto m, auto v) { sum[m][v] = begin_sum<C>(offsets + m); });
+            add_steps<C, R>(codes, codes + steps * C::kStep, table, x, ahead, sum);
+            each([&](auto m, auto v) { partial[m][v] = add_product(to_float(sum[m][v]), all_floats(scales[m]), partial[m][v]); });
+            step += steps, codes += steps * C::kStep, x += steps * C::kUnits * R;
+            offsets += R, scales += R;
+        }
+        const Group here{weight, (panel * weight.groups + group) * kColumns};
+        if (const float *x_sums = tile.sums(group))
+            repeat<kVectors>([&](auto v) {
+                const F zero = here.zero(v * kWidth);
+                repeat<R>([&](auto m) { partial[m][v] = subtract_product(zero, all_floats(x_sums[m]), partial[m][v]); });
+            });
+        repeat<kVectors>([&](auto v) {
+            const F scale = here.scale(v * kWidth);
+            repeat<R>([&](auto m) {
+                float *total = totals + m * kColumns + v * kWidth;
+                store_floats(total, add_product(scale, partial[m][v], load_floats(total)));
+            });
+        });
+    }
+    const Rows rows{R, 0, nullptr, nullptr, nullptr, tile.units.y};
+    for (int64_t m = 0; m < R; m++)
+        repeat<kVectors>([&](auto v) {
+            const F total = finished<C>(weight, tile.units, tile.row + m, panel, v, load_floats(totals + m * kColumns + v * kWidth));
+            put(rows, weight, tile.row + m, panel * kColumns + v * kWidth, total);
+        });
+}
+
+// What a tile of rows does with a chunk of units of one panel and one group.
 struct Chunk {
     const uint8_t *numbers;  // [units][kColumns] units
-    int64_t first, units;    // of the row
-    int64_t block, blocks;   // exact kinds
-    bool begins, ends;       // its first group, its last
-    struct Block { int64_t units, group; bool ends; } list[kChunkBlocks];  // `ends`: its group
-    float scales[kChunkBlocks][kColumns], zeros[kChunkBlocks][kColumns];   // of the group that ends with a block
+    int64_t units;
+    bool begins, ends;       // its group
+    float scales[kColumns];  // where the group ends
 };
 
 constexpr int64_t kFewTiles = 4;
@@ -116,50 +198,20 @@ constexpr int64_t kFewTiles = 4;
 // are read one after the other, which is one stream.
 constexpr int64_t kLongPanel = 40 << 10;
 
-// Rows whose sums in both kinds of numbers fit into registers.
+// Rows of a tile, at most.
 template <class C>
 constexpr int kTile = C::kExact ? kTileOfEight : kTileOfBrain;
 
-// Exact kinds. `partials`, `totals`: [R][kColumns].
-template <class C, int R>
-__attribute__((noinline)) void multiply_codes(const Chunk &chunk, const Tile &tile, float *partials, float *totals) {
-    auto each = [](auto &&function) {
-        repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v); }); });
-    };
-    F partial[R][kVectors];
-    each([&](auto m, auto v) { partial[m][v] = chunk.begins ? zeros() : load_floats(partials + m * kColumns + v * kWidth); });
-    const uint32_t *x = tile.x(chunk.first);
-    const uint8_t *numbers = chunk.numbers;
-    for (int64_t i = 0; i < chunk.blocks; i++) {
-        const Chunk::Block &block = chunk.list[i];
-        const int32_t *offsets = tile.offsets(chunk.block + i);
-        I sum[R][kVectors];
-        each([&](auto m, auto v) { sum[m][v] = begin_sum<C>(offsets + m); });
-        for (int64_t unit = 0; unit < block.units; unit++, x += R, numbers += kColumns * 4) {
-            if constexpr (C::kInMemory) prefetch(numbers), prefetch(numbers + 64);
-            const I a = load_integers(numbers), b = load_integers(numbers + kWidth * 4);
-            repeat<R>([&](auto m) {
-                const I value = broadcast_unit(x + m);
-                sum[m][0] = add_dot(sum[m][0], a, value);
-                sum[m][1] = add_dot(sum[m][1], b, value);
-            });
-        }
-        const float *scales = tile.scales(chunk.block + i);
-        each([&](auto m, auto v) { partial[m][v] = add_product(to_float(sum[m][v]), all_floats(scales[m]), partial[m][v]); });
-        if (!block.ends) continue;
-        const float *x_sums = tile.sums(block.group);
-        each([&](auto m, auto v) {
-            F value = partial[m][v];
-            if (x_sums) value = subtract_product(load_floats(chunk.zeros[i] + v * kWidth), all_floats(x_sums[m]), value);
-            float *total = totals + m * kColumns + v * kWidth;
-            store_floats(total, add_product(load_floats(chunk.scales[i] + v * kWidth), value, load_floats(total)));
-            partial[m][v] = zeros();
-        });
-    }
-    if (!chunk.ends) each([&](auto m, auto v) { store_floats(partials + m * kColumns + v * kWidth, partial[m][v]); });
+// The same of many rows. Five of codes have all they need in registers, but the fewer tiles, the less often codes of 2 or 3 bits,
+// which take longest, become units. Six rows are one tile in any case, since what they wait for is memory.
+template <class C>
+constexpr int64_t tile_for(int64_t rows) {
+    if constexpr (C::kExact)
+        if (C::kBits >= 4 && rows > kTile<C>) return kTile<C> - 1;
+    return kTile<C>;
 }
 
-// The other kinds, of one group that may be none.
+// The other kinds; the group may be none.
 template <class C, int R>
 __attribute__((noinline)) void multiply_brains(const Chunk &chunk, bool scaled, const uint32_t *x, float *partials,
                                                float *totals) {
@@ -182,53 +234,38 @@ __attribute__((noinline)) void multiply_brains(const Chunk &chunk, bool scaled, 
             float *total = totals + m * kColumns + v * kWidth;
             if (!chunk.ends) store_floats(partials + m * kColumns + v * kWidth, sum[m][v]);
             else if (!scaled) store_floats(total, sum[m][v]);
-            else store_floats(total, add_product(load_floats(chunk.scales[0] + v * kWidth), sum[m][v], load_floats(total)));
+            else store_floats(total, add_product(load_floats(chunk.scales + v * kWidth), sum[m][v], load_floats(total)));
         });
     });
 }
 
-// Any number of rows with one panel.
+// The other kinds: any number of rows with one panel.
 template <class C>
 void multiply_many(const Weight &weight, const Units &units, I table, int64_t panel, float *scratch) {
     const uint8_t *codes = weight.codes + panel * weight.steps * C::kStep;
     uint8_t *made = (uint8_t *)scratch;
     float *totals = scratch + kChunkSteps * kStepPlaces * kColumns, *partials = totals + units.count * kColumns;
     std::fill(totals, totals + units.count * kColumns, 0.0f);
-    auto each_tile = [&](auto &&function) {
-        units.each_tile([&](int64_t row, int64_t count) {
-            repeat<kTile<C>>([&](auto m) {
-                if (count == m + 1) function(Tile{units, row, count}, m, partials + row * kColumns, totals + row * kColumns);
-            });
-        });
-    };
+    const bool scaled = weight.scale_type != kNone;
     Chunk chunk;
-    int64_t step = 0, block = 0, group = 0;
+    int64_t step = 0, group = 0;
     while (step < weight.steps) {
         const int64_t first = step;
-        chunk.first = first * C::kUnits, chunk.block = block, chunk.blocks = 0;
         while (weight.group_ends[group] <= step) group++;
         chunk.begins = step == (group ? weight.group_ends[group - 1] : 0);
-        const int64_t most = C::kExact ? kChunkBlocks : 1;
-        while (chunk.blocks < most && step < weight.steps) {
-            while (weight.group_ends[group] <= step) group++;
-            const int64_t last = std::min(step + (C::kExact ? kBlockSteps : kChunkSteps), int64_t(weight.group_ends[group]));
-            chunk.ends = last == weight.group_ends[group];
-            chunk.list[chunk.blocks] = {(last - step) * C::kUnits, group, chunk.ends};
-            if (chunk.ends && weight.scale_type != kNone) {
-                Group here{weight, (panel * weight.groups + group) * kColumns};
-                repeat<kVectors>([&](auto v) {
-                    store_floats(chunk.scales[chunk.blocks] + v * kWidth, here.scale(v * kWidth));
-                    if (units.sums) store_floats(chunk.zeros[chunk.blocks] + v * kWidth, here.zero(v * kWidth));
-                });
-            }
-            chunk.blocks++, block++;
-            step = last;
+        step = std::min(step + kChunkSteps, int64_t(weight.group_ends[group]));
+        chunk.ends = step == weight.group_ends[group];
+        if (chunk.ends && scaled) {
+            Group here{weight, (panel * weight.groups + group) * kColumns};
+            repeat<kVectors>([&](auto v) { store_floats(chunk.scales + v * kWidth, here.scale(v * kWidth)); });
         }
         chunk.units = (step - first) * C::kUnits;
         chunk.numbers = make_units<C>(codes, table, first, step, made);
-        each_tile([&](const Tile &tile, auto m, float *partial, float *total) {
-            if constexpr (C::kExact) multiply_codes<C, m + 1>(chunk, tile, partial, total);
-            else multiply_brains<C, m + 1>(chunk, weight.scale_type != kNone, tile.x(chunk.first), partial, total);
+        units.each_tile([&](int64_t row, int64_t count) {
+            const uint32_t *x = Tile{units, row, count}.x(first * C::kUnits);
+            repeat<kTile<C>>([&](auto m) {
+                if (count == m + 1) multiply_brains<C, m + 1>(chunk, scaled, x, partials + row * kColumns, totals + row * kColumns);
+            });
         });
     }
     const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
@@ -243,31 +280,44 @@ template <class C>
 void multiply_units_of(const Weight &weight, const Units &units, int64_t first, int64_t last, float *scratch) {
     const I table = load_table(weight);
     int64_t panel = first;
-    // Few rows: a panel stays in a core's second cache while each tile goes through it.
-    if (units.count <= kFewTiles * kTile<C>) {
-        for (; panel < last; panel += 2)
-            units.each_tile([&](int64_t row, int64_t count) {
-                const Tile tile{units, row, count};
+    if constexpr (C::kExact) {
+        // A panel stays in a core's second cache while each tile goes through it, and the next one comes there meanwhile.
+        const int64_t tiles = (units.count + units.tile - 1) / units.tile, bytes = weight.steps * C::kStep;
+        for (; units.count >= kManyCodes && panel < last; panel++)
+            units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
+                const uint8_t *at = weight.codes + panel * bytes;
+                Ahead ahead{at, 0};
+                if (tiles > 1 && panel + 1 < last) ahead = {at + bytes + bytes * tile / tiles, (C::kStep + tiles - 1) / tiles};
+                tile++;
                 repeat<kTile<C>>([&](auto m) {
-                    if (count != m + 1) return;
-                    // Enough sums that each need not wait for itself.
-                    constexpr int kPanels = m < 2 ? 2 : 1;
-                    int64_t at = panel;
-                    const int64_t end = std::min(panel + 2, last);
-                    const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel;
-                    for (; !alone && at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
-                    for (; at < end; at++) multiply_few<C, m + 1, 1>(weight, tile, table, at);
+                    if constexpr (m + 1 >= kManyCodes)
+                        if (count == m + 1) multiply_codes<C, m + 1>(weight, Tile{units, row, count}, table, panel, ahead);
                 });
             });
-        return;
+    } else {
+        for (; units.count > kFewTiles * kTile<C> && panel < last; panel++) multiply_many<C>(weight, units, table, panel, scratch);
     }
-    for (; panel < last; panel++) multiply_many<C>(weight, units, table, panel, scratch);
+    // Few rows: a panel stays in a core's second cache while each tile goes through it.
+    for (; panel < last; panel += 2)
+        units.each_tile([&](int64_t row, int64_t count) {
+            const Tile tile{units, row, count};
+            repeat<C::kExact ? kManyCodes - 1 : kTile<C>>([&](auto m) {
+                if (count != m + 1) return;
+                // Enough sums that each need not wait for itself.
+                constexpr int kPanels = m < 2 ? 2 : 1;
+                int64_t at = panel;
+                const int64_t end = std::min(panel + 2, last);
+                const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel;
+                for (; !alone && at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
+                for (; at < end; at++) multiply_few<C, m + 1, 1>(weight, tile, table, at);
+            });
+        });
 }
 
-bool units_of(const Weight &weight, int64_t, UnitCounts *counts) {
+bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_units(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, kTile<C>};
+        *counts = {weight.steps * C::kUnits, 0, C::kExact ? runs_of<C>(weight) : 0, C::kExact, tile_for<C>(rows)};
     });
 }
 

@@ -1,5 +1,6 @@
 // Vectors of 16 numbers. Included by each source that is compiled for AVX-512 (F, BW, DQ, VL), before what computes with them.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>

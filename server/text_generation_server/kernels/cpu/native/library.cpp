@@ -90,6 +90,9 @@ bool supported(const Variant &variant) {
     return dots;
 }
 
+// Activations of a tile that are worth a second thread, where they become units.
+constexpr int64_t kWorthPlaces = 1 << 13;
+
 int64_t panels_of(const Weight &weight) { return (weight.out_features + kColumns - 1) / kColumns; }
 
 // Panels of a part at least, so that a thread is worth waking; an even number, as some products read two at a time.
@@ -141,7 +144,8 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
     struct Rows { int64_t first, count; };
     std::vector<Rows> tiles;
     each_tile_of(count, counts.tile, [&](int64_t row, int64_t size) { tiles.push_back({row, size}); });
-    Pool::shared().run(threads, int64_t(tiles.size()), 2, [&](int64_t first, int64_t last) {
+    const bool worth = tiles[0].count * weight.steps * kStepPlaces >= kWorthPlaces;
+    Pool::shared().run(threads, int64_t(tiles.size()), worth ? 1 : 2, [&](int64_t first, int64_t last) {
         static thread_local Buffer scratch;
         float *own = scratch.floats(unit_scratch_floats(weight));
         for (int64_t tile = first; tile < last; tile++)

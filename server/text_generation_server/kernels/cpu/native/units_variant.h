@@ -16,7 +16,20 @@ struct Codes {
     static constexpr bool kExact = true, kInMemory = false;
     using Sum = I;
     struct Words { I codes; };
-    static INLINE Words load(const uint8_t *step, int vector, I) { return {load_words<Bits>(step + vector * kWidth * Bits)}; }
+    static INLINE Words load(const uint8_t *step, int vector, I) {
+        const uint8_t *at = step + vector * kWidth * Bits;
+        if constexpr (Bits == 3) {
+            // Each column's 3 bytes and one that nobody looks at.
+            alignas(64) static constexpr std::array<uint8_t, 64> kSpread = [] {
+                std::array<uint8_t, 64> from{};
+                for (int i = 0; i < 64; i++) from[i] = uint8_t(i / 4 * 3 + i % 4);
+                return from;
+            }();
+            return {{_mm512_permutexvar_epi8(_mm512_load_si512(kSpread.data()), load_integers(at).v)}};
+        } else {
+            return {load_words<Bits>(at)};
+        }
+    }
     template <int U>
     static INLINE I raw(Words words) { return unit<U>(words); }
     template <int U>
