@@ -1,6 +1,7 @@
-# Images that serve a model: `docker build --target cpu -t text-generation .`, or `--target cuda`, `--target sagemaker`.
+# Images that serve a model: `docker build --target cpu --build-arg GIT_COMMIT=$(git rev-parse --short=12 HEAD) -t text-generation .`,
+# or `--target cuda`, `--target sagemaker`.
 #
-#   docker run -p 8080:80 -v $PWD/data:/data text-generation --model-id M --quantize gptq
+#   docker run -p 8080:80 -v "$PWD/data:/data" text-generation --model-id M --quantize gptq
 #
 # Build arguments:
 #   BASE              what every stage stands on: a Debian or Ubuntu with Python 3.11 to 3.13 in its packages
@@ -30,9 +31,11 @@ RUN scripts/rust.sh
 ENV PATH=/root/.cargo/bin:$PATH
 COPY . .
 ARG GIT_COMMIT=
-# The caches keep what was compiled before: a change of the sources compiles these alone.
+# The caches keep what was compiled before: libraries of others. Our own sources are compiled in any case: cargo goes by the times of
+# files, and those of another clone may be younger than these.
 RUN --mount=type=cache,target=/root/.cargo/registry --mount=type=cache,target=/build/target \
-    cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark \
+    find launcher router benchmark proto -type f -exec touch {} + \
+    && cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark \
     && mkdir -p /programs \
     && for name in launcher router benchmark; do strip -o /programs/text-generation-$name target/release/text-generation-$name; done
 RUN python3 -m venv /wheel \
@@ -64,6 +67,8 @@ RUN apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         ca-certificates libstdc++6 python3 >/dev/null \
     && rm -rf /var/lib/apt/lists/* \
+    # Ubuntu's public image has a user of that number.
+    && if other=$(getent passwd 1000); then userdel --remove "${other%%:*}"; fi \
     && useradd --uid 1000 --user-group --create-home text-generation \
     && install -d -o text-generation -g text-generation /data
 ENV PATH=/opt/text-generation/bin:$PATH \
@@ -74,7 +79,7 @@ ENV PATH=/opt/text-generation/bin:$PATH \
 VOLUME /data
 # Ready, or still getting ready; the first minutes of a large model are its start.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health\", timeout=4)"]
+    CMD ["python3", "-c", "import http.client as h, os, sys; c = h.HTTPConnection('127.0.0.1', int(os.environ['PORT']), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
 LABEL org.opencontainers.image.title="text-generation" \
     org.opencontainers.image.description="Serves language models, quantized ones above all" \
     org.opencontainers.image.licenses="Apache-2.0"

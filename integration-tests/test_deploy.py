@@ -25,14 +25,18 @@ def entry(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return subprocess.run([ENTRY, *arguments], env=variables, capture_output=True, text=True, timeout=10, check=False)
 
 
-def test_the_sagemaker_entry_tells_the_launcher_what_it_was_told(tmp_path: Path) -> None:
+# SageMaker starts `IMAGE serve`.
+@pytest.mark.parametrize("arguments", [["serve"], []], ids=str)
+def test_the_sagemaker_entry_tells_the_launcher_what_it_was_told(tmp_path: Path, arguments: list[str]) -> None:
     done = entry(
-        tmp_path, "--json-output", HF_MODEL_ID="org/model", HF_MODEL_REVISION="v1", SM_NUM_GPUS="2",
-        HF_MODEL_QUANTIZE="gptq", HF_MODEL_TRUST_REMOTE_CODE="true", PORT="8080",
+        tmp_path, *arguments, "--json-output", HF_MODEL_ID="org/model", HF_MODEL_REVISION="v1", SM_NUM_GPUS="2",
+        HF_MODEL_QUANTIZE="gptq", HF_MODEL_TRUST_REMOTE_CODE="true",
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0] == "--port 8080 --json-output", done
+    assert done.returncode == 0 and lines[0] == "--json-output", done
     expected = {"MODEL_ID=org/model", "REVISION=v1", "NUM_SHARD=2", "QUANTIZE=gptq", "TRUST_REMOTE_CODE=true"}
+    # It is asked on this port, and killed 30 seconds after it was asked to end.
+    expected |= {"PORT=8080", "GRACEFUL_TERMINATION_TIMEOUT=25"}
     assert expected <= set(lines), lines
 
 
@@ -103,7 +107,13 @@ def test_the_images_health_check_tells_whether_requests_are_computed(llama: Serv
     assert words is not None
 
     def code(port: int) -> int:
-        variables = {"PORT": str(port), "PATH": os.environ["PATH"]}
+        # A proxy that all containers are told of is not meant for what is in the container.
+        variables = {
+            "PORT": str(port),
+            "PATH": os.environ["PATH"],
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "http_proxy": "http://127.0.0.1:9",
+        }
         return subprocess.run(
             json.loads(words[1]), env=variables, capture_output=True, timeout=10, check=False
         ).returncode
@@ -158,7 +168,7 @@ SYSTEMS = {
         "missing: build-essential. Install them as root",
     ),
     "an old Python": (
-        {"cc": "exit 0", "c++": "exit 0", "apt-get": "exit 0", "python3": "exit 1"},
+        {"cc": "exit 0", "c++": "exit 0", "apt-get": "exit 0", "python3": "exit 1", "id": "echo 0"},
         "no Python 3.11, 3.12 or 3.13 with venv was found; name one with PYTHON=...",
     ),
     "an old cargo": (

@@ -3,7 +3,9 @@
 import argparse
 import http.client
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,18 +23,34 @@ def is_ready(port: int) -> bool:
     try:
         connection.request("GET", "/readyz")
         return connection.getresponse().status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
 
 
+def is_taken(port: int) -> bool:
+    """Whether somebody listens there already, whose answers would be taken for the server's."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def first_key() -> str:
+    """Of those that the server takes from the environment; none if it wants none."""
+    return os.environ.get("API_KEY", "").split(",")[0].strip()
+
+
 def stream(port: int) -> None:
     """Prints the tokens of one answer as they come."""
     body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 60, "do_sample": True, "seed": 7}})
+    headers = {"Content-Type": "application/json"}
+    if key := first_key():
+        headers["Authorization"] = f"Bearer {key}"
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/generate_stream", body, {"Content-Type": "application/json"})
+    connection.request("POST", "/generate_stream", body, headers)
     response = connection.getresponse()
+    if response.status != 200:
+        sys.exit(f"run: the server answered {response.status}: {response.read().decode(errors='replace')[:300]}")
     print(f"\n{PROMPT}", end="", flush=True)
     for line in response:
         if line.startswith(b"data:"):
@@ -61,6 +79,9 @@ def main() -> int:
     options = parser.parse_args()
     launcher = str(ROOT / ".venv/bin/text-generation-launcher")
     command = [launcher, "--model-id", options.model, "--port", str(options.port), *options.args]
+    if is_taken(options.port):
+        print(f"run: error: --port {options.port} is in use; choose another one: --port", file=sys.stderr)
+        return 1
     print("run:", " ".join(command), flush=True)
     # Ctrl-C reaches the launcher through the terminal; this process only waits for it to drain.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -81,7 +102,8 @@ def main() -> int:
             print(
                 "Try it yourself:\n\n"
                 f"  curl -N http://127.0.0.1:{options.port}/generate_stream -H 'Content-Type: application/json' \\\n"
-                f'    -d \'{{"inputs": "{PROMPT}", "parameters": {{"max_new_tokens": 40}}}}\'\n\n'
+                + ('    -H "Authorization: Bearer $API_KEY" \\\n' if first_key() else "")
+                + f'    -d \'{{"inputs": "{PROMPT}", "parameters": {{"max_new_tokens": 40}}}}\'\n\n'
                 "Serving until Ctrl-C.",
                 flush=True,
             )

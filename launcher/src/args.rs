@@ -11,7 +11,7 @@ use clap::builder::{BoolishValueParser, PossibleValuesParser};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
-use text_generation_router::args::{version, without_empty_variable};
+use text_generation_router::args::{endpoint, version, without_empty_variable};
 
 const MODEL: &str = "Model";
 const SHARDS: &str = "Shards";
@@ -175,7 +175,7 @@ pub struct Args {
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new(), help_heading = OPERATION)]
     pub json_output: bool,
     /// Where traces are sent to, by OTLP over gRPC, such as http://localhost:4317. By default nowhere.
-    #[arg(long, env, value_name = "URL", help_heading = OPERATION)]
+    #[arg(long, env, value_name = "URL", value_parser = endpoint, help_heading = OPERATION)]
     pub otlp_endpoint: Option<String>,
     /// What traces call this server.
     #[arg(long, env, default_value = "text-generation-inference.router", help_heading = OPERATION)]

@@ -305,6 +305,7 @@ impl<'a> MakeWriter<'a> for Output {
 ///
 /// When `filter` is neither a level nor a filter.
 pub fn init(output: &Output, filter: &str) -> Result<(), String> {
+    text_generation_router::telemetry::tracing::filter(filter).map_err(|error| format!("--log-level: {error}"))?;
     let is_level = filter.parse::<tracing::Level>().is_ok();
     let directive = if is_level { format!("text_generation_launcher={filter}") } else { filter.to_owned() };
     let filter = EnvFilter::try_new(directive).map_err(|error| format!("--log-level {filter:?}: {error}"))?;

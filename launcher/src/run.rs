@@ -167,7 +167,7 @@ fn tell_start(args: &Args, machine: &Machine) {
         warn!("{notice}");
     }
     if args.trust_remote_code {
-        warn!("--trust-remote-code: code that comes with the model may run; be sure of its --revision");
+        warn!("--trust-remote-code has no effect: nothing that is served runs code of a model");
     }
 }
 

@@ -310,6 +310,9 @@ fn wrong_arguments_end_with_code_2_and_the_name_of_the_flag() {
         ("--max-input-tokens 10 --max-total-tokens 5", "--max-input-tokens 10"),
         ("--quantize int7", "--quantize"),
         ("--log-level ,=", "--log-level"),
+        ("--log-level warning", "\"warning\" has no level"),
+        ("--otlp-endpoint collector:4317", "expected http://HOST:PORT"),
+        ("--otlp-endpoint https://collector:4317", "https is not spoken"),
         ("--max-batch-total-tokens 10", "--block-size 16 must not exceed --max-batch-total-tokens 10"),
         ("--no-such-flag", "--no-such-flag"),
     ] {

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, Uri};
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
@@ -97,7 +97,7 @@ pub struct Args {
     pub graceful_termination_timeout: Duration,
 
     /// Where traces are sent to, by OTLP over gRPC, such as `http://localhost:4317`; nowhere, if not given.
-    #[arg(long, env, value_name = "URL")]
+    #[arg(long, env, value_name = "URL", value_parser = endpoint)]
     pub otlp_endpoint: Option<String>,
 
     /// What traces call this server.
@@ -313,6 +313,17 @@ fn header_value(text: &str) -> Result<HeaderValue, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=1e6).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "expected seconds from 0.001 to 1000000".into())
+}
+
+/// An address that traces can be sent to.
+///
+/// # Errors
+///
+/// What is expected instead.
+pub fn endpoint(text: &str) -> Result<String, String> {
+    let is_served = text.parse::<Uri>().is_ok_and(|uri| uri.scheme_str() == Some("http") && uri.host().is_some());
+    let expected = "expected http://HOST:PORT of a collector that takes OTLP over gRPC; https is not spoken";
+    if is_served { Ok(text.to_owned()) } else { Err(expected.into()) }
 }
 
 fn any_seconds(text: &str) -> Result<Duration, String> {

@@ -13,9 +13,17 @@ pub fn filter(level: &str) -> Result<EnvFilter, String> {
         "warn" | "info" | "debug" | "trace" => own(level),
         other => other.to_owned(),
     };
-    EnvFilter::try_new(directives).map_err(|error| {
-        format!("the log level {level:?} is neither error, warn, info, debug nor trace, nor a filter: {error}")
-    })
+    let refused = |why: &dyn std::fmt::Display| {
+        format!("the log level {level:?} is neither error, warn, info, debug nor trace, nor a filter: {why}")
+    };
+    // The name of a target alone would silence all others, and a wrong level is taken for one.
+    let is_level = |part: &str| part == "off" || part.parse::<tracing::Level>().is_ok();
+    let has_none = |part: &str| part.ends_with('=') || !(part.contains(['=', '[']) || is_level(part));
+    if let Some(part) = directives.split(',').find(|part| has_none(part)) {
+        let name = part.trim_end_matches('=');
+        return Err(refused(&format!("{part:?} has no level; give it one, as in \"info,{name}=debug\"")));
+    }
+    EnvFilter::try_new(&directives).map_err(|error| refused(&error))
 }
 
 /// Starts logging, once for the process.
@@ -37,5 +45,10 @@ mod tests {
         assert!(filter("info").unwrap().to_string().contains("text_generation_router=info"));
         assert_eq!(filter("hyper=trace").unwrap().to_string(), "hyper=trace");
         assert!(filter("router=loud").unwrap_err().contains("router=loud"));
+        assert!(filter("info,hyper=debug,off").is_ok());
+        // Silence is not what is meant by them.
+        for wrong in ["warning", "noisy!!", "info,hyper", "foo="] {
+            assert!(filter(wrong).is_err(), "{wrong}");
+        }
     }
 }

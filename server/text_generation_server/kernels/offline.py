@@ -89,9 +89,14 @@ def machine(device: str, dtype: str | None) -> Machine:
     if found.type != "cuda":
         raise ConfigError(f"--device {device} is not served; expected cpu, cuda or cuda:N")
     if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        missing = (
+            "a torch that is built for CUDA"
+            if torch.version.cuda is None
+            else "look whether nvidia-smi finds the GPU (in a container: docker run --gpus all)"
+        )
         raise ConfigError(
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
-            "use --device cpu, or a torch that is built for CUDA"
+            f"use --device cpu, or {missing}"
         )
     return Machine(torch.device("cuda", found.index or 0), getattr(torch, dtype or "bfloat16"))
 
