@@ -53,7 +53,8 @@ def locate(model_id: str, revision: str | None, download: bool = False, name: st
         elif isinstance(error, OSError) and error.errno in OF_THE_CACHE:
             reason = (
                 f"and the hub's cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}; make "
-                "room there that this user may write, or name another folder: --huggingface-hub-cache (HUGGINGFACE_HUB_CACHE)"
+                "room there that this user may write, or name another folder: --huggingface-hub-cache "
+                "(HUGGINGFACE_HUB_CACHE)"
             )
         else:
             first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
