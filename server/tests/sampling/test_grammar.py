@@ -446,7 +446,7 @@ def test_a_row_whose_ids_are_all_impossible_leaves_nothing_to_draw(grammars, ker
         assert allowed(rows[0]) == ways
 
 
-def test_a_matcher_that_fails_is_the_error_of_its_row(grammars, kernels, monkeypatch):
+def test_a_matcher_that_fails_is_the_error_of_its_row(grammars, kernels):
     """A step that costs more than it may: the library says so and goes no further."""
     form = Grammar(REGEX, "[0-9]{300}")
     rows = [grammars.constraint(form, []) for _ in range(2)]

@@ -127,7 +127,7 @@ def guide_rows(
             ids[place] = token_id
             continue
         begun = time.thread_time()
-        words = mask_of(matcher, guided.mask_words, row.size, guided.ends if asked["goes_on"] else None)
+        words = mask_of(matcher, row.size, guided.ends if asked["goes_on"] else None)
         asked["mask_seconds"], asked["has_failed"] = time.thread_time() - begun, words is None
         if words is not None:
             masks[place] = words
@@ -157,17 +157,10 @@ def try_most_probable(
     return None
 
 
-def mask_of(
-    matcher: FollowsText, mask_words: int, vocab: int, ends: NDArray[np.int32] | None
-) -> NDArray[np.int32] | None:
-    """Which ids may come next, without `ends` unless nothing else is left. None: nothing, or an error.
-
-    mask_words: of the matcher's own mask.
-    """
-    words, own = np.zeros(-(-vocab // 32), np.int32), np.zeros(mask_words, np.int32)
-    matcher.fill(own)
-    shared = min(len(own), len(words))
-    words[:shared] = own[:shared]
+def mask_of(matcher: FollowsText, vocab: int, ends: NDArray[np.int32] | None) -> NDArray[np.int32] | None:
+    """Which ids may come next, without `ends` unless nothing else is left. None: nothing, or an error."""
+    words = np.zeros(-(-vocab // 32), np.int32)
+    matcher.fill(words)
     if vocab % 32:
         words[-1] &= (1 << vocab % 32) - 1
     if matcher.error() is not None or not words.any():
