@@ -23,6 +23,7 @@ from text_generation_server.sampling.guidance import allowed_by, ask
 from text_generation_server.sampling.params import SamplingParams
 from text_generation_server.sampling.sampler import draw
 from tokenizers import Tokenizer
+from torch import Tensor
 
 MODEL = Path(__file__).parents[3] / "models" / "docs-llama-7m"
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -341,7 +342,7 @@ def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided
     asked, masks, errors = ask(((i, constraint, goes_on) for i, (constraint, _, goes_on) in enumerate(rows)), ends)
     raw, positions = torch.from_numpy(logits), np.arange(len(rows)) + 7
     params = [params for _, params, _ in rows]
-    drawn = draw(raw, raw, params, positions, allowed_by(masks, len(rows)), asked.guided, kernels)
+    drawn = draw(raw, processed_of(raw), params, positions, allowed_by(masks, len(rows)), asked.guided, kernels)
     told, failed = asked.take_note(drawn.ids, drawn.is_finite)
     assert told == {i for i in range(len(rows)) if i not in errors | failed | masks and drawn.is_finite[i]}
     errors |= failed
@@ -350,14 +351,20 @@ def guided(kernels: CpuKernels, logits: NDArray[np.float32], *rows: tuple[Guided
     return Outcome(ids, logprobs, errors, np.nonzero(~drawn.is_finite)[0].tolist())
 
 
+def processed_of(raw: Tensor) -> Tensor:
+    """As biases would leave them: raw logits are finite, and some ids impossible."""
+    return raw.masked_fill(raw == IMPOSSIBLE, -torch.inf)
+
+
 def drawn_from(logits: NDArray[np.float32], ways: list[int], params: SamplingParams, place: int) -> tuple[int, float]:
     """By torch's operators, from those of one row that are left."""
     raw, left = torch.from_numpy(logits[place : place + 1]), torch.full((1, logits.shape[1]), -torch.inf)
-    left[0, ways] = raw[0, ways]
+    left[0, ways] = processed_of(raw)[0, ways]
     drawn = draw(raw, left, [params], np.array([place + 7]))
     return int(drawn.ids[0]), float(drawn.logprobs[0])
 
 
+IMPOSSIBLE = np.float32(-1e30)
 GREEDY, BY_CHANCE = SamplingParams(), SamplingParams(do_sample=True, seed=5, top_k=9, temperature=9.0)
 
 
@@ -378,15 +385,18 @@ def test_what_is_drawn_is_drawn_from_what_is_allowed(grammars, kernels, form):
             logits = random.integers(0, 40, (4, VOCAB)).astype(np.float32)
             logits[:, random.choice(ways, min(2, len(ways)), replace=False)] += random.integers(0, 50)
             impossible = random.choice(VOCAB, 2000, replace=False)
-            logits[:, impossible] = -1e30
+            logits[:, impossible] = IMPOSSIBLE
             logits[:2, token_id] = 1000.0
             rows = [grammars.constraint(form, log[:at]) for _ in kinds]
             found = guided(kernels, logits, *((row, *kind) for row, kind in zip(rows, kinds, strict=True)))
             assert not found.errors
-            assert not found.nothing
+            lefts = [goes_on if is_too_short else ways for _, is_too_short in kinds]
+            assert found.nothing == [i for i, left in enumerate(lefts) if (logits[i, left] == IMPOSSIBLE).all()]
             assert found.ids[0] == token_id
-            for place, (params, is_too_short) in enumerate(kinds):
-                expected, logprob = drawn_from(logits, goes_on if is_too_short else ways, params, place)
+            for place, (params, _) in enumerate(kinds):
+                if place in found.nothing:
+                    continue
+                expected, logprob = drawn_from(logits, lefts[place], params, place)
                 assert found.ids[place] == expected
                 assert found.logprobs[place] == pytest.approx(logprob, rel=1e-5, abs=1e-4)
                 # The matcher has gone on by it.
@@ -409,13 +419,13 @@ def test_refused_ids_numbers_that_are_none_and_errors_are_each_rows_own(grammars
     logits = np.arange(6 * vocab, dtype=np.float32).reshape(6, vocab) % 61
     logits[0, ways[0]] = 50
     logits[1, ways[1]] = np.nan
-    logits[2, ways] = -1e30
+    logits[2, ways] = IMPOSSIBLE
     logits[3, ways[2]] = np.inf
     logits[4] = 7
     found = guided(kernels, logits, *((row, by, False) for row in rows))
     assert not found.errors
-    assert found.nothing == [1, 3]
-    for place in (0, 2, 4, 5):
+    assert found.nothing == [1, 2, 3]
+    for place in (0, 4, 5):
         left = ways if place < 5 else [EOS]
         assert found.ids[place] == drawn_from(logits, left, by, place)[0]
         assert found.ids[place] in left
