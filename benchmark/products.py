@@ -63,9 +63,9 @@ def quantized(coding: str, in_: int, out: int) -> QuantizedWeight:
     bits = 8 if coding == "int8" else 4
     kind = Integer(bits) if coding != "nf4" else Table(tuple(i / 8 - 1 for i in range(16)))
     group = in_ if coding == "int8" else GROUP[coding]
-    plane = torch.randint(0, 256, (out, in_ * bits // 8), dtype=torch.uint8)
+    packed = torch.randint(0, 256, (out, in_ * bits // 8), dtype=torch.uint8)
     scales = (torch.rand(out, in_ // group) * 0.01).half()
-    return QuantizedWeight(kind, in_, (plane,), scales, None, group, None)
+    return QuantizedWeight(kind, in_, packed, scales, None, group, None)
 
 
 def clone(matmul: NativeLinear) -> NativeLinear:

@@ -1,10 +1,13 @@
-"""Codes out of words, of numbers and in planes: what plain arithmetic gives, with our own kernels and without."""
+"""Codes in bits, and of numbers: what plain arithmetic gives, with our own kernels and without."""
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from text_generation_server.kernels import codes
-from text_generation_server.kernels.codes import PLANES, climb, new_planes, pack, spread_bits, unpack
+from text_generation_server.kernels.codes import climb, pack, reorder, transpose_words, unpack
+
+Bytes = NDArray[np.uint8]
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True)
@@ -13,18 +16,6 @@ def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(codes, "_library", lambda: None)
     elif codes._library() is None:
         pytest.skip("our own kernels are not built here")
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("eights", [0, 1, 7, 40_000])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_bits_are_those_that_numpy_finds(bits: int, eights: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    data = torch.randint(0, 256, (eights * bits,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
-    single = np.unpackbits(data.numpy(), bitorder="little").reshape(-1, bits)
-    expected = (single << np.arange(bits)).sum(1).astype(np.uint8)
-    assert np.array_equal(spread_bits(data, bits).numpy(), expected)
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 200_000])
@@ -45,30 +36,46 @@ def test_a_code_is_that_of_the_highest_bound_below_a_number(count: int, threads:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 7), (2, 8), (5, 65), (300, 1030), (1, 100_000)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_plane_has_the_bits_of_features_that_lie_a_plane_apart(
-    bits: int, shape: tuple[int, int], threads: int
-) -> None:
+def test_codes_follow_each_other_in_the_order_of_numpys_bits(bits: int, shape: tuple[int, int], threads: int) -> None:
     torch.set_num_threads(threads)
     values = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
-    expected, shift = [], 0
-    for width in PLANES[bits]:
-        slots = 8 // width
-        filled = np.zeros((shape[0], -(-shape[1] // slots) * slots), np.int64)
-        filled[:, : shape[1]] = values.numpy() >> shift & 2**width - 1
-        by_slot = filled.reshape(shape[0], slots, filled.shape[1] // slots)
-        expected.append((by_slot << width * np.arange(slots)[None, :, None]).sum(1))
-        shift += width
-    planes = pack(values, bits)
-    assert all(np.array_equal(plane.numpy(), one) for plane, one in zip(planes, expected, strict=True))
-    # Into some rows of larger ones, and from codes that do not lie row by row.
-    large = [torch.full((shape[0] + 2, plane.shape[1] + 3), 255, dtype=torch.uint8) for plane in planes]
-    inside = [plane[1:-1, 1:-2] for plane in large]
-    pack(values.t().contiguous().t(), bits, inside)
-    assert all(torch.equal(one, plane) for one, plane in zip(inside, planes, strict=True))
-    assert all(int((one == 255).sum()) >= one.numel() - plane.numel() for one, plane in zip(large, planes, strict=True))
-    for source in (planes, inside):
-        for out in (torch.full(shape, 255, dtype=torch.uint8), torch.full(shape, 9.0)):
-            assert torch.equal(unpack(source, bits, out), values.to(out.dtype))
-    assert torch.equal(unpack(planes, bits, torch.full(shape[::-1], 255, dtype=torch.uint8).t()), values)
-    assert [plane.shape for plane in new_planes(*shape, bits)] == [plane.shape for plane in planes]
+    expected = _packed(values.numpy(), bits)
+    packed = pack(values, bits)
+    assert np.array_equal(packed.numpy(), expected)
+    assert np.array_equal(pack(values.t().contiguous().t(), bits).numpy(), expected)
+    # Rows of a larger one, with bits of others behind them.
+    large = torch.full((shape[0] + 2, expected.shape[1] + 3), 255, dtype=torch.uint8)
+    large[1:-1, 1:-2] = packed
+    for source in (packed, large[1:-1, 1:], large[1:-1, 1:-2].t().contiguous().t()):
+        assert torch.equal(unpack(source, bits, shape[1]), values)
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 7), (5, 65), (300, 1030)])
+def test_columns_are_reordered_as_numpy_does(bits: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+    order = torch.randperm(shape[1], generator=generator)
+    large = torch.full((shape[0], shape[1] * bits // 8 + 9), 255, dtype=torch.uint8)
+    packed = large[:, 2 : 2 + -(-shape[1] * bits // 8)]
+    packed.copy_(pack(values, bits))
+    assert np.array_equal(reorder(packed, bits, order).numpy(), _packed(values.numpy()[:, order.numpy()], bits))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 2), (8, 17), (65, 40), (300, 33)])
+@pytest.mark.parametrize(
+    "places", [(0, 1, 2, 3, 4, 5, 6, 7), (0, 2, 4, 6, 1, 3, 5, 7), (3, 7, 0, 1, 6, 2, 5, 4)], ids=str
+)
+def test_codes_of_words_lie_by_column(shape: tuple[int, int], places: tuple[int, ...]) -> None:
+    words = np.random.default_rng(3).integers(0, 2**32, shape, dtype=np.uint32)
+    codes = np.empty((shape[0], shape[1], 8), np.uint8)
+    for i, place in enumerate(places):
+        codes[:, :, place] = words >> np.uint32(4 * i) & np.uint32(15)
+    found = transpose_words(torch.from_numpy(words.view(np.int32)), places)
+    assert np.array_equal(found.numpy(), _packed(codes.reshape(shape[0], 8 * shape[1]).T, 4))
+
+
+def _packed(values: Bytes, bits: int) -> Bytes:
+    single = np.unpackbits(values[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(single.reshape(len(values), values.shape[1] * bits), axis=-1, bitorder="little")

@@ -181,7 +181,7 @@ def test_no_number_and_rarer_codes_keep_to_what_torch_reads() -> None:
     weight, _ = make(Float8("e4m3fn"), 8, 32, 32, False, False, torch.float32)
     product = Native(load_library())
     assert product.why_not(weight, torch.float32) is None
-    weight.planes[0][3, 5] = 0xFF
+    weight.packed[3, 5] = 0xFF
     assert product.why_not(weight, torch.float32) == "some codes are not numbers"
     y = CpuKernels().quantized_linear(weight, torch.float32, "layer")(torch.ones(1, 32))
     assert y.isnan().tolist() == [[i == 3 for i in range(8)]]

@@ -55,7 +55,7 @@ def test_rows_read_in_pieces_are_packed_to_the_same_bytes_as_the_whole(
     parts = torch.cat([tensors[f"{name}.weight"][r.start : r.stop] for name in "ab" for r in rows]).float()
     wanted = parts if columns is None else parts[:, columns.start : columns.stop].contiguous()
     whole = dense_linear(library, wanted)
-    monkeypatch.setattr(native, "PACKED_VALUES", values)
+    monkeypatch.setattr(native, "READ_VALUES", values)
     pieces = load.matmul([Part("a", rows), Part("b", rows)], columns)
     assert isinstance(pieces, NativeLinear)
     assert torch.equal(pieces.kept[0], whole.kept[0])
@@ -73,7 +73,7 @@ def test_the_packed_form_does_not_depend_on_how_many_rows_are_read_at_a_time(
 ) -> None:
     weight = torch.randn(out, 43, generator=torch.Generator().manual_seed(out)).to(dtype)
     whole = dense_linear(library, weight)
-    monkeypatch.setattr(native, "PACKED_VALUES", 1)
+    monkeypatch.setattr(native, "READ_VALUES", 1)
     assert torch.equal(dense_linear(library, weight).kept[0], whole.kept[0])
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from makers import Kept, matrix_of
 from text_generation_server.errors import CheckpointError
+from text_generation_server.kernels.codes import pack
 from text_generation_server.kernels.weights import Integer, QuantizedWeight
 from text_generation_server.quantization import read
 from text_generation_server.quantization.dense import Dense
@@ -36,7 +37,7 @@ class Packed:
         codes = torch.stack([(words >> shift) & 15 for shift in (0, 4, 8, 12)], -1).flatten(1).to(torch.uint8)
         skipped = cut.columns.start - pieces["words"].first[0]
         codes = codes[:, skipped : skipped + len(cut.columns)]
-        return Decoded(Integer(4), codes, pieces["scales"].tensor.T, None, pieces["index"].tensor)
+        return Decoded(Integer(4), pack(codes, 4), pieces["scales"].tensor.T, None, pieces["index"].tensor)
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
         return held_bytes(shape, 4, -(-shape.in_ // GROUP), 4)

@@ -20,20 +20,21 @@ DTYPES = {
     "U64": torch.uint64, "F64": torch.float64,
 }  # fmt: skip
 
-# Of a file's pages, what is in memory at a time beside the copy.
+# Of the files' pages, what is in memory at a time beside the copies.
 COPIED_BYTES = 16 << 20
 
 
 class Checkpoint:
     """Every tensor of a model folder by its full name. Files are mapped into memory while this object is open.
 
-    Pages of the mapping are given back after each read: what was read counts once, as the copy that is kept.
+    Pages of the mapping are given back as reading goes on: what was read counts once, as the copy that is kept.
     """
 
     def __init__(self, index: Mapping[str, TensorInfo], on_read: Callable[[int], None] = lambda num_bytes: None):
         self._index, self._on_read = index, on_read
         self._files: dict[Path, mmap.mmap] = {}
         self.bytes_read = 0
+        self._touched = 0  # bytes since pages were given back
 
     def __contains__(self, name: str) -> bool:
         return name in self._index
@@ -51,12 +52,37 @@ class Checkpoint:
 
     def read(self, info: TensorInfo, ranges: Mapping[int, range]) -> Tensor:
         """A copy of the tensor, or of `ranges` of its dimensions. Touches the pages of these only."""
-        file, dtype = self._map(info.path), DTYPES[info.dtype]
-        tensor = _copy(file, info, dtype, ranges) if info.num_bytes else torch.empty(info.shape, dtype=dtype)
+        tensor = self._copy(info, ranges) if info.num_bytes else torch.empty(info.shape, dtype=DTYPES[info.dtype])
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
         self._on_read(num_bytes)
         return tensor
+
+    def _copy(self, info: TensorInfo, ranges: Mapping[int, range]) -> Tensor:
+        file, dtype = self._map(info.path), DTYPES[info.dtype]
+        if not info.shape:
+            return _rows(file, info, dtype, range(1)).clone()[0]
+        wanted = ranges.get(0, range(info.shape[0]))
+        shape = [len(ranges.get(dim, range(size))) for dim, size in enumerate(info.shape)]
+        tensor = torch.empty(shape, dtype=dtype)
+        # Some rows at a time, so that the pages of a file are not in memory as a whole beside the copy.
+        row_bytes = info.num_bytes // info.shape[0]
+        step = max(1, COPIED_BYTES // row_bytes)
+        for first in range(wanted.start, wanted.stop, step):
+            rows = range(first, min(first + step, wanted.stop))
+            stored = _rows(file, info, dtype, rows)
+            for dim, r in ranges.items():
+                stored = stored.narrow(dim, r.start, len(r)) if dim else stored
+            tensor[rows.start - wanted.start : rows.stop - wanted.start] = stored
+            self._touched += len(rows) * row_bytes
+            if self._touched >= COPIED_BYTES:
+                self._give_back()
+        return tensor
+
+    def _give_back(self) -> None:
+        for file in self._files.values():
+            file.madvise(mmap.MADV_DONTNEED)
+        self._touched = 0
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._files:
@@ -67,24 +93,6 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         return self._files[path]
-
-
-def _copy(file: mmap.mmap, info: TensorInfo, dtype: torch.dtype, ranges: Mapping[int, range]) -> Tensor:
-    if not info.shape:
-        return _rows(file, info, dtype, range(1)).clone()[0]
-    wanted = ranges.get(0, range(info.shape[0]))
-    shape = [len(ranges.get(dim, range(size))) for dim, size in enumerate(info.shape)]
-    tensor = torch.empty(shape, dtype=dtype)
-    # Some rows at a time, so that the pages of a file are not in memory as a whole beside the copy.
-    step = max(1, COPIED_BYTES * info.shape[0] // info.num_bytes)
-    for first in range(wanted.start, wanted.stop, step):
-        rows = range(first, min(first + step, wanted.stop))
-        stored = _rows(file, info, dtype, rows)
-        for dim, r in ranges.items():
-            stored = stored.narrow(dim, r.start, len(r)) if dim else stored
-        tensor[rows.start - wanted.start : rows.stop - wanted.start] = stored
-        file.madvise(mmap.MADV_DONTNEED)
-    return tensor
 
 
 def _rows(file: mmap.mmap, info: TensorInfo, dtype: torch.dtype, rows: range) -> Tensor:

@@ -1,5 +1,4 @@
-"""Codes of quantized weights: out of a checkpoint's words, of numbers, and in planes. Our own kernels on the host, else
-torch."""
+"""Codes of quantized weights: in bits, one to a byte, and of numbers. Our own kernels on the host, else torch."""
 
 from __future__ import annotations
 
@@ -7,12 +6,10 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.native.library import Library
-
-# Widths of the planes that hold a code's bits, the low bits first.
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 @cache
@@ -22,27 +19,6 @@ def _library() -> Library | None:
         return Library()
     except OSError:
         return None
-
-
-def spread_bits(data: Tensor, bits: int) -> Tensor:
-    """Values of 2, 3 or 4 bits, low bits first, one to a byte. data: uint8 [n], contiguous -> uint8 [n * 8 / bits].
-
-    n is a multiple of `bits`.
-    """
-    values = torch.empty(len(data) * 8 // bits, dtype=torch.uint8)
-    if (library := _library()) is not None:
-        spread = library.function("spread_bits", "pipli")
-        spread(data.data_ptr(), bits, values.data_ptr(), len(values), torch.get_num_threads())
-        return values
-    # Eight values are in as many bytes as each has bits.
-    eights, data = values.view(-1, 8), data.view(-1, bits)
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        value = data[:, byte] >> shift
-        if shift + bits > 8:
-            value |= data[:, byte + 1] << (8 - shift)
-        torch.bitwise_and(value, 2**bits - 1, out=eights[:, i])
-    return values
 
 
 def climb(values: Tensor, steps: Sequence[tuple[float, int]]) -> Tensor:
@@ -67,78 +43,94 @@ def climb(values: Tensor, steps: Sequence[tuple[float, int]]) -> Tensor:
     return codes
 
 
-def new_planes(rows: int, in_features: int, bits: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Not written yet: one uint8 [rows, ceil(in_features * width / 8)] per plane."""
-    sizes = [-(-in_features // (8 // width)) for width in PLANES[bits]]
-    return tuple(torch.empty(rows, size, dtype=torch.uint8, device=device) for size in sizes)
+def packed_bytes(columns: int, bits: int) -> int:
+    """Of a row of codes as `pack` lays them out."""
+    return -(-columns * bits // 8)
 
 
-def pack(codes: Tensor, bits: int, planes: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """codes uint8 [rows, in] -> planes, those given or new ones (see `new_planes`).
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes one after another, low bits first; every row begins with a byte, and ends with bits 0.
 
-    A byte of a plane of width w holds 8 / w features that lie a whole plane apart: byte j those at j, j + n, j + 2n...
-    for a plane of n bytes. So packing and unpacking move contiguous runs.
+    codes: uint8 [rows, columns], each of 2, 3, 4 or 8 bits -> uint8 [rows, packed_bytes]; of 8 bits, `codes` itself.
     """
-    planes = tuple(planes) if planes is not None else new_planes(len(codes), codes.shape[1], bits, codes.device)
     if bits == 8:
-        planes[0].copy_(codes)
-        return planes
-    library = _library_for(codes, *planes)
-    fold = library.function("fold_plane", "plliipli") if library is not None else None
-    codes = codes.contiguous() if library is not None else codes
-    shift = 0
-    for width, plane in zip(PLANES[bits], planes, strict=True):
-        if fold is not None:
-            fold(
-                codes.data_ptr(), *codes.shape, width, shift, plane.data_ptr(), plane.stride(0), torch.get_num_threads()
-            )  # fmt: skip
-        else:
-            _fold(codes, width, shift, plane)
-        shift += width
-    return planes
+        return codes
+    codes = codes.contiguous()
+    rows, columns = codes.shape
+    if (library := _library_for(codes)) is not None:
+        packed = codes.new_empty(rows, packed_bytes(columns, bits))
+        gather = library.function("gather_bits", "pllipli")
+        gather(codes.data_ptr(), rows, columns, bits, packed.data_ptr(), packed.shape[1], torch.get_num_threads())
+        return packed
+    # Eight codes are in as many bytes as each has bits.
+    eights = F.pad(codes, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
+    packed = codes.new_zeros(rows, eights.shape[1], bits)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        packed[..., byte] |= eights[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= eights[..., i] >> (8 - shift)
+    return packed.flatten(1)[:, : packed_bytes(columns, bits)]
 
 
-def unpack(planes: Sequence[Tensor], bits: int, out: Tensor) -> Tensor:
-    """The inverse of `pack`, into `out` [rows, in] of any dtype that holds the codes. Returns `out`."""
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack`: so many codes of each row, one to a byte. packed: rows may lie apart."""
     if bits == 8:
-        return out.copy_(planes[0])
-    library = _library_for(out, *planes) if out.is_contiguous() else None
-    unfold = library.function("unfold_plane", "pllliipi") if library is not None else None
-    shift = 0
-    for width, plane in zip(PLANES[bits], planes, strict=True):
-        if unfold is not None:
-            unfold(
-                plane.data_ptr(), plane.stride(0), *out.shape, width, shift, out.data_ptr(), torch.get_num_threads()
-            )  # fmt: skip
-        else:
-            _unfold(plane, width, shift, out)
-        shift += width
-    return out
+        return packed[:, :columns].clone()
+    rows = len(packed)
+    codes = packed.new_empty(rows, columns)
+    if (library := _library_for(packed)) is not None:
+        spread = library.function("spread_bits", "plllipi")
+        spread(
+            packed.data_ptr(), packed.stride(0), rows, columns, bits, codes.data_ptr(), torch.get_num_threads()
+        )  # fmt: skip
+        return codes
+    eights = -(-columns // 8)
+    data = F.pad(packed, (0, max(0, eights * bits - packed.shape[1])))[:, : eights * bits].reshape(rows, eights, bits)
+    for i in range(min(8, columns)):
+        byte, shift = divmod(i * bits, 8)
+        code = data[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | data[..., byte + 1] << (8 - shift)
+        codes[:, i::8] = (code & (2**bits - 1))[:, : len(range(i, columns, 8))]
+    return codes
 
 
-def _library_for(*tensors: Tensor) -> Library | None:
-    """Of bytes on the host, row by row."""
-    fits = all(t.dtype == torch.uint8 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+def reorder(packed: Tensor, bits: int, order: Tensor) -> Tensor:
+    """The columns `order` of codes as `pack` lays them out. order: int64 [columns], a permutation."""
+    columns = len(order)
+    if (library := _library_for(packed)) is None:
+        return pack(unpack(packed, bits, columns)[:, order], bits)
+    ordered = packed.new_empty(len(packed), packed_bytes(columns, bits))
+    places = order.to(torch.int32)
+    call = library.function("reorder_bits", "plllippli")
+    call(
+        packed.data_ptr(), packed.stride(0), len(packed), columns, bits, places.data_ptr(), ordered.data_ptr(),
+        ordered.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return ordered
+
+
+def transpose_words(words: Tensor, places: Sequence[int]) -> Tensor:
+    """Eight codes of 4 bits in each word, which lie along OUT.
+
+    words: int32 [in, n]; places: of the eight codes of a word, low bits first -> 4 bits [8 * n, in] as `pack` lays out.
+    """
+    in_, num_words = words.shape
+    if words.device.type == "cpu" and (library := _library()) is not None:
+        words = words.contiguous()
+        packed = torch.empty(8 * num_words, packed_bytes(in_, 4), dtype=torch.uint8)
+        call, order = library.function("transpose_words", "pllppi"), torch.tensor(places, dtype=torch.int32)
+        call(
+            words.data_ptr(), in_, num_words, order.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+        )  # fmt: skip
+        return packed
+    shifts = 4 * torch.argsort(torch.tensor(places, device=words.device))
+    codes = (words[:, :, None] >> shifts) & 15
+    return pack(codes.to(torch.uint8).view(in_, 8 * num_words).T, 4)
+
+
+def _library_for(data: Tensor) -> Library | None:
+    """For bytes on the host, row by row."""
+    fits = data.dtype == torch.uint8 and data.device.type == "cpu" and data.stride(-1) == 1
     return _library() if fits else None
-
-
-def _fold(codes: Tensor, width: int, shift: int, plane: Tensor) -> None:
-    part = (codes >> shift) & (2**width - 1)
-    size = plane.shape[1]
-    plane.zero_()
-    for slot in range(8 // width):
-        run = part[:, slot * size : (slot + 1) * size]
-        plane[:, : run.shape[1]] |= run << (slot * width)
-
-
-def _unfold(plane: Tensor, width: int, shift: int, out: Tensor) -> None:
-    size, mask = plane.shape[1], 2**width - 1
-    for slot in range(8 // width):
-        run = plane if slot == 0 else plane >> (slot * width)
-        run = run if (slot + 1) * width == 8 else run & mask
-        place = slice(slot * size, min((slot + 1) * size, out.shape[1]))
-        run = run[:, : max(0, place.stop - place.start)]  # a short row leaves the last slots empty
-        if shift:
-            out[:, place] += run << shift
-        else:
-            out[:, place] = run

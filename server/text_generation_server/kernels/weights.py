@@ -100,7 +100,7 @@ def follow(matrices: Sequence[DenseRows]) -> DenseRows:
 class QuantizedWeight:
     """[out, in] in a few bits per element.
 
-    planes: codes as `pack` lays them out.
+    packed: codes by row, as `pack` lays them out.
     scales: [out, groups] float32, float16 or bfloat16.
     zeros:  [out, groups] uint8, of `Integer` only; None: 2 ** (bits - 1).
     groups: features in each group (the last may have fewer), or int64 [in], the group of every place.
@@ -112,7 +112,7 @@ class QuantizedWeight:
 
     coding: Coding
     in_features: int
-    planes: tuple[Tensor, ...]
+    packed: Tensor
     scales: Tensor
     zeros: Tensor | None
     groups: int | Tensor
@@ -135,7 +135,7 @@ class QuantizedWeight:
 
         return replace(
             self,
-            planes=tuple(map(move, self.planes)),
+            packed=move(self.packed),
             scales=move(self.scales),
             zeros=None if self.zeros is None else move(self.zeros),
             groups=move(self.groups) if isinstance(self.groups, Tensor) else self.groups,
@@ -145,7 +145,7 @@ class QuantizedWeight:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        parts = (*self.planes, self.scales, self.zeros, self.order, self.groups)
+        parts = (self.packed, self.scales, self.zeros, self.order, self.groups)
         return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
 
     @cached_property
@@ -161,19 +161,14 @@ class QuantizedWeight:
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Of some rows, one to a byte: uint8 [rows, in], by place."""
-        planes = [plane[rows] for plane in self.planes]
-        codes = planes[0].new_empty(len(planes[0]), self.in_features)
-        return unpack(planes, self.coding.bits, codes)
+        return unpack(self.packed[rows], self.coding.bits, self.in_features)
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """Some rows as float32 [rows, in], by place (see `order`)."""
+        codes = self.codes(rows)
         if isinstance(self.coding, Integer):
-            # Numbers at once: whole vectors are converted, and no byte is touched twice.
-            planes = [plane[rows] for plane in self.planes]
-            values = torch.empty(len(planes[0]), self.in_features, dtype=torch.float32, device=self.device)
-            unpack(planes, self.coding.bits, values)
+            values = codes.float()
         else:
-            codes = self.codes(rows)
             # Several times faster than indexing with a tensor, or than torch's conversion of 8-bit floats.
             values = self._table.index_select(0, codes.view(-1).int()).view(codes.shape)
         scales = self.scales[rows].float()
@@ -216,9 +211,9 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     first = weights[0]
     if len(weights) == 1:
         return first
-    planes = tuple(torch.cat(parts) for parts in zip(*(w.planes for w in weights), strict=True))
+    packed = torch.cat([w.packed for w in weights])
     zeros = None if first.zeros is None else torch.cat([w.zeros for w in weights if w.zeros is not None])
-    return replace(first, planes=planes, scales=torch.cat([w.scales for w in weights]), zeros=zeros)
+    return replace(first, packed=packed, scales=torch.cat([w.scales for w in weights]), zeros=zeros)
 
 
 def alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:

@@ -66,24 +66,28 @@ class Awq:
         return held_bytes(shape, BITS, groups, scale_bytes=2, zero_bytes=1)
 
     def _decode_gemm(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
+        from ..kernels.codes import unpack
         from ..kernels.weights import Integer
-        from .unpack import check_finite, groups_in_order, unpack_gemm
+        from .unpack import check_finite, codes_of_gemm, groups_in_order
 
         words, scales = pieces["qweight"], pieces["scales"]
         first = cut.rows.start - words.first[1]
         rows = slice(first, first + len(cut.rows))
-        zeros = unpack_gemm(pieces["qzeros"].tensor)[rows] if "qzeros" in pieces else None
+        zeros = None
+        if "qzeros" in pieces:
+            stored = pieces["qzeros"].tensor
+            zeros = unpack(codes_of_gemm(stored)[rows], BITS, len(stored))
         check_finite(scales.tensor, scales.where)
         groups = groups_in_order(cut.columns, self._size(cut.shape), scales.first[0])
-        return Decoded(Integer(BITS), unpack_gemm(words.tensor)[rows], scales.tensor.T, zeros, groups)
+        return Decoded(Integer(BITS), codes_of_gemm(words.tensor)[rows], scales.tensor.T, zeros, groups)
 
     def _decode_gemv(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
         from ..kernels.weights import Integer
-        from .unpack import groups_in_order, unpack_words
+        from .unpack import codes_of_words, groups_in_order, unpack_words
 
         words, stored = pieces["qweight"], pieces["scales"]
         first = cut.columns.start - words.first[1]
-        codes = unpack_words(words.tensor, BITS)[:, first : first + len(cut.columns)]
+        codes = codes_of_words(words.tensor, BITS, range(first, first + len(cut.columns)))
         num_groups = cut.shape.in_ // self._size(cut.shape)
         scales = self._unpadded(stored, num_groups)
         zeros = unpack_words(pieces["qzeros"].tensor, BITS)[:, :num_groups] if "qzeros" in pieces else None

@@ -57,6 +57,7 @@ class Bitsandbytes4bit:
         )
 
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
+        from ..kernels.codes import pack
         from ..kernels.weights import Table
         from .blocks import TABLES, check_scales, scales_of_blocks, split_nibbles
 
@@ -78,7 +79,7 @@ class Bitsandbytes4bit:
         skipped = flat.start - pieces["weight"].first[0]
         codes = split_nibbles(pieces["weight"].tensor.view(-1))[skipped : skipped + len(flat)]
         columns = slice(cut.columns.start, cut.columns.stop)
-        return Decoded(Table(values), codes.view(len(cut.rows), -1)[:, columns], scales, None, group_of)
+        return Decoded(Table(values), pack(codes.view(len(cut.rows), -1)[:, columns], 4), scales, None, group_of)
 
     def _plain_absmax(self, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> Tensor:
         """float32 [blocks] of the piece."""
@@ -235,6 +236,7 @@ class Quantize4bit:
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
         import torch
 
+        from ..kernels.codes import pack
         from ..kernels.weights import Table
         from .blocks import TABLES, check_scales, round_to_table, scales_of_blocks
 
@@ -249,7 +251,7 @@ class Quantize4bit:
         read = Cut(Shape(len(values), values.shape[1]), rows, columns)
         scales, group_of = scales_of_blocks(absmax, 0, BLOCK, read)
         codes = codes.view(values.shape)[rows.start : rows.stop, columns.start : columns.stop]
-        return Decoded(Table(tuple(table.tolist())), codes, scales, None, group_of)
+        return Decoded(Table(tuple(table.tolist())), pack(codes, 4), scales, None, group_of)
 
     def held_bytes(self, shape: Shape, dtype_bytes: int) -> int:
         return Bitsandbytes4bit(self.kind).held_bytes(shape, dtype_bytes)

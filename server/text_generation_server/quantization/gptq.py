@@ -58,11 +58,11 @@ class Gptq:
 
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
         from ..kernels.weights import Integer
-        from .unpack import check_finite, unpack_words
+        from .unpack import check_finite, codes_of_words
 
         words, scales = pieces["qweight"], pieces["scales"]
         first = cut.columns.start - words.first[0]
-        codes = unpack_words(words.tensor.T, self.bits)[:, first : first + len(cut.columns)]
+        codes = codes_of_words(words.tensor.T, self.bits, range(first, first + len(cut.columns)))
         check_finite(scales.tensor, scales.where)
         return Decoded(Integer(self.bits), codes, scales.tensor.T, self._zeros(pieces, cut), self._groups(pieces, cut))
 

@@ -53,14 +53,14 @@ class PackQuantized:
 
     def decode(self, pieces: Mapping[str, Piece], cut: Cut) -> Decoded:
         from ..kernels.weights import Integer
-        from .unpack import check_finite, unpack_words
+        from .unpack import check_finite, codes_of_words
 
         shape = pieces["weight_shape"]
         if tuple(shape.tensor.tolist()) != cut.shape:
             raise CheckpointError(f"{shape.where} is {shape.tensor.tolist()}; expected {list(cut.shape)}")
         words, scales = pieces["weight_packed"], pieces["weight_scale"]
         first = cut.columns.start - words.first[1]
-        codes = unpack_words(words.tensor, self.bits)[:, first : first + len(cut.columns)]
+        codes = codes_of_words(words.tensor, self.bits, range(first, first + len(cut.columns)))
         check_finite(scales.tensor, scales.where)
         zeros = None if self.symmetric else self._zeros(pieces["weight_zero_point"], cut)
         return Decoded(Integer(self.bits), codes, scales.tensor, zeros, self._groups(pieces, cut))

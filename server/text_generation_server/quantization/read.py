@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.codes import new_planes, pack
+from ..kernels.codes import packed_bytes, reorder
 from ..kernels.weights import DenseRows, QuantizedWeight, alike, concatenate, follow
 from .dense import Dense
 from .format import Decoded, Part, Piece, Source, StoredLinear
 from .spec import Along, Cut, TensorSpec
 
 # Values that are decoded at once: a few times as many bytes exist beside the weight for a moment.
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = 1 << 21
 # Chunks begin at multiples of this row, so that few of them cut a granule.
 CHUNK_ROWS = 128
 
@@ -154,8 +154,8 @@ class _Assembly:
         assert self.first is not None and self.first.coding == chunk.coding
         assert torch.equal(self.first.group_of, chunk.group_of), "groups of IN features do not depend on the row"
         rows = slice(at, at + len(chunk.codes))
-        codes = chunk.codes if self.order is None else chunk.codes[:, self.order]
-        pack(codes, chunk.coding.bits, [plane[rows] for plane in self.planes])
+        bits, codes = chunk.coding.bits, chunk.codes
+        self.packed[rows] = codes if self.order is None else reorder(codes, bits, self.order)
         self.scales[rows] = chunk.scales[:, self.select]
         if self.zeros is not None:
             assert chunk.zeros is not None
@@ -164,14 +164,14 @@ class _Assembly:
     def _begin(self, chunk: Decoded) -> None:
         self.first = chunk
         self.order, self.groups, self.select = lay_out_groups(chunk.group_of)
-        self.planes = new_planes(self.rows, chunk.codes.shape[1], chunk.coding.bits)
+        self.packed = torch.empty(self.rows, packed_bytes(self.columns, chunk.coding.bits), dtype=torch.uint8)
         self.scales = torch.empty(self.rows, len(self.select), dtype=chunk.scales.dtype)
         self.zeros = None if chunk.zeros is None else torch.empty(self.rows, len(self.select), dtype=torch.uint8)
 
     def finish(self) -> QuantizedWeight:
         assert self.first is not None, "a part has rows"
         return QuantizedWeight(
-            self.first.coding, self.columns, self.planes, self.scales, self.zeros, self.groups, self.order,
+            self.first.coding, self.columns, self.packed, self.scales, self.zeros, self.groups, self.order,
             self.first.outlier_threshold,
         )  # fmt: skip
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.codes import spread_bits
+from ..kernels.codes import pack, packed_bytes, transpose_words, unpack
 
-# The features of AutoAWQ's `gemm` words, low bits first, as two runs: even features, then odd ones.
-_GEMM_RUNS = (2, 4)
+# The features of AutoAWQ's `gemm` words, low bits first.
+_GEMM_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -17,15 +17,25 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
     Values may lie across two words, as those of 3 bits do; n is then a multiple of `bits`.
     """
+    return unpack(_bytes_of(words), bits, words.shape[1] * 32 // bits)
+
+
+def codes_of_words(words: Tensor, bits: int, columns: range) -> Tensor:
+    """words as `unpack_words` takes them -> some columns as `kernels.codes.pack` lays them out."""
+    begin, rest = divmod(columns.start * bits, 8)
+    if rest:
+        return pack(unpack_words(words, bits)[:, columns.start : columns.stop], bits)
+    return _bytes_of(words)[:, begin : begin + packed_bytes(len(columns), bits)]
+
+
+def _bytes_of(words: Tensor) -> Tensor:
     # A copy: dimensions of size 1 count as contiguous with any stride, but no view as bytes is possible then.
-    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    return data if bits == 8 else spread_bits(data.view(-1), bits).view(len(words), -1)
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(len(words), -1)
 
 
-def unpack_gemm(words: Tensor) -> Tensor:
-    """words int32 [n, out / 8] of AutoAWQ's `gemm`, 4-bit values in the order 0 2 4 6 1 3 5 7 -> uint8 [out, n]."""
-    values = unpack_words(words, 4).view(len(words), -1, *_GEMM_RUNS)
-    return values.permute(1, 3, 2, 0).reshape(-1, len(words))
+def codes_of_gemm(words: Tensor) -> Tensor:
+    """words int32 [in, out / 8] of AutoAWQ's `gemm` -> [out, in] of 4 bits as `kernels.codes.pack` lays them out."""
+    return transpose_words(words, _GEMM_PLACES)
 
 
 def add_to_fields(words: Tensor, bits: int) -> Tensor:

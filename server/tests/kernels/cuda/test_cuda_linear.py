@@ -132,7 +132,7 @@ def test_codes_that_are_not_numbers_are_served_by_the_next_product(pytestconfig:
     packed, dequantized = PRODUCTS
     gpu = emulator(pytestconfig)
     assert packed.why_not(weight, gpu) is None
-    weight.planes[0][3, 5] = 0x7F
+    weight.packed[3, 5] = 0x7F
     assert packed.why_not(weight, gpu) == "some codes are not finite numbers"
     assert dequantized.why_not(weight, gpu) is None
     y = CudaKernels(gpu).quantized_linear(weight, torch.bfloat16, "layer")(torch.ones(2, 64).bfloat16())

@@ -47,7 +47,7 @@ class Packed:
 
     def why_not(self, weight: QuantizedWeight, backend: Backend) -> str | None:
         if isinstance(weight.coding, Float8):
-            size = weight.planes[0] & 0x7F
+            size = weight.packed & 0x7F
             if bool((size >= _NOT_FINITE[weight.coding.kind]).any()):
                 return "some codes are not finite numbers"
         if weight.device.type != backend.device.type:

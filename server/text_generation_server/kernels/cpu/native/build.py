@@ -45,6 +45,7 @@ SOURCES = {
     "sampling.cpp": (),
     "guidance.cpp": (),
     "codes.cpp": (*AVX2, "-mbmi2"),
+    "panels.cpp": (*AVX2, "-mbmi2"),
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": AVX512_BF16,

@@ -1,10 +1,11 @@
-// From words of a checkpoint to codes, from numbers to codes, and between codes and their planes: what loading a quantized
-// weight consists of besides reading.
+// From bits to codes, from codes to bits, and from numbers to codes: what decoding and rounding a weight consist of.
 // Compiled with -mavx2 -mbmi2: what is needed of a processor for anything here.
 #include <algorithm>
 #include <cstring>
 #include <immintrin.h>
+#include <vector>
 
+#include "bits.h"
 #include "block.h"
 #include "pool.h"
 
@@ -12,32 +13,6 @@ namespace kernels {
 namespace {
 
 constexpr int64_t kValuesAtOnce = 1 << 16;
-
-// Eight values of `Bits` bits are in `Bits` bytes, low bits first.
-template <int Bits>
-void spread_bits(const uint8_t *from, uint8_t *to, int64_t eights) {
-    constexpr uint64_t kMask = 0x0101010101010101 * ((1 << Bits) - 1);
-    for (int64_t i = 0; i < eights; i++, from += Bits, to += 8) {
-        uint64_t packed = 0;
-        std::memcpy(&packed, from, Bits);
-        const uint64_t values = _pdep_u64(packed, kMask);
-        std::memcpy(to, &values, 8);
-    }
-}
-
-// to[i] |= (from[i] >> right & mask) << left, which leaves nothing beyond a byte; `first` to set instead.
-void move_bits(const uint8_t *from, uint8_t *to, int64_t count, int right, int left, int mask, bool first) {
-    const __m256i kept = _mm256_set1_epi8(char(mask));
-    const __m128i down = _mm_cvtsi32_si128(right), up = _mm_cvtsi32_si128(left);
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        const __m256i codes = _mm256_loadu_si256((const __m256i *)(from + i));
-        __m256i moved = _mm256_sll_epi16(_mm256_and_si256(_mm256_srl_epi16(codes, down), kept), up);
-        if (!first) moved = _mm256_or_si256(moved, _mm256_loadu_si256((const __m256i *)(to + i)));
-        _mm256_storeu_si256((__m256i *)(to + i), moved);
-    }
-    for (; i < count; i++) to[i] = uint8_t((from[i] >> right & mask) << left | (first ? 0 : to[i]));
-}
 
 // 16 numbers at a time: the code of the highest bound below each, as a sum of differences modulo 256.
 void climb(const float *values, const float *bounds, const int32_t *steps, int64_t num_bounds, uint8_t *to, int64_t count) {
@@ -60,6 +35,38 @@ void climb(const float *values, const float *bounds, const int32_t *steps, int64
     }
 }
 
+// 8 rows of 8 bytes, each the columns of the other.
+void transpose_bytes(uint64_t *rows) {
+    auto swap = [&](int distance, int shift, uint64_t low) {
+        for (int i = 0; i < 8; i++) {
+            if (i & distance) continue;
+            uint64_t &a = rows[i], &b = rows[i + distance];
+            const uint64_t moved = (a >> shift ^ b) & low;
+            b ^= moved, a ^= moved << shift;
+        }
+    };
+    swap(4, 32, 0x00000000FFFFFFFF);
+    swap(2, 16, 0x0000FFFF0000FFFF);
+    swap(1, 8, 0x00FF00FF00FF00FF);
+}
+
+// `codes` and `ordered`: room for a row each.
+template <int Bits>
+void reorder_row(const uint8_t *from, const int32_t *__restrict order, uint8_t *to, int64_t columns, uint8_t *__restrict codes,
+                 uint8_t *__restrict ordered) {
+    spread_row<Bits>(from, codes, columns);
+    for (int64_t i = 0; i < columns; i++) ordered[i] = codes[order[i]];
+    gather_row<Bits>(ordered, to, columns);
+}
+
+template <class Function>
+void each_row_of(int32_t threads, int64_t rows, int64_t columns, Function &&function) {
+    const int64_t grain = std::max<int64_t>(1, kValuesAtOnce / std::max<int64_t>(1, columns));
+    Pool::shared().run(threads, rows, grain, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) function(row);
+    });
+}
+
 }  // namespace
 }  // namespace kernels
 
@@ -67,49 +74,67 @@ using namespace kernels;
 
 extern "C" {
 
-// codes: [rows][features]. plane: [rows][ceil(features / slots)], slots = 8 / width of `width` bits each, `stride` bytes from
-// one row to the next: the bits of a code from `shift` on. Of byte j, slot s is feature j + s * bytes; a short row leaves the
-// last slots 0.
-EXPORT void kernels_fold_plane(const uint8_t *codes, int64_t rows, int64_t features, int32_t width, int32_t shift,
-                               uint8_t *plane, int64_t stride, int32_t threads) {
-    const int64_t slots = 8 / width, bytes = (features + slots - 1) / slots;
-    Pool::shared().run(threads, rows, std::max<int64_t>(1, kValuesAtOnce / std::max<int64_t>(1, features)),
-                       [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            uint8_t *to = plane + row * stride;
-            for (int64_t slot = 0; slot < slots; slot++) {
-                const int64_t begin = slot * bytes, count = std::min(bytes, features - begin);
-                if (count <= 0) break;
-                move_bits(codes + row * features + begin, to, count, shift, int(slot) * width, (1 << width) - 1, slot == 0);
-            }
-        }
+// codes: [rows][columns], a byte each; packed: rows of `stride` bytes, `bits` bits each, low bits first. bits: 2, 3 or 4.
+EXPORT void kernels_gather_bits(const uint8_t *codes, int64_t rows, int64_t columns, int32_t bits, uint8_t *packed, int64_t stride,
+                                int32_t threads) {
+    each_row_of(threads, rows, columns, [&](int64_t row) {
+        const uint8_t *from = codes + row * columns;
+        uint8_t *to = packed + row * stride;
+        if (bits == 2) gather_row<2>(from, to, columns);
+        else if (bits == 3) gather_row<3>(from, to, columns);
+        else gather_row<4>(from, to, columns);
     });
 }
 
-// The inverse: sets the codes where `shift` is 0, and adds bits to them elsewhere.
-EXPORT void kernels_unfold_plane(const uint8_t *plane, int64_t stride, int64_t rows, int64_t features, int32_t width,
-                                 int32_t shift, uint8_t *codes, int32_t threads) {
-    const int64_t slots = 8 / width, bytes = (features + slots - 1) / slots;
-    Pool::shared().run(threads, rows, std::max<int64_t>(1, kValuesAtOnce / std::max<int64_t>(1, features)),
-                       [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            for (int64_t slot = 0; slot < slots; slot++) {
-                const int64_t begin = slot * bytes, count = std::min(bytes, features - begin);
-                if (count <= 0) break;
-                move_bits(plane + row * stride, codes + row * features + begin, count, int(slot) * width, shift,
-                          (1 << width) - 1, shift == 0);
-            }
-        }
+// The inverse.
+EXPORT void kernels_spread_bits(const uint8_t *packed, int64_t stride, int64_t rows, int64_t columns, int32_t bits, uint8_t *codes,
+                                int32_t threads) {
+    each_row_of(threads, rows, columns, [&](int64_t row) {
+        const uint8_t *from = packed + row * stride;
+        uint8_t *to = codes + row * columns;
+        if (bits == 2) spread_row<2>(from, to, columns);
+        else if (bits == 3) spread_row<3>(from, to, columns);
+        else spread_row<4>(from, to, columns);
     });
 }
 
-// count: a multiple of 8. to: [count]; from: [count * bits / 8] bytes, of 2, 3 or 4 bits.
-EXPORT void kernels_spread_bits(const uint8_t *from, int32_t bits, uint8_t *to, int64_t count, int32_t threads) {
-    Pool::shared().run(threads, count / 8, kValuesAtOnce / 8, [&](int64_t first, int64_t last) {
-        const uint8_t *begin = from + first * bits;
-        if (bits == 2) spread_bits<2>(begin, to + first * 8, last - first);
-        else if (bits == 3) spread_bits<3>(begin, to + first * 8, last - first);
-        else spread_bits<4>(begin, to + first * 8, last - first);
+// packed and to: rows of `stride` and `to_stride` bytes. order: the column of `packed` at each column of `to`.
+EXPORT void kernels_reorder_bits(const uint8_t *packed, int64_t stride, int64_t rows, int64_t columns, int32_t bits,
+                                 const int32_t *order, uint8_t *to, int64_t to_stride, int32_t threads) {
+    each_row_of(threads, rows, columns, [&](int64_t row) {
+        static thread_local std::vector<uint8_t> room;
+        room.resize(2 * columns);
+        const uint8_t *from = packed + row * stride;
+        uint8_t *at = to + row * to_stride, *codes = room.data(), *ordered = codes + columns;
+        if (bits == 2) reorder_row<2>(from, order, at, columns, codes, ordered);
+        else if (bits == 3) reorder_row<3>(from, order, at, columns, codes, ordered);
+        else if (bits == 4) reorder_row<4>(from, order, at, columns, codes, ordered);
+        else for (int64_t i = 0; i < columns; i++) at[i] = from[order[i]];
+    });
+}
+
+// words: [rows][columns], 8 codes of 4 bits each; to: [8 * columns][ceil(rows / 2)] bytes, of codes of 4 bits. Code i of a word
+// becomes column 8 * (the word's) + place[i].
+EXPORT void kernels_transpose_words(const uint32_t *words, int64_t rows, int64_t columns, const int32_t *place, uint8_t *to,
+                                    int32_t threads) {
+    const int64_t to_stride = (rows + 1) / 2;
+    // Words that lie in a line of a cache, and rows of which so many lines stay in the first one.
+    constexpr int64_t kColumnsAtOnce = 16, kRowsAtOnce = 64;
+    Pool::shared().run(threads, (columns + kColumnsAtOnce - 1) / kColumnsAtOnce, 1, [&](int64_t first, int64_t last) {
+        const int64_t end = std::min(columns, last * kColumnsAtOnce);
+        for (int64_t begin = first * kColumnsAtOnce; begin < end; begin += kColumnsAtOnce)
+            for (int64_t top = 0; top < rows; top += kRowsAtOnce)
+                for (int64_t column = begin; column < std::min(end, begin + kColumnsAtOnce); column++)
+                    for (int64_t row = top; row < std::min(rows, top + kRowsAtOnce); row += 8) {
+                        const int64_t there = std::min<int64_t>(8, rows - row);
+                        uint64_t codes[8] = {};
+                        for (int64_t i = 0; i < there; i++) codes[i] = spread<4>(words[(row + i) * columns + column]);
+                        transpose_bytes(codes);
+                        for (int i = 0; i < 8; i++) {
+                            const uint64_t packed = gathered<4>(codes[i]);
+                            std::memcpy(to + (8 * column + place[i]) * to_stride + row / 2, &packed, (there + 1) / 2);
+                        }
+                    }
     });
 }
 

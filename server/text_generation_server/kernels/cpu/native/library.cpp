@@ -158,45 +158,6 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
     });
 }
 
-uint32_t element(const void *source, int64_t size, int64_t at) {
-    if (size == 1) return static_cast<const uint8_t *>(source)[at];
-    if (size == 2) return static_cast<const uint16_t *>(source)[at];
-    return static_cast<const uint32_t *>(source)[at];
-}
-
-// One column of one step: 8 codes in its place. `to`: the step.
-void put_codes(int32_t coding, const uint32_t *codes, int column, uint8_t *to) {
-    auto word = [&](int from, int count, int bits) {
-        uint32_t value = 0;
-        for (int j = 0; j < count; j++) value |= codes[from + j] << (j * bits);
-        return value;
-    };
-    auto put = [&](int64_t at, uint32_t value, int bytes) { std::memcpy(to + at, &value, bytes); };
-    switch (coding) {
-        case kFloat32:
-            for (int j = 0; j < 8; j++) put((j * kColumns + column) * 4, codes[j], 4);
-            break;
-        case kBfloat16:
-            for (int j = 0; j < 4; j++) put((j * kColumns + column) * 4, word(2 * j, 2, 16), 4);
-            break;
-        case kInt2: put(column * 2, word(0, 8, 2), 2); break;
-        case kInt3: put(column * 3, word(0, 8, 3), 3); break;
-        case kInt4:
-        case kTable4: put(column * 4, word(0, 8, 4), 4); break;
-        case kTable4Bytes: {
-            // Of vector v the bytes 4v to 4v + 3 of both halves, see avx2.cpp.
-            const int byte = column % 8 / 4 * 16 + column / 8 * 4 + column % 4;
-            for (int j = 0; j < 4; j++) put(j * kColumns + byte, codes[j] | codes[j + 4] << 4, 1);
-            break;
-        }
-        case kInt8:
-            for (int j = 0; j < 2; j++) put((j * kColumns + column) * 4, word(4 * j, 4, 8), 4);
-            break;
-        default:
-            for (int j = 0; j < 8; j++) put(j * kColumns + column, codes[j], 1);
-    }
-}
-
 }  // namespace
 
 const Variant &variant_of(int32_t index) { return *variants()[index]; }
@@ -228,32 +189,6 @@ EXPORT int32_t kernels_dots(int32_t variant) { return variants()[variant]->dots 
 
 // The coding that a variant wants for codes of a table.
 EXPORT int32_t kernels_table_coding(int32_t variant) { return variants()[variant]->table; }
-
-EXPORT int64_t kernels_step_bytes(int32_t coding) { return kStepBytes[coding]; }
-
-// Panels of `rows` rows of a weight. `codes`: [rows][in_features] of `element_bytes` each; `sources`: [steps * 8], which of
-// them is at each place, or -1; null: as they lie. `to`: the first panel.
-EXPORT void kernels_pack(const Weight *weight, const void *codes, int64_t element_bytes, const int32_t *sources, int64_t rows,
-                         uint8_t *to, int32_t threads) {
-    const int64_t step_bytes = kStepBytes[weight->coding];
-    Pool::shared().run(threads, (rows + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; panel++) {
-            for (int column = 0; column < kColumns; column++) {
-                const int64_t row = panel * kColumns + column;
-                uint8_t *at = to + panel * weight->steps * step_bytes;
-                for (int64_t step = 0; step < weight->steps; step++, at += step_bytes) {
-                    uint32_t taken[kStepPlaces];
-                    for (int j = 0; j < kStepPlaces; j++) {
-                        const int64_t place = step * kStepPlaces + j, from = sources ? sources[place] : place;
-                        const bool real = row < rows && from >= 0;
-                        taken[j] = real ? element(codes, element_bytes, row * weight->in_features + from) : 0;
-                    }
-                    put_codes(weight->coding, taken, column, at);
-                }
-            }
-        }
-    });
-}
 
 // y = x W^T. x: [rows][in_features] of `x_type`; y: [rows][out_features], of the same type.
 EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *x, int32_t x_type, int64_t rows, void *y,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
 HUGE_PAGE = 2 << 20
-# Codes that are packed at a time: as many bytes exist beside the weight for a moment.
-PACKED_VALUES = 1 << 20
+# Values of a dense weight that are read at a time.
+READ_VALUES = 1 << 20
 E4M3 = 7
 _DENSE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -138,15 +138,13 @@ def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
 def dense_linear(library: Library, weight: Tensor | DenseRows) -> NativeLinear:
     """weight: [out, in] float32 or bfloat16, as the activations will be. Few of the rows are read at a time."""
     weight = DenseRows.of(weight) if isinstance(weight, Tensor) else weight
-    in_, codes = weight.in_features, torch.int32 if weight.dtype == torch.float32 else torch.int16
+    in_ = weight.in_features
     places = _places(torch.arange(in_), [in_]) if in_ % STEP else None
     form = _Form(_DENSE[weight.dtype], weight.out_features, in_, [in_], places, places)
 
-    def codes_of(rows: slice) -> Tensor:
-        assert isinstance(weight, DenseRows)
-        return weight.read(range(*rows.indices(weight.out_features))).detach().view(codes)
-
-    return _linear(library, form, codes_of, weight.dtype)
+    rows = max(COLUMNS, READ_VALUES // max(1, in_) // COLUMNS * COLUMNS)
+    parts = (range(first, min(first + rows, weight.out_features)) for first in range(0, weight.out_features, rows))
+    return _linear(library, form, (weight.read(part).detach() for part in parts), weight.dtype)
 
 
 def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dtype) -> NativeLinear:
@@ -172,7 +170,7 @@ def quantized_linear(library: Library, weight: QuantizedWeight, dtype: torch.dty
         coding, weight.out_features, weight.in_features, sizes, places, sources, scales, zeros, middle,
         weight.coding.values if isinstance(weight.coding, Table) else None, weight.outlier_threshold,
     )  # fmt: skip
-    return _linear(library, form, weight.codes, dtype)
+    return _linear(library, form, [weight.packed], dtype)
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,8 @@ class _Form:
     outlier_threshold: float = 0.0
 
 
-def _linear(library: Library, form: _Form, codes_of: Callable[[slice], Tensor], dtype: torch.dtype) -> NativeLinear:
-    """codes_of: some rows of the codes, [rows, in] of the coding's element."""
+def _linear(library: Library, form: _Form, parts: Iterable[Tensor], dtype: torch.dtype) -> NativeLinear:
+    """parts: rows one after another, whole panels but for the last: codes as `pack` lays them out, or numbers."""
     ends = torch.tensor([-(-size // STEP) for size in form.sizes]).cumsum(0).to(torch.int32)
     steps = int(ends[-1])
     panel_bytes = steps * library.step_bytes(form.coding)
@@ -222,15 +220,15 @@ def _linear(library: Library, form: _Form, codes_of: Callable[[slice], Tensor], 
     if form.table is not None:
         weight.table = keep(torch.tensor(form.table, dtype=torch.float32))
     weight.outlier_threshold = form.outlier_threshold
-    pack_codes = library.function("pack", "pplplpi")
+    pack_rows = library.function("pack", "pplplpi")
     sources = None if form.sources is None else form.sources.data_ptr()
-    rows = max(COLUMNS, PACKED_VALUES // max(1, form.in_features) // COLUMNS * COLUMNS)
-    for first in range(0, form.out_features, rows):
-        codes = codes_of(slice(first, first + rows)).contiguous()
-        pack_codes(
-            ctypes.addressof(weight), codes.data_ptr(), codes.element_size(), sources, len(codes),
-            packed.data_ptr() + first // COLUMNS * panel_bytes, torch.get_num_threads(),
-        )  # fmt: skip
+    first = 0
+    for part in parts:
+        part = part.contiguous()
+        row_bytes = part.shape[1] * part.element_size()
+        to = packed.data_ptr() + first // COLUMNS * panel_bytes
+        pack_rows(ctypes.addressof(weight), part.data_ptr(), row_bytes, sources, len(part), to, torch.get_num_threads())
+        first += len(part)
     return NativeLinear(library, weight, tuple(kept), dtype)
 
 
