@@ -163,6 +163,14 @@ class QuantizedWeight:
         """Of some rows, one to a byte: uint8 [rows, in], by place."""
         return unpack(self.packed[rows], self.coding.bits, self.in_features)
 
+    def holds_only_numbers(self) -> bool:
+        """Whether no code of a `Float8` stands for NaN or infinity."""
+        assert isinstance(self.coding, Float8)
+        least = FLOAT8_NOT_FINITE[self.coding.kind]
+        # Some rows at a time: what is found of them stays in a cache.
+        rows = max(1, READ_VALUES // 4 // max(1, self.packed.shape[1]))
+        return not any(bool((part & 0x7F >= least).any()) for part in torch.split(self.packed, rows))
+
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """Some rows as float32 [rows, in], by place (see `order`)."""
         codes = self.codes(rows)
@@ -203,6 +211,8 @@ class QuantizedWeight:
         grouped *= scales[:, :, None]
 
 
+# Sizes of codes, without their sign, from which on they are not finite.
+FLOAT8_NOT_FINITE = {"e4m3fn": 0x7F, "e5m2": 0x7C}
 FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 

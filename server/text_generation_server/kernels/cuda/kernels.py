@@ -22,8 +22,6 @@ from .linear import CudaLinear
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16)
-# Bits of 8-bit floats that are not finite.
-_NOT_FINITE = {"e4m3fn": 0x7F, "e5m2": 0x7C}
 
 
 class Product(Protocol):
@@ -46,10 +44,8 @@ class Packed:
     name = "packed"
 
     def why_not(self, weight: QuantizedWeight, backend: Backend) -> str | None:
-        if isinstance(weight.coding, Float8):
-            size = weight.packed & 0x7F
-            if bool((size >= _NOT_FINITE[weight.coding.kind]).any()):
-                return "some codes are not finite numbers"
+        if isinstance(weight.coding, Float8) and not weight.holds_only_numbers():
+            return "some codes are not finite numbers"
         if weight.device.type != backend.device.type:
             return f"the weight is on {weight.device}"
         return None
