@@ -116,11 +116,13 @@ def check_attention(
     rows: list[tuple[int, int]],
     window: int | None,
     dtype: torch.dtype,
+    cap: float | None = None,
+    slopes: tuple[float, ...] | None = None,
 ) -> None:
     kernels.prepare(32, 32)
     num_blocks = sum(-(-length // block_size) for length, _ in rows) + 2
     total, queries = sum(length for length, _ in rows), sum(count for _, count in rows)
-    q, options = random(queries, heads, 32).to(dtype), AttentionOptions(0.2, window)
+    q, options = random(queries, heads, 32).to(dtype), AttentionOptions(0.2, window, cap, slopes)
     k, v = (random(total, kv_heads, 32, seed=seed).to(dtype) for seed in (1, 2))
     cache = kernels.new_kv_cache(CacheSpec(1, kv_heads, 32, dtype), num_blocks, block_size)
     for stored in cache.layers[0]:
@@ -133,6 +135,17 @@ def check_attention(
     found = kernels.attention(q, 0, batch, options)
     assert found.dtype == dtype
     assert_close(found, REFERENCE.attention(q.double(), 0, reference, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cap", "slopes"), [(0.7, False), (50.0, False), (None, True), (2.0, True)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_with_capped_scores_and_distances(
+    window: int | None, cap: float | None, slopes: bool, dtype: torch.dtype, every_kernels: CpuKernels
+) -> None:
+    by_head = tuple(2.0 ** -(i + 1) for i in range(6)) if slopes else None
+    for rows in ROWS.values():
+        check_attention(every_kernels, 6, 2, 16, rows, window, dtype, cap, by_head)
 
 
 def test_attention_in_many_slabs_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

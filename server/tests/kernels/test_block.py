@@ -1,5 +1,6 @@
 """A block of a decoder as one call: the bits of the single operations, whatever the step is made of."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,8 @@ from conftest import INSTRUCTION_SETS, kernels_of
 from harness import MODELS, Log, Shard, load
 from text_generation_server.distributed import add_up
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.interface import FusesBlocks
+from text_generation_server.kernels.interface import AttentionOptions, FusesBlocks
+from text_generation_server.layers import attention
 from text_generation_server.layers.block import BLOCKS_AT_ONCE, runs_of
 from text_generation_server.loading import Alone, TensorParallel
 from text_generation_server.models.decoder import Decoder
@@ -137,6 +139,21 @@ def test_blocks_with_biases_and_norms_of_heads_have_the_bits_of_their_operations
         for dtype in ("float32", "bfloat16") if kernels._library.dots else ("float32",):  # type: ignore[union-attr]
             whole, single = (logits(decoder(path, kernels, dtype, fused), 16) for fused in (True, False))
             assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+
+
+def test_blocks_with_capped_scores_and_distances_have_the_bits_of_their_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def options(scale: float, window: int | None) -> AttentionOptions:
+        return AttentionOptions(scale, window, cap=2.0, slopes=tuple(2.0**-i for i in range(heads)))
+
+    path, kernels = MODELS / "docs-llama-7m", CpuKernels()
+    heads = int(json.loads((path / "config.json").read_text())["num_attention_heads"])
+    plain = logits(decoder(path, kernels, "float32", fused=True), 16)
+    monkeypatch.setattr(attention, "AttentionOptions", options)
+    whole, single = (logits(decoder(path, kernels, "float32", fused), 16) for fused in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+    assert not torch.equal(whole[-1], plain[-1])
 
 
 def test_without_kernels_of_our_own_no_block_is_fused() -> None:

@@ -315,11 +315,13 @@ def test_elements_have_the_same_bits_in_any_company(layer: NativeLayer) -> None:
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("heads", [2, 16])
 def test_attention_has_the_same_bits_whole_in_chunks_and_step_by_step(
-    heads: int, window: int | None, dtype: torch.dtype, layer: NativeLayer
+    heads: int, cap: float | None, window: int | None, dtype: torch.dtype, layer: NativeLayer
 ) -> None:
-    length, dim, size, options = 150, 64, 16, AttentionOptions(0.125, window)
+    slopes = None if cap is None else tuple(0.5 / (i + 1) for i in range(heads))
+    length, dim, size, options = 150, 64, 16, AttentionOptions(0.125, window, cap, slopes)
     q = rows(length, heads * dim, dtype).view(length, heads, dim)
     k, v = (rows(length, 2 * dim + shift, dtype)[:, shift:].reshape(length, 2, dim) for shift in (0, 1))
 

@@ -47,10 +47,19 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How one layer attends. `window`: a query sees that many positions, its own included; None: all before it."""
+    """How one layer attends.
+
+    scale: what products of queries and keys are multiplied with.
+    window: a query sees that many positions, its own included; None: all before it.
+    cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118); None: they stay.
+    slopes: of each query head, what is added for each position that a key is further on, after that (ALiBi, Press et
+        al. 2021, arXiv:2108.12409); None: nothing.
+    """
 
     scale: float
     window: int | None = None
+    cap: float | None = None
+    slopes: tuple[float, ...] | None = None
 
 
 class Kernels(Protocol):

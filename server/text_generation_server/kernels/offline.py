@@ -197,6 +197,8 @@ class OfflineKernels:
         queries = heads_first(q)
         keys, values = (heads_first(x).repeat_interleave(repeat, 1) for x in (k, v))
         length, window = queries.shape[2], options.window
+        if options.cap is not None or options.slopes is not None:
+            raise ValueError(f"attention with {options}; expected no cap and no slopes: no such model is quantized")
         if window is None or window >= length:
             y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=options.scale)
         else:

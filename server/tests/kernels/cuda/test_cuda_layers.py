@@ -37,7 +37,7 @@ def test_attention(
 
 
 def attention_case(
-    kernels: CudaKernels, dim: int, rows: list[tuple[int, int]], dtype: torch.dtype, window: int | None, cap: float
+    kernels: CudaKernels, dim: int, rows: list[tuple[int, int]], dtype: torch.dtype, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is found and float64 arithmetic written out, for 4 query and 2 key/value heads."""
     num_blocks = sum(-(-length // 16) for length, _ in rows)
@@ -50,7 +50,9 @@ def attention_case(
     batch = step(rows, 16, cache)
     fill(kernels, cache, k, v, batch)
     attention = PagedAttention(kernels._backend, dim, dtype)
-    found = attention(q, *cache.layers[0], batch, AttentionOptions(0.2, window), cap)
+    found = attention(q, *cache.layers[0], batch, options)
+    cap, window = options.cap, options.window
+    slopes = torch.tensor(options.slopes or [0.0] * 4, dtype=torch.float64)[:, None, None]
     wanted, first, query = [], 0, 0
     for length, count in rows:
         keys, values = (t[first : first + length].double().repeat_interleave(2, 1) for t in (k, v))
@@ -58,20 +60,33 @@ def attention_case(
         scores = cap * torch.tanh(scores / cap) if cap else scores
         position, key = torch.arange(length - count, length)[:, None], torch.arange(length)
         hidden = (key > position) | (key <= position - (window or length + 1))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        weights = (scores + slopes * (key - position)).masked_fill(hidden, -torch.inf).softmax(-1)
         wanted.append(torch.einsum("hqk,khd->qhd", weights, values))
         first, query = first + length, query + count
     return found, torch.cat(wanted).flatten(1)
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "cap"), [(64, torch.float16, 0.0), (80, torch.bfloat16, 3.0), (256, torch.bfloat16, 0.0)]
+    ("dim", "dtype", "cap", "slopes"),
+    [
+        (64, torch.float16, None, None),
+        (80, torch.bfloat16, 3.0, None),
+        (256, torch.bfloat16, None, None),
+        (64, torch.bfloat16, None, (0.5, 0.25, 0.125, 0.0625)),
+        (64, torch.float16, 2.0, (0.5, 0.0, 0.125, 1.0)),
+    ],
 )
 @pytest.mark.parametrize("window", [None, 300])
 def test_attention_over_several_splits_of_heads_of_any_size(
-    dim: int, dtype: torch.dtype, cap: float, window: int | None, kernels: CudaKernels
+    dim: int,
+    dtype: torch.dtype,
+    cap: float | None,
+    slopes: tuple[float, ...] | None,
+    window: int | None,
+    kernels: CudaKernels,
 ) -> None:
-    found, wanted = attention_case(kernels, dim, [(600, 1), (257, 3), (300, 40), (5, 5)], dtype, window, cap)
+    options = AttentionOptions(0.2, window, cap, slopes)
+    found, wanted = attention_case(kernels, dim, [(600, 1), (257, 3), (300, 40), (5, 5)], dtype, options)
     assert error(found, wanted) <= TOLERANCE[dtype]
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...batch import StepBatch
+from ..interface import AttentionOptions
 
 TILE_KEYS = 64
 TILE_ROWS = (4, 16, 64)
@@ -43,6 +44,8 @@ class Slab:
     key_units: Tensor  # [entries, units per tile] int64: rows of the cache seen as units
     masked: Tensor  # [m] int64: which (key tile, row tile) some row sees in part only
     mask: Tensor  # [m, 1, tile_rows, TILE_KEYS] float32: 0 or -inf
+    distance: Tensor  # [entries, tile_rows] float32: from a tile's first key to the row's own position
+    heads: Tensor  # [entries, tile_rows] int64: the query head of each row
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def plan_tiles(
         query.append(tiles.query.ravel())
         for begin, end in _cut(tiles, num_kv_heads):
             size = (end - begin) * num_kv_heads * tiles.positions.shape[1]
-            slabs.append(_slab(batch, tiles, slice(begin, end), slice(num_rows, num_rows + size), num_kv_heads, window))
+            part, rows = slice(begin, end), slice(num_rows, num_rows + size)
+            slabs.append(_slab(batch, tiles, part, rows, num_heads, num_kv_heads, window))
             num_rows += size
     unit = gcd(batch.kv_cache.block_size, TILE_KEYS)
     return TilePlan(torch.from_numpy(np.concatenate(query)), torch.from_numpy(output), slabs, unit)
@@ -123,7 +127,9 @@ def _cut(tiles: _Tiles, num_kv_heads: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _slab(batch: StepBatch, tiles: _Tiles, part: slice, rows: slice, num_kv_heads: int, window: int | None) -> Slab:
+def _slab(
+    batch: StepBatch, tiles: _Tiles, part: slice, rows: slice, num_heads: int, num_kv_heads: int, window: int | None
+) -> Slab:
     counts = tiles.num_key_tiles[part]
     level, tile = np.nonzero(np.arange(counts[0])[:, None] < counts)
     key_tile, sequence = tiles.first_key_tile[part][tile] + level, tiles.sequence[part][tile]
@@ -144,6 +150,8 @@ def _slab(batch: StepBatch, tiles: _Tiles, part: slice, rows: slice, num_kv_head
         key_units=torch.from_numpy(_key_units(batch, sequence, key_tile, num_kv_heads)),
         masked=torch.from_numpy(masked),
         mask=torch.from_numpy(mask[:, None]),
+        distance=torch.from_numpy(last.repeat(num_kv_heads, 0).astype(np.float32)),
+        heads=torch.from_numpy(tiles.query[part][tile].reshape(-1, positions.shape[1]) % num_heads),
     )
 
 
@@ -161,19 +169,27 @@ def _key_units(batch: StepBatch, sequence: Ints, key_tile: Ints, num_kv_heads: i
     return units.reshape(-1, units.shape[-1])
 
 
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TilePlan, scale: float) -> Tensor:
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TilePlan, options: AttentionOptions) -> Tensor:
     """q: [tokens, heads, head_dim]. Returns [tokens, heads * head_dim]. Computed in float32."""
     tokens, _, dim = q.shape
-    queries = q.reshape(-1, dim).index_select(0, plan.query_index).float().mul_(scale)
+    queries = q.reshape(-1, dim).index_select(0, plan.query_index).float().mul_(options.scale)
     values, sums = torch.zeros_like(queries), queries.new_zeros(len(queries))
     k_units, v_units = (cache.view(-1, plan.unit * dim) for cache in (k_cache, v_cache))
     for slab in plan.slabs:
-        _attend_slab(queries[slab.rows], k_units, v_units, slab, values[slab.rows], sums[slab.rows])
+        _attend_slab(queries[slab.rows], k_units, v_units, slab, options, values[slab.rows], sums[slab.rows])
     values.div_(sums[:, None])
     return values.index_select(0, plan.output_index).view(tokens, -1).to(q.dtype)
 
 
-def _attend_slab(queries: Tensor, k_units: Tensor, v_units: Tensor, slab: Slab, values: Tensor, sums: Tensor) -> None:
+def _attend_slab(
+    queries: Tensor,
+    k_units: Tensor,
+    v_units: Tensor,
+    slab: Slab,
+    options: AttentionOptions,
+    values: Tensor,
+    sums: Tensor,
+) -> None:
     """Adds up the slab's weighted values [rows, head_dim] and sums [rows], which are zero at first."""
     rows, dim = slab.tile_rows, queries.shape[1]
     entries = len(slab.entry_tile)
@@ -183,6 +199,11 @@ def _attend_slab(queries: Tensor, k_units: Tensor, v_units: Tensor, slab: Slab, 
         keys = _gather(k_units, slab.key_units[piece], dim)
         entry_queries = tiles.index_select(0, slab.entry_tile[piece]).view(-1, rows, dim)
         torch.bmm(entry_queries, keys.transpose(1, 2), out=scores[piece])
+    if options.cap is not None:
+        scores.div_(options.cap).tanh_().mul_(options.cap)
+    if options.slopes is not None:
+        slopes = torch.tensor(options.slopes, dtype=torch.float32)[slab.heads]
+        scores.add_((torch.arange(TILE_KEYS) - slab.distance[..., None]).mul_(slopes[..., None]))
     by_tile = scores.view(-1, slab.num_kv_heads, rows, TILE_KEYS)
     by_tile.index_copy_(0, slab.masked, by_tile.index_select(0, slab.masked).add_(slab.mask))
     _softmax_numerators(scores, slab, sums.view(-1, rows))

@@ -88,7 +88,7 @@ class TorchOperators:
         num_heads, num_kv_heads, window = q.shape[1], k_cache.shape[1], options.window
         heights = self._tile_rows[q.shape[2]]
         plan = batch.once(("tiles", window), lambda: plan_tiles(batch, num_heads, num_kv_heads, window, heights))
-        return attend(q, k_cache, v_cache, plan, options.scale)
+        return attend(q, k_cache, v_cache, plan, options)
 
 
 def _mean_square(x: Tensor) -> Tensor:

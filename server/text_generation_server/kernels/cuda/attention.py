@@ -25,7 +25,7 @@ class _Attention(ctypes.Structure):
     """`Attention` of attention.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k_cache", "v_cache", "tables", "items", "y", "partial")),
+        *((name, ctypes.c_void_p) for name in ("q", "k_cache", "v_cache", "slopes", "tables", "items", "y", "partial")),
         ("q_stride", ctypes.c_int64),
         ("table_width", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "block_size", "window")),
@@ -88,13 +88,14 @@ class PagedAttention:
         self.head_dim, self.dtype, self._backend = head_dim, dtype, backend
         defines = {"BF16": int(dtype == torch.bfloat16), "HEAD_DIM": head_dim}
         self._module: Module = backend.module("attention.cu", defines)
+        self._kept: dict[tuple[float, ...], Tensor] = {}
         self._dim = -(-head_dim // 32) * 32
         self._keys, self._warps = (16, 2) if self._dim > 128 else (32, 4)
 
     def __call__(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: StepBatch, options: AttentionOptions, cap: float = 0.0
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: StepBatch, options: AttentionOptions
     ) -> Tensor:
-        """q: [tokens, heads, head_dim]. cap: scores become cap * tanh(score / cap); 0: none."""
+        """q: [tokens, heads, head_dim]."""
         tokens, heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
         if q.dtype != self.dtype or dim != self.head_dim or k_cache.dtype != self.dtype or heads % kv_heads:
@@ -109,12 +110,12 @@ class PagedAttention:
             lambda: plan_work(batch, group, rows_of_many, self._backend.device),
         )
         y = q.new_empty(tokens, heads * dim)
-        window = options.window or 0
+        window, cap, slopes = options.window or 0, options.cap or 0.0, self._slopes(options)
 
         def arguments(items: Tensor, partial: Tensor | None) -> _Attention:
             return _Attention(
-                q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), batch.block_tables.data_ptr(), items.data_ptr(),
-                y.data_ptr(), None if partial is None else partial.data_ptr(), q.stride(0),
+                q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slopes, batch.block_tables.data_ptr(),
+                items.data_ptr(), y.data_ptr(), None if partial is None else partial.data_ptr(), q.stride(0),
                 batch.block_tables.stride(0), heads, kv_heads, block_size, window, options.scale, cap,
             )  # fmt: skip
 
@@ -135,3 +136,11 @@ class PagedAttention:
                     "attention_join", grid, threads, 0, partial, work.places, y, heads, splits, window
                 )  # fmt: skip
         return y
+
+    def _slopes(self, options: AttentionOptions) -> int | None:
+        """Where they lie on the device, as float32."""
+        if options.slopes is None:
+            return None
+        if options.slopes not in self._kept:
+            self._kept[options.slopes] = torch.tensor(options.slopes, dtype=torch.float32, device=self._backend.device)
+        return self._kept[options.slopes].data_ptr()

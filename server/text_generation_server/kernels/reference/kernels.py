@@ -80,6 +80,11 @@ class ReferenceKernels:
             if options.window is not None:
                 hidden |= keys <= positions - options.window
             scores = torch.einsum("qhd,khd->hqk", queries, k) * options.scale
+            if options.cap is not None:
+                scores = options.cap * torch.tanh(scores / options.cap)
+            if options.slopes is not None:
+                slopes = torch.tensor(options.slopes, dtype=torch.float64).to(scores.dtype)
+                scores = scores + slopes[:, None, None] * (keys - positions)
             scores = scores.masked_fill(hidden, float("-inf"))
             probabilities = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
             outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v))

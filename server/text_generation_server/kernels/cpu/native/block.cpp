@@ -52,7 +52,7 @@ void attend(const Block &block, const BlockStep &step, char *to, int32_t variant
                      rows, (heads + kv_heads) * dim, stride, kv_heads, dim, step.block_size);
     const Attention attention{rotated, attended, step.keys, step.values, step.starts, step.lengths, step.block_tables,
                               (heads + kv_heads) * dim, step.table_stride, step.sequences, heads, kv_heads, dim,
-                              step.block_size, block.window, block.scale, int32_t(type)};
+                              step.block_size, block.window, block.slopes, block.scale, block.cap, int32_t(type)};
     kernels_attend(variant, &attention, threads);
     kernels_multiply(block.output, variant, attended, type, rows, to, threads);
 }

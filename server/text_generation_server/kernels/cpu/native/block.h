@@ -17,8 +17,9 @@ struct Block {
     const Weight *qkv, *output, *gate_up, *down;
     const void *attention_norm, *mlp_norm;  // [hidden]
     const void *qkv_bias, *head_norm;
+    const float *slopes;                    // see Attention
     int64_t hidden, heads, kv_heads, head_dim, window;
-    float attention_eps, mlp_eps, head_eps, scale;
+    float attention_eps, mlp_eps, head_eps, scale, cap;
 };
 
 // What a step brings. See Attention.

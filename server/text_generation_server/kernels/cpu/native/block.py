@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....batch import StepBatch
 from ...interface import BlockParts, FusedBlock
-from .layer import TILE_KEYS, NativeLayer, step_rows
+from .layer import TILE_KEYS, NativeLayer, slopes_address, step_rows
 from .library import FLOATS, Library
 from .linear import NativeLinear
 
@@ -27,6 +27,7 @@ class _Block(ctypes.Structure):
         ("mlp_norm", ctypes.c_void_p),
         ("qkv_bias", ctypes.c_void_p),
         ("head_norm", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
         ("hidden", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
@@ -36,6 +37,7 @@ class _Block(ctypes.Structure):
         ("mlp_eps", ctypes.c_float),
         ("head_eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
     )
 
 
@@ -75,9 +77,10 @@ class NativeBlock:
         bias, heads = parts.qkv_bias, parts.head_norm
         self._block = _Block(
             *(matmul.address for matmul in matmuls), *(norm.weight.data_ptr() for norm in norms),
-            None if bias is None else bias.data_ptr(), None if heads is None else heads.weight.data_ptr(), hidden,
-            parts.num_heads, parts.num_kv_heads, parts.head_dim, parts.options.window or 0,
-            *(norm.eps for norm in norms), 0 if heads is None else heads.eps, parts.options.scale,
+            None if bias is None else bias.data_ptr(), None if heads is None else heads.weight.data_ptr(),
+            slopes_address(parts.options), hidden, parts.num_heads, parts.num_kv_heads, parts.head_dim,
+            parts.options.window or 0, *(norm.eps for norm in norms), 0 if heads is None else heads.eps,
+            parts.options.scale, parts.options.cap or 0,
         )  # fmt: skip
         self._address, self._hidden = ctypes.addressof(self._block), hidden
 

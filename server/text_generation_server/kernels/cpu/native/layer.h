@@ -28,7 +28,8 @@ struct Attention {
     const int64_t *lengths;       // [sequences]: positions in the cache, this step's included
     const int64_t *block_tables;  // [sequences][table_stride]
     int64_t query_stride, table_stride, sequences, heads, kv_heads, head_dim, block_size, window;  // window 0: none
-    float scale;
+    const float *slopes;          // [heads]: of the distance to a key; null: none
+    float scale, cap;             // cap 0: none
     int32_t type;                 // of queries, output, keys and values
 };
 

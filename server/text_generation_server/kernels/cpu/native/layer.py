@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class _Attention(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("slopes", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
         ("type", ctypes.c_int32),
     )
 
@@ -116,7 +119,7 @@ class NativeLayer:
         step = _Attention(
             q.data_ptr(), y.data_ptr(), keys.data_ptr(), values.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
             tables.data_ptr(), q.stride(0), tables.shape[1], len(lengths), heads, values.shape[1], dim, values.shape[2],
-            options.window or 0, options.scale, FLOATS[q.dtype],
+            options.window or 0, slopes_address(options), options.scale, options.cap or 0, FLOATS[q.dtype],
         )  # fmt: skip
         self._attend(self._variant, ctypes.addressof(step), torch.get_num_threads())
         return y
@@ -125,6 +128,16 @@ class NativeLayer:
 def step_rows(batch: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Starts, lengths and block tables as int64 in memory of their own."""
     return torch.tensor(batch.starts), torch.tensor(batch.context_lengths), batch.block_tables.contiguous()
+
+
+def slopes_address(options: AttentionOptions) -> int | None:
+    """Where the slopes lie as float32, as long as the process lives."""
+    return None if options.slopes is None else _kept_floats(options.slopes).data_ptr()
+
+
+@cache
+def _kept_floats(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _tokens_apart(x: Tensor) -> Tensor:

@@ -154,6 +154,31 @@ INLINE void in_groups(int64_t first, int64_t last, Function &&function) {
     }
 }
 
+// tanh(x): of small numbers by its series, so that no digits are lost.
+INLINE F hyperbolic_tangent(F x) {
+    const F square = x * x, one = all_floats(1.0f);
+    F series = all_floats(62.0f / 2835);
+    series = add_product(series, square, all_floats(-17.0f / 315));
+    series = add_product(series, square, all_floats(2.0f / 15));
+    series = add_product(series, square, all_floats(-1.0f / 3));
+    const F small = add_product(series * square, x, x);
+    const F large = one - all_floats(2.0f) / (exponential(x + x) + one);
+    return choose(less(square, all_floats(0.0625f)), small, large);
+}
+
+// What becomes of the scores of a row with kTileKeys keys, of which the first lies `distance` positions behind its own.
+INLINE void adjust(const Attention &step, int64_t head, int64_t distance, float *scores) {
+    alignas(64) static constexpr float kCount[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static_assert(sizeof kCount / sizeof *kCount == kTileKeys);
+    for (int64_t key = 0; key < kTileKeys; key += kWidth) {
+        F score = load_floats(scores + key);
+        if (step.cap != 0) score = all_floats(step.cap) * hyperbolic_tangent(score / all_floats(step.cap));
+        if (step.slopes)
+            score = add_product(all_floats(step.slopes[head]), load_floats(kCount + key) - all_floats(float(distance)), score);
+        store_floats(scores + key, score);
+    }
+}
+
 // Softmax over tiles (Milakov and Gimelshein 2018, arXiv:1805.02867): whenever a tile holds a new maximum, what was added up
 // before is scaled down.
 void attend(const Attention &step, const AttentionTile &tile, float *scratch, int64_t room) {
@@ -199,6 +224,7 @@ void attend(const Attention &step, const AttentionTile &tile, float *scratch, in
             // A window may have left the tile behind.
             if (first_key(row) >= begin + kTileKeys) { last = row; break; }
             float *mine = scores + row * kTileKeys;
+            if (step.cap != 0 || step.slopes) adjust(step, tile.kv_head * group + row % group, position(row) - begin, mine);
             const int64_t low = first_key(row) - begin, high = position(row) - begin;
             for (int64_t key = 0; key < std::min(low, kTileKeys); key++) mine[key] = -INFINITY;
             for (int64_t key = high + 1; key < kTileKeys; key++) mine[key] = -INFINITY;

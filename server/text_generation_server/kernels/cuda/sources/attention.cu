@@ -23,6 +23,7 @@ struct Attention {
     const u16* q;
     const u16* k_cache;
     const u16* v_cache;
+    const float* slopes;  // [heads], or null: none
     const i64* tables;
     const int* items;
     u16* y;
@@ -77,7 +78,8 @@ struct Running {
     }
 };
 
-DEVICE void attend_tile(Running& r, const uint4* stage, const u32 (&q)[DIM / 16][4], const Attention& a, int tile, const int (&position)[2]) {
+DEVICE void attend_tile(Running& r, const uint4* stage, const u32 (&q)[DIM / 16][4], const Attention& a, int tile, const int (&position)[2],
+                        const float (&slope)[2]) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float scores[KEYS / 8][4];
 #pragma unroll
@@ -104,6 +106,7 @@ DEVICE void attend_tile(Running& r, const uint4* stage, const u32 (&q)[DIM / 16]
                 float e = exp_exact(divide(2.0f * a.scale * scores[n][i], a.cap));
                 score = a.cap * LOG2_E * (1.0f - divide(2.0f, e + 1.0f));
             }
+            if (a.slopes) score = fused(slope[i / 2], static_cast<float>(key - at), score);
             bool visible = key <= at && (a.window == 0 || key > at - a.window);
             scores[n][i] = visible ? score : MINUS_INFINITY;
             most[i / 2] = fmax(most[i / 2], scores[n][i]);
@@ -173,6 +176,7 @@ template <int WARPS> DEVICE void attend(const Attention& a) {
         if (begin >= end) return;
     }
     int position[2], token[2], head[2];
+    float slope[2];  // of scores that are exponents of 2
     bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -181,6 +185,7 @@ template <int WARPS> DEVICE void attend(const Attention& a) {
         row = exists[half] ? row : rows - 1;
         token[half] = row / group, head[half] = kv_head * group + row % group;
         position[half] = past + token[half];
+        slope[half] = a.slopes ? load_global(a.slopes + head[half]) * LOG2_E : 0.0f;
     }
     u32 q[DIM / 16][4];
 #pragma unroll
@@ -205,7 +210,7 @@ template <int WARPS> DEVICE void attend(const Attention& a) {
         copy_commit();
         copy_wait<1>();
         sync_block();
-        attend_tile(r, stages + stage * STAGE, q, a, tile, position);
+        attend_tile(r, stages + stage * STAGE, q, a, tile, position, slope);
         sync_block();
         stage ^= 1;
         if (tile < last_tile && (tile + 1) * KEYS % SPLIT) continue;
