@@ -88,6 +88,28 @@ BROKEN = {
     "missing tensor": (edit_header(rename_tensor), ["model.layers.3.mlp.up_proj.weight"]),
     "tensor of the wrong shape": (edit_header(reshape_tensor), ["model.norm.weight", "128"]),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["tokenizer.json"]),
+    "tokenizer is none": (
+        lambda m: (m / "tokenizer.json").write_text("{}"),
+        ["tokenizer.json: model is missing", "as the tokenizers library saves it"],
+    ),
+    "tokenizer of an unknown kind": (
+        lambda m: (m / "tokenizer.json").write_text('{"model": {"type": "Nothing", "vocab": {}}}'),
+        ["tokenizer.json: cannot be read as a tokenizer", "expected the tokenizer.json of the model"],
+    ),
+    "tokenizer left by Git LFS": (
+        lambda m: (m / "tokenizer.json").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        ["tokenizer.json", "is a pointer of Git LFS", "git lfs pull"],
+    ),
+    "chat template that is none": (
+        lambda m: (m / "chat_template.jinja").write_text("\n{% for %}"),
+        ["chat_template.jinja, line 2 of its chat template"],
+    ),
+    "tokenizer's settings are not JSON": (
+        lambda m: (m / "tokenizer_config.json").write_text("{"),
+        ["tokenizer_config.json: is not JSON"],
+    ),
 }
 
 
@@ -103,6 +125,32 @@ def test_a_broken_model_folder_is_refused_by_name(name: str, tmp_path: Path) -> 
     assert any(all(word in line for word in words) for line in lines), f"no line with {words} in:\n{output}"
     assert "Traceback" not in output and "panicked" not in output, output
     assert "rank 0" not in output.lower(), "refused before a rank is spawned"
+    assert output.count("error: ") == 1, output
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "words"),
+    [
+        ("--chat-template", None, ["cannot be read: No such file", "expected a file with a template of Jinja"]),
+        ("--chat-template", "{% for %}", ["line 1 of its chat template"]),
+        ("--tokenizer-config-path", None, ["cannot be read: No such file", "like a model's tokenizer_config.json"]),
+        ("--tokenizer-config-path", "[]", ["is not a JSON object"]),
+        ("--api-key-file", None, ["cannot be read: No such file", "expected a file of keys, one a line"]),
+        ("--api-key-file", "good\nb\x01d\n", ["line 2: expected a text without control characters"]),
+    ],
+)
+@pytest.mark.parametrize("output_flags", [(), ("--json-output",)], ids=["text", "json"])
+def test_a_file_that_the_router_reads_is_refused_before_anything_is_started(
+    flag: str, content: str | None, words: list[str], output_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    if content is not None:
+        file.write_text(content)
+    code, output = refusal(LLAMA, flag, str(file), *output_flags)
+    assert code == 1, output
+    lines = [line for line in output.splitlines() if f"{flag} {file}" in line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), output
+    assert "rank 0" not in output.lower() and "Traceback" not in output, output
 
 
 def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use text_generation_router::args::DEFAULT_BLOCK_SIZE;
+use text_generation_router::args::{DEFAULT_BLOCK_SIZE, api_key};
 
 use crate::args::Args;
 use crate::machine::Machine;
@@ -136,6 +136,10 @@ pub fn check(args: &Args) -> Result<(), PlanError> {
         return usage(format!(
             "--max-input-tokens {tokens} and --max-input-length {length}: both name the same limit; use the first alone"
         ));
+    }
+    for (n, key) in args.api_key.iter().enumerate() {
+        // Here and not in the parser, which would show the key.
+        api_key(key).map_err(|expected| PlanError::Usage(format!("--api-key, key {}: {expected}", n + 1)))?;
     }
     let input = ("--max-input-tokens", max_input_tokens(args));
     let total = ("--max-total-tokens", args.max_total_tokens);
@@ -270,6 +274,13 @@ impl LaunchPlan {
     pub fn shard(&self, rank: u32, socket: &Path) -> CommandLine {
         let mut command = self.shard.clone();
         command.flag("--rank", rank).flag("--uds-path", socket.display());
+        command
+    }
+
+    /// What to run before ranks are spawned, to learn whether the router can use what it is to read.
+    pub fn router_check(&self) -> CommandLine {
+        let mut command = self.router.clone();
+        command.word("--check");
         command
     }
 }
@@ -527,10 +538,12 @@ mod tests {
             ("--max-batch-size 9 --max-batch-prefill-tokens 8", vec!["--max-batch-size 9"]),
             ("--block-size 9 --max-batch-total-tokens 8", vec!["--block-size 9"]),
             ("--max-batch-total-tokens 10", vec!["--block-size 16", "default", "--max-batch-total-tokens 10"]),
+            ("--api-key good --api-key=b\u{1}d", vec!["--api-key, key 2: expected a text without control characters"]),
         ] {
             match planned(flags) {
                 Err(PlanError::Usage(message)) => {
                     assert!(names.iter().all(|name| message.contains(name)), "{flags}: {message}");
+                    assert!(!message.contains("b\u{1}d"), "a key is shown");
                 }
                 other => panic!("{flags}: {other:?}"),
             }

@@ -145,6 +145,9 @@ async fn prepare_and_supervise(
     let Some(model) = preflight(args, programs, &model_dir, world_size, context).await? else { return Ok(()) };
     let sockets = (directory.control_socket(), directory.admin_socket());
     let plan = plan::launch(args, machine, &model, programs, (&sockets.0, &sockets.1))?;
+    let Some(_) = examine(&plan.router_check(), "text-generation-router --check", args, context).await? else {
+        return Ok(());
+    };
     tell_plan(&plan, &model, directory);
     let policy = Policy {
         world_size,
@@ -263,9 +266,22 @@ async fn preflight(
     context: &mut Context<'_>,
 ) -> Result<Option<ModelPlan>, Failure> {
     let command = plan::preflight_command(args, programs, model_dir, world_size);
+    let name = "text-generation-server plan";
+    let Some(answer) = examine(&command, name, args, context).await? else { return Ok(None) };
+    serde_json::from_str(answer.trim()).map(Some).map_err(|error| failed(format!("{name} answered no plan: {error}")))
+}
+
+/// What a program answers that is asked whether something can be served; its own words, if it says that it cannot. None:
+/// asked to end meanwhile.
+async fn examine(
+    command: &CommandLine,
+    name: &str,
+    args: &Args,
+    context: &mut Context<'_>,
+) -> Result<Option<String>, Failure> {
     let limit = Duration::from_secs_f64(args.startup_stall_timeout);
-    let Ok(asked) = tokio::time::timeout(limit, ask(&command, "plan", false, context)).await else {
-        return Err(failed(format!("text-generation-server plan gave no answer for {} s", limit.as_secs())));
+    let Ok(asked) = tokio::time::timeout(limit, ask(command, name, false, context)).await else {
+        return Err(failed(format!("{name} gave no answer for {} s", limit.as_secs())));
     };
     let Some((exit, answer)) = asked? else { return Ok(None) };
     if exit.cause == Cause::Code(1) && !exit.last_lines.is_empty() {
@@ -273,11 +289,9 @@ async fn preflight(
         return Err(failed(lines.strip_prefix("error: ").unwrap_or(&lines)));
     }
     if exit.cause != Cause::Code(0) {
-        return Err(failed(exit.with_last_lines(&format!("text-generation-server plan {}", exit.explain()))));
+        return Err(failed(exit.with_last_lines(&format!("{name} {}", exit.explain()))));
     }
-    serde_json::from_str(answer.trim())
-        .map(Some)
-        .map_err(|error| failed(format!("text-generation-server plan answered no plan: {error}")))
+    Ok(Some(answer))
 }
 
 /// Runs a helper program to its end. None: asked to end meanwhile.

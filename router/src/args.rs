@@ -116,6 +116,10 @@ pub struct Args {
     #[arg(long, env, action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
     pub exit_with_stdin: bool,
 
+    /// Read the files that the other flags name, say what is wrong with them, and end: with code 0 if nothing is.
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub check: bool,
+
     /// For tests of crashes: a file that tells this process when to kill itself.
     #[arg(long, env = "ROUTER_FAULT_FILE", hide = true)]
     pub fault_file: Option<PathBuf>,
@@ -244,7 +248,13 @@ impl Args {
         let mut keys = self.api_key.clone();
         let Some(path) = &self.api_key_file else { return Ok(keys) };
         let error = |reason: String| KeyFileError { path: path.clone(), reason };
-        let text = std::fs::read_to_string(path).map_err(|cause| error(format!("cannot be read: {cause}")))?;
+        let expected = "expected a file of keys, one a line";
+        let unreadable = |cause: std::io::Error| error(format!("cannot be read: {cause}; {expected}"));
+        // Every start of the router reads it; a pipe has it but once.
+        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+            return Err(error(format!("is no regular file; {expected}")));
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
         let lines = text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty());
         for (n, line) in lines {
             keys.push(api_key(line).map_err(|expected| error(format!("line {}: {expected}", n + 1)))?);
@@ -301,7 +311,11 @@ fn block_size(text: &str) -> Result<usize, String> {
 }
 
 /// A key as it can stand in a header: some bytes, none of which is a control character, no space at its ends.
-fn api_key(text: &str) -> Result<String, String> {
+///
+/// # Errors
+///
+/// What is expected instead; never the key.
+pub fn api_key(text: &str) -> Result<String, String> {
     let is_fit = !text.is_empty() && text.trim() == text && HeaderValue::from_bytes(text.as_bytes()).is_ok();
     if is_fit { Ok(text.into()) } else { Err("expected a text without control characters or space at its ends".into()) }
 }
@@ -371,7 +385,10 @@ mod tests {
         let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");
         std::fs::remove_file(&path).unwrap();
-        assert!(parse("--api-key-file no/such").unwrap().api_keys().is_err());
+        for (path, reason) in [("no/such", "cannot be read"), ("/dev/null", "is no regular file")] {
+            let error = parse(&format!("--api-key-file {path}")).unwrap().api_keys().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--api-key-file {path}: {reason}")), "{error}");
+        }
     }
 
     #[test]

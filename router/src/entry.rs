@@ -37,6 +37,15 @@ pub fn main(commit: Option<&'static str>) -> ExitCode {
     if let Err(contradiction) = args.validate() {
         Args::command().error(clap::error::ErrorKind::ValueValidation, contradiction).exit();
     }
+    if args.check {
+        return match Inputs::read(&args) {
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     if let Err(errno) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         eprintln!("error: cannot ask to be killed with the parent: {errno}");
     }
@@ -89,19 +98,33 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     code
 }
 
+/// What is read before anything is started. `--check` reads it too, and ends.
+struct Inputs {
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    api_keys: ApiKeys,
+}
+
+impl Inputs {
+    fn read(args: &Args) -> anyhow::Result<Self> {
+        // What the operator named first: it is sooner read than a tokenizer.
+        let api_keys = ApiKeys::new(args.api_keys()?.into_iter().map(String::into_bytes));
+        let (chat_template, tokenizer_config) = (args.chat_template.clone(), args.tokenizer_config_path.clone());
+        let template = files::read(&args.tokenizer_name, &Overrides { chat_template, tokenizer_config })?;
+        let tokenizer = Tokenizer::from_file(&args.tokenizer_name.join("tokenizer.json"))?;
+        Ok(Self { tokenizer, template, api_keys })
+    }
+}
+
 async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     let stopped = stop_signal()?;
-    let file = args.tokenizer_name.join("tokenizer.json");
-    let tokenizer = Arc::new(Tokenizer::from_file(&file)?);
-    let overrides =
-        Overrides { chat_template: args.chat_template.clone(), tokenizer_config: args.tokenizer_config_path.clone() };
-    let template = files::read(&args.tokenizer_name, &overrides)?;
+    let Inputs { tokenizer, template, api_keys } = Inputs::read(&args)?;
+    let tokenizer = Arc::new(tokenizer);
     if template.is_empty() {
         warn!("the model has no chat template: requests to /v1/chat/completions will be refused");
     } else {
         info!(?template, "chat templates");
     }
-    let api_keys = ApiKeys::new(args.api_keys()?.into_iter().map(String::into_bytes));
     let address = args.address();
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     let link = Link::connect(&args.control_socket)

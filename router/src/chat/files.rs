@@ -16,10 +16,10 @@ const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
     /// A file cannot be read, or holds something else.
-    #[error("{path}: {reason}")]
+    #[error("{name}: {reason}")]
     File {
-        /// Which.
-        path: PathBuf,
+        /// Which, after the flag that named it, if one did.
+        name: String,
         /// In words.
         reason: String,
     },
@@ -31,19 +31,69 @@ pub enum FilesError {
 /// What the operator says about them.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
-    /// A template to use whatever the model has.
+    /// A template to use whatever the model has: `--chat-template`.
     pub chat_template: Option<PathBuf>,
-    /// In place of the model's own `tokenizer_config.json`.
+    /// In place of the model's own `tokenizer_config.json`: `--tokenizer-config-path`.
     pub tokenizer_config: Option<PathBuf>,
+}
+
+/// A file, and who named it.
+#[derive(Clone, Copy, Debug)]
+enum Place<'a> {
+    /// The model's own; it may be missing.
+    Model(&'a Path),
+    /// A flag, which says what it expects.
+    Flag { flag: &'static str, path: &'a Path, expected: &'static str },
+}
+
+impl<'a> Place<'a> {
+    fn chat_template(path: &'a Path) -> Self {
+        Self::Flag {
+            flag: "--chat-template",
+            path,
+            expected: "a file with a template of Jinja, or one of JSON, named *.json, with `chat_template`",
+        }
+    }
+
+    fn tokenizer_config(path: &'a Path) -> Self {
+        Self::Flag { flag: "--tokenizer-config-path", path, expected: "a file like a model's tokenizer_config.json" }
+    }
+
+    fn path(&self) -> &'a Path {
+        match self {
+            Self::Model(path) | Self::Flag { path, .. } => path,
+        }
+    }
+
+    fn error(&self, reason: impl std::fmt::Display) -> FilesError {
+        let reason = match self {
+            Self::Model(_) => reason.to_string(),
+            Self::Flag { expected, .. } => format!("{reason}; expected {expected}"),
+        };
+        FilesError::File { name: self.to_string(), reason }
+    }
+}
+
+impl std::fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Model(path) => write!(f, "{}", path.display()),
+            Self::Flag { flag, path, .. } => write!(f, "{flag} {}", path.display()),
+        }
+    }
 }
 
 /// Reads what a model's folder has: the first of `chat_template.jinja` (with `additional_chat_templates/`),
 /// `chat_template.json`, `tokenizer_config.json` and `processor_config.json` that has any template. No template is no error.
 pub fn read(folder: &Path, overrides: &Overrides) -> Result<ChatTemplate, FilesError> {
-    let config_path = overrides.tokenizer_config.clone().unwrap_or_else(|| folder.join("tokenizer_config.json"));
-    let config = json_file(&config_path, overrides.tokenizer_config.is_some())?;
-    let sources = sources(folder, overrides, (&config_path, config.as_ref()))?;
-    let legacy = json_file(&folder.join("special_tokens_map.json"), false)?;
+    let own = folder.join("tokenizer_config.json");
+    let config_place = match &overrides.tokenizer_config {
+        Some(path) => Place::tokenizer_config(path),
+        None => Place::Model(&own),
+    };
+    let config = json_file(config_place)?;
+    let sources = sources(folder, overrides, (config_place, config.as_ref()))?;
+    let legacy = json_file(Place::Model(&folder.join("special_tokens_map.json")))?;
     let tokens = tokens(&[config, legacy]);
     Ok(ChatTemplate::new(sources, tokens)?)
 }
@@ -51,75 +101,79 @@ pub fn read(folder: &Path, overrides: &Overrides) -> Result<ChatTemplate, FilesE
 fn sources(
     folder: &Path,
     overrides: &Overrides,
-    (config_path, config): (&Path, Option<&Value>),
+    (config_place, config): (Place<'_>, Option<&Value>),
 ) -> Result<Vec<Source>, FilesError> {
     if let Some(path) = &overrides.chat_template {
+        let place = Place::chat_template(path);
         let is_json = path.extension().is_some_and(|extension| extension == "json");
-        let found = if is_json { in_json(path, json_file(path, true)?.as_ref())? } else { vec![plain(path, DEFAULT)?] };
-        return if found.is_empty() { Err(file(path, "has no `chat_template`")) } else { Ok(found) };
+        let found = if is_json { in_json(place, json_file(place)?.as_ref())? } else { plain(place, DEFAULT)? };
+        return if found.is_empty() { Err(place.error("has no `chat_template`")) } else { Ok(found) };
     }
     if overrides.tokenizer_config.is_some() {
-        let found = in_json(config_path, config)?;
+        let found = in_json(config_place, config)?;
         if !found.is_empty() {
             return Ok(found);
         }
     }
-    let jinja = folder.join("chat_template.jinja");
-    let mut found = if jinja.is_file() { vec![plain(&jinja, DEFAULT)?] } else { vec![] };
+    let mut found = plain(Place::Model(&folder.join("chat_template.jinja")), DEFAULT)?;
     found.extend(additional(&folder.join("additional_chat_templates"))?);
     if !found.is_empty() {
         return Ok(found);
     }
     let legacy = folder.join("chat_template.json");
-    let found = in_json(&legacy, json_file(&legacy, false)?.as_ref())?;
+    let found = in_json(Place::Model(&legacy), json_file(Place::Model(&legacy))?.as_ref())?;
     if !found.is_empty() {
         return Ok(found);
     }
-    let found = in_json(config_path, config)?;
+    let found = in_json(config_place, config)?;
     if !found.is_empty() {
         return Ok(found);
     }
     let processor = folder.join("processor_config.json");
-    in_json(&processor, json_file(&processor, false)?.as_ref())
+    in_json(Place::Model(&processor), json_file(Place::Model(&processor))?.as_ref())
 }
 
-fn file(path: &Path, reason: impl Into<String>) -> FilesError {
-    FilesError::File { path: path.to_owned(), reason: reason.into() }
-}
-
-/// The text of a file; `None` if there is none and none is needed.
-fn text_file(path: &Path, is_needed: bool) -> Result<Option<String>, FilesError> {
-    if !is_needed && !path.exists() {
+/// The text of a file; `None` if the model has none.
+fn text_file(place: Place<'_>) -> Result<Option<String>, FilesError> {
+    let path = place.path();
+    if matches!(place, Place::Model(_)) && !path.exists() {
         return Ok(None);
     }
-    let size = std::fs::metadata(path).map_err(|error| file(path, format!("cannot be read: {error}")))?.len();
-    if size > MAX_FILE_BYTES {
-        return Err(file(path, format!("has {size} bytes, expected at most {MAX_FILE_BYTES}")));
+    let unreadable = |error: std::io::Error| place.error(format!("cannot be read: {error}"));
+    let metadata = std::fs::metadata(path).map_err(unreadable)?;
+    // Others, such as a pipe, may never come to an end.
+    if !metadata.is_file() {
+        return Err(place.error("is no regular file"));
     }
-    std::fs::read_to_string(path).map(Some).map_err(|error| file(path, format!("cannot be read: {error}")))
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(place.error(format!("has {} bytes, of which {MAX_FILE_BYTES} are allowed", metadata.len())));
+    }
+    std::fs::read_to_string(path).map(Some).map_err(unreadable)
 }
 
-fn json_file(path: &Path, is_needed: bool) -> Result<Option<Value>, FilesError> {
-    let Some(text) = text_file(path, is_needed)? else { return Ok(None) };
+fn json_file(place: Place<'_>) -> Result<Option<Value>, FilesError> {
+    let Some(text) = text_file(place)? else { return Ok(None) };
     match serde_json::from_str(&text) {
         Ok(Value::Object(object)) => Ok(Some(Value::Object(object))),
-        Ok(_) => Err(file(path, "is not a JSON object")),
-        Err(error) => Err(file(path, format!("is not JSON: {error}"))),
+        Ok(_) => Err(place.error("is not a JSON object")),
+        Err(error) => Err(place.error(format!("is not JSON: {error}"))),
     }
 }
 
-fn plain(path: &Path, name: &str) -> Result<Source, FilesError> {
-    let text = text_file(path, true)?.unwrap_or_default();
-    source(path, name, text)
+/// A file that is a template, if it is there.
+fn plain(place: Place<'_>, name: &str) -> Result<Vec<Source>, FilesError> {
+    let text = text_file(place)?;
+    text.map(|text| source(place, name, text)).into_iter().collect()
 }
 
-fn source(path: &Path, name: &str, text: String) -> Result<Source, FilesError> {
+fn source(place: Place<'_>, name: &str, text: String) -> Result<Source, FilesError> {
     if text.len() > MAX_TEMPLATE_BYTES {
-        let reason =
-            format!("the chat template {name:?} has {} bytes, expected at most {MAX_TEMPLATE_BYTES}", text.len());
-        return Err(file(path, reason));
+        let bytes = text.len();
+        return Err(place.error(format!(
+            "the chat template {name:?} has {bytes} bytes, of which {MAX_TEMPLATE_BYTES} are allowed"
+        )));
     }
-    Ok(Source { name: name.into(), text, file: path.display().to_string() })
+    Ok(Source { name: name.into(), text, file: place.to_string() })
 }
 
 /// `additional_chat_templates/NAME.jinja`, as transformers saves them.
@@ -129,25 +183,26 @@ fn additional(folder: &Path) -> Result<Vec<Source>, FilesError> {
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "jinja"));
     paths.sort();
     let name = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    paths.iter().map(|path| plain(path, &name(path))).collect()
+    let found: Result<Vec<_>, _> = paths.iter().map(|path| plain(Place::Model(path), &name(path))).collect();
+    Ok(found?.into_iter().flatten().collect())
 }
 
 /// `chat_template`: a text, or a list of `{"name", "template"}`.
-fn in_json(path: &Path, json: Option<&Value>) -> Result<Vec<Source>, FilesError> {
-    let expected = "`chat_template` is neither a text nor a list of objects with `name` and `template`, each name once";
+fn in_json(place: Place<'_>, json: Option<&Value>) -> Result<Vec<Source>, FilesError> {
+    let reason = "`chat_template` is neither a text nor a list of objects with `name` and `template`, each name once";
     match json.and_then(|json| json.get("chat_template")) {
         None | Some(Value::Null) => Ok(vec![]),
-        Some(Value::String(text)) => Ok(vec![source(path, DEFAULT, text.clone())?]),
+        Some(Value::String(text)) => Ok(vec![source(place, DEFAULT, text.clone())?]),
         Some(Value::Array(named)) => {
             let mut names = HashSet::new();
             let one = |one: &Value| {
                 let (name, text) = (one["name"].as_str(), one["template"].as_str());
-                let (Some(name), Some(text)) = (name, text) else { return Err(file(path, expected)) };
-                if names.insert(name.to_owned()) { source(path, name, text.into()) } else { Err(file(path, expected)) }
+                let (Some(name), Some(text)) = (name, text) else { return Err(place.error(reason)) };
+                if names.insert(name.to_owned()) { source(place, name, text.into()) } else { Err(place.error(reason)) }
             };
             named.iter().map(one).collect()
         }
-        Some(_) => Err(file(path, expected)),
+        Some(_) => Err(place.error(reason)),
     }
 }
 
@@ -227,7 +282,12 @@ mod tests {
         assert_eq!(rendered(&config), "config");
         assert_eq!(rendered(&Overrides { chat_template: Some(folder.0.join("mine.jinja")), ..config }), "mine");
         let missing = Overrides { chat_template: Some(folder.0.join("no.jinja")), ..Overrides::default() };
-        assert!(read(&folder.0, &missing).unwrap_err().to_string().contains("no.jinja: cannot be read"));
+        let error = read(&folder.0, &missing).unwrap_err().to_string();
+        assert!(error.starts_with("--chat-template ") && error.contains("no.jinja: cannot be read"), "{error}");
+        assert!(error.contains("expected a file with a template of Jinja"), "{error}");
+        let missing = Overrides { tokenizer_config: Some(folder.0.clone()), ..Overrides::default() };
+        let error = read(&folder.0, &missing).unwrap_err().to_string();
+        assert!(error.starts_with("--tokenizer-config-path ") && error.contains("is no regular file"), "{error}");
     }
 
     #[test]

@@ -104,10 +104,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)
-            if head == b"version ":
-                raise CheckpointError(
-                    f"{path}: is a pointer of Git LFS ({size} bytes), not the file itself; fetch it with git lfs pull"
-                )
+            _refuse_pointer(path, head, size)
             length = int.from_bytes(head, "little")
             if size < 8 or length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
@@ -173,7 +170,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; expected it in the model folder") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    _refuse_pointer(path, text, len(text))
     return _parse_json(path, text)
+
+
+def _refuse_pointer(path: Path, beginning: bytes, size: int) -> None:
+    """Says so if Git LFS left something else in place of the file. size: bytes of all that is there."""
+    # No file of JSON or safetensors can begin so.
+    if beginning.startswith(b"version "):
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS ({size} bytes), not the file itself; fetch it with git lfs pull"
+        )
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
