@@ -57,7 +57,27 @@ def test_an_empty_variable_is_one_left_out() -> None:
     assert done.returncode == 1 and "there is no such directory" in done.stdout + done.stderr, done
 
 
-def test_a_server_starts_whatever_is_empty() -> None:
+# What stands in start scripts and charts for TGI 3.
+MADE_FOR_TGI = {
+    "PROMETHEUS_PORT": "9000",
+    "MASTER_PORT": "29500",
+    "CUDA_GRAPHS": "1,2,4,8,16,32",
+    "CUDA_MEMORY_FRACTION": "0.9",
+    "SPECULATE": "3",
+    "ATTENTION": "flashinfer",
+    "PREFIX_CACHING": "0",
+    "PREFILL_CHUNKING": "0",
+    "TGI_WIGGLE_ROOM": "0.95",
+    "WAITING_SERVED_RATIO": "0.3",
+    "MAX_WAITING_TOKENS": "20",
+    "ENABLE_PREFILL_LOGPROBS": "true",
+    "USAGE_STATS": "off",
+    "HF_HUB_ENABLE_HF_TRANSFER": "1",
+    "HF_API_TOKEN": "hf_nothing",
+}
+
+
+def test_a_server_starts_whatever_is_empty_and_in_an_environment_made_for_tgi() -> None:
     names = [
         "QUANTIZE",
         "MAX_INPUT_TOKENS",
@@ -67,8 +87,12 @@ def test_a_server_starts_whatever_is_empty() -> None:
         "OTLP_ENDPOINT",
         "REVISION",
     ]
-    with Server(LLAMA, env=dict.fromkeys(names, "")) as server:
+    with Server(LLAMA, env=dict.fromkeys(names, "") | MADE_FOR_TGI) as server:
         assert server.generate("In the beginning", max_new_tokens=2)["details"]["generated_tokens"] == 2
+        log = server.log()
+    assert log.count("PROMETHEUS_PORT (environment) has no effect: metrics are on the main port, at /metrics") == 1, log
+    silent = ("HOSTNAME", "HF_HUB_ENABLE_HF_TRANSFER", "HF_API_TOKEN", "USAGE_STATS")
+    assert not [name for name in MADE_FOR_TGI if name not in silent and f"{name} (environment) has" not in log], log
 
 
 def test_all_programs_have_one_version() -> None:

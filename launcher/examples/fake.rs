@@ -36,6 +36,12 @@ async fn main() {
     let args: Vec<String> = std::env::args().collect();
     let is_router = Path::new(&args[0]).ends_with("text-generation-router");
     match args[1].as_str() {
+        _ if is_router && args.iter().any(|arg| arg == "--check") => {
+            if fake("router-refuses") {
+                eprintln!("error: --chat-template none: cannot be read");
+                std::process::exit(1);
+            }
+        }
         _ if is_router => router(&args).await,
         "download-weights" => {
             if fake("download-hangs") {

@@ -53,6 +53,10 @@ pub struct Args {
     #[arg(long, env, help_heading = MODEL)]
     pub huggingface_hub_cache: Option<String>,
 
+    /// In TGI a variable alone: the former name of HF_TOKEN, which it overrides.
+    #[arg(long, env, hide = true, hide_env_values = true)]
+    pub hf_api_token: Option<String>,
+
     /// Whether the model is cut into several shards.
     #[arg(long, env, value_name = "BOOL", value_parser = BoolishValueParser::new(), help_heading = SHARDS)]
     pub sharded: Option<bool>,
@@ -319,6 +323,8 @@ const fn noticed_unless(accepted: Values, flag: &'static str, values: Values, wh
     Foreign { flag, values, fate: Fate::Noticed(accepted), why }
 }
 
+/// Noticed is what changes neither answers nor whether they are given: where and how fast something is done. A start script
+/// or an environment made for TGI works with it. Refused is what somebody would miss.
 const FOREIGN: &[Foreign] = &[
     noticed(
         "waiting-served-ratio",
@@ -328,26 +334,36 @@ const FOREIGN: &[Foreign] = &[
     noticed("max-waiting-tokens", ANY, "every step mixes prompts and answers, so nothing waits for tokens (as in TGI)"),
     noticed("master-addr", ANY, "the shards of one machine meet through the run directory, not over TCP"),
     noticed("master-port", ANY, "the shards of one machine meet through the run directory, no port is used"),
+    noticed("prometheus-port", ANY, "metrics are on the main port, at /metrics"),
     noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
     noticed_unless(&["off"], "usage-stats", &["on", "off", "no-stack"], "nothing is ever sent anywhere"),
-    refused_unless(&["0"], "speculate", ANY, "leave it out, or 0"),
+    noticed_unless(&["0"], "speculate", ANY, "nothing is drafted yet; answers are the same without drafts"),
+    noticed_unless(&["0"], "cuda-graphs", ANY, "processors have no graphs to record"),
+    noticed("cuda-memory-fraction", ANY, "it is about GPUs; --memory-fraction is the share of this machine's memory"),
+    noticed("enable-prefill-logprobs", SWITCH, "log-probabilities of prompts are always to be had"),
+    noticed("request-logprobs", ANY, "log-probabilities of prompts are always to be had"),
+    noticed("attention", ANY, "there is one kind of attention"),
+    noticed_unless(
+        &["1", "true"],
+        "prefix-caching",
+        ANY,
+        "prefixes are always cached, and change no answer; the cache gives way to running sequences",
+    ),
+    noticed_unless(
+        &["1", "true"],
+        "prefill-chunking",
+        ANY,
+        "long prompts are always computed in parts, which change no answer",
+    ),
+    noticed("tgi-wiggle-room", ANY, "it is about GPUs; --memory-fraction is the share of this machine's memory"),
     refused("kv-cache-dtype", ANY, "the cache has the type of the model; leave it out"),
-    refused_unless(&["0"], "cuda-graphs", ANY, "leave it out, or 0"),
-    refused("cuda-memory-fraction", ANY, "use --memory-fraction for the share of this machine's memory"),
     refused("rope-scaling", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
     refused("rope-factor", ANY, "scaling is read from the checkpoint's config.json; leave it out"),
     refused("weights-cache-override", ANY, "give a directory as --model-id, or use --huggingface-hub-cache"),
-    refused("prometheus-port", ANY, "metrics are on the main port, at /metrics; leave it out"),
     refused_unless(&["false"], "ngrok", SWITCH, "leave it out"),
     refused("ngrok-authtoken", ANY, "leave it out"),
     refused("ngrok-edge", ANY, "leave it out"),
     refused("lora-adapters", ANY, "leave it out"),
-    noticed("enable-prefill-logprobs", SWITCH, "log-probabilities of prompts are always to be had"),
-    noticed("request-logprobs", ANY, "log-probabilities of prompts are always to be had"),
-    refused("attention", ANY, "there is one kind of attention; leave it out"),
-    refused_unless(&["1", "true"], "prefix-caching", ANY, "prefixes are always cached; leave it out"),
-    refused_unless(&["1", "true"], "prefill-chunking", ANY, "long prompts are always computed in parts; leave it out"),
-    refused("tgi-wiggle-room", ANY, "use --memory-fraction for the share of this machine's memory"),
 ];
 
 /// In TGI these are environment variables only; they are no flags here either.
@@ -520,11 +536,11 @@ mod tests {
     #[test]
     fn a_flag_known_to_tgi_but_not_served_is_refused_by_name() {
         for (flags, name) in [
-            (vec!["--speculate", "2"], "--speculate"),
+            (vec!["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype"),
             (vec!["--ngrok"], "--ngrok"),
             (vec!["--lora-adapters", "a,b"], "--lora-adapters"),
-            (vec!["--cuda-graphs", "1,2"], "--cuda-graphs"),
-            (vec!["--prometheus-port", "9000"], "--prometheus-port"),
+            (vec!["--rope-scaling", "linear"], "--rope-scaling"),
+            (vec!["--ngrok-authtoken", "secret"], "--ngrok-authtoken"),
         ] {
             let message = refusal(&flags);
             assert!(message.contains(&format!("{name} is not served yet")), "{message}");
@@ -563,9 +579,11 @@ mod tests {
     #[test]
     fn a_flag_without_effect_is_accepted_with_a_notice() {
         let args =
-            parsed(&["--max-waiting-tokens", "20", "--disable-custom-kernels", "--master-port", "29501"]).unwrap();
+            parsed(&["--max-waiting-tokens", "20", "--disable-custom-kernels", "--prometheus-port", "9000"]).unwrap();
         assert_eq!(args.notices.len(), 3, "{:?}", args.notices);
         assert!(args.notices.iter().all(|notice| notice.contains("has no effect")));
+        let expected = "--prometheus-port has no effect: metrics are on the main port, at /metrics";
+        assert!(args.notices.iter().any(|notice| notice == expected), "{:?}", args.notices);
     }
 
     #[test]

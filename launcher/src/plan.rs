@@ -188,6 +188,7 @@ pub fn download_command(args: &Args, programs: &Programs) -> CommandLine {
     let mut command = CommandLine::new(&programs.server);
     command.word("download-weights").word(&args.model_id).optional("--revision", args.revision.as_deref());
     command.switch("--trust-remote-code", args.trust_remote_code);
+    command.env.extend(args.hf_api_token.iter().map(|token| ("HF_TOKEN", token.clone())));
     with_hub_cache(command, args)
 }
 
@@ -515,9 +516,11 @@ mod tests {
             preflight_command(&args, &programs(), Path::new("/m"), 2).args,
             words("plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize=-1 --json")
         );
-        let download = download_command(&super::tests::args("--revision v1 --huggingface-hub-cache /c"), &programs());
+        let flags = "--revision v1 --huggingface-hub-cache /c --hf-api-token secret";
+        let download = download_command(&super::tests::args(flags), &programs());
         assert_eq!(download.args, words("download-weights models/m --revision v1"));
         assert!(download.env.contains(&("HF_HUB_CACHE", "/c".into())));
+        assert!(download.env.contains(&("HF_TOKEN", "secret".into())) && !format!("{download:?}").contains("secret"));
     }
 
     #[test]

@@ -529,6 +529,15 @@ fn a_router_that_can_never_work_ends_the_launcher_at_once_with_one_message() {
 }
 
 #[test]
+fn what_the_router_refuses_to_read_ends_the_launcher_before_anything_is_started() {
+    let mut stage = Stage::start("router-refuses", "");
+    stage.assert_ends(1);
+    assert_eq!(stage.stderr(), "error: --chat-template none: cannot be read\n");
+    assert!(!stage.stdout().contains("rank 0"), "{}", stage.stdout());
+    stage.assert_nothing_is_left();
+}
+
+#[test]
 fn a_revision_of_a_local_folder_has_no_effect_and_the_log_says_so() {
     let mut stage = Stage::start("plan-refuses", "--revision v1");
     stage.assert_ends(1);

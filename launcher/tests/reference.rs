@@ -87,3 +87,26 @@ fn the_defaults_that_the_router_has_are_those_of_the_help() {
     }
     assert!(num_said >= 3, "{num_said}");
 }
+
+/// `docs/migrating-from-tgi.md` names every flag that TGI has and that has no effect here or is refused, under its heading.
+#[test]
+fn flags_of_tgi_stand_where_the_page_for_those_who_come_from_there_says() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/migrating-from-tgi.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    for (beginning, heading) in [("Accepted, without effect", "without effect"), ("Refused by name", "not served yet")]
+    {
+        let paragraph = page.split("\n\n").find(|paragraph| paragraph.starts_with(beginning)).unwrap();
+        let mut said: Vec<_> = paragraph.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        let command = text_generation_launcher::args::command();
+        let args = command.get_arguments().filter(|arg| arg.get_help_heading().is_some_and(|h| h.contains(heading)));
+        // Hidden is what TGI knows as a variable alone.
+        let mut found: Vec<_> = args
+            .map(|arg| match arg.is_hide_set() {
+                true => arg.get_env().unwrap().to_string_lossy().into_owned(),
+                false => format!("--{}", arg.get_long().unwrap()),
+            })
+            .collect();
+        (said.sort(), found.sort());
+        assert_eq!(said, found, "{beginning}");
+    }
+}
