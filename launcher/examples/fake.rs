@@ -44,6 +44,10 @@ async fn main() {
         }
         _ if is_router => router(&args).await,
         "download-weights" => {
+            if fake("download-refuses") {
+                eprintln!("Fetching 7 files: 0%\nerror: the cache has no room");
+                std::process::exit(1);
+            }
             if fake("download-hangs") {
                 tokio::time::sleep(Duration::from_secs(100)).await;
             }

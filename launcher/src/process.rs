@@ -24,6 +24,8 @@ use crate::plan::CommandLine;
 const LAST_OUTPUT: Duration = Duration::from_millis(300);
 /// Lines shown of a dead child; the log above holds them all.
 const SHOWN: usize = 20;
+/// How the last line of every program here begins that could not do what it was asked for.
+const ERROR: &str = "error: ";
 /// The most that is read of an answer on standard output.
 const MAX_ANSWER: usize = 1024 * 1024;
 
@@ -77,6 +79,13 @@ impl Exit {
         }
         let lines = &self.last_lines[self.last_lines.len().saturating_sub(SHOWN)..];
         format!("{text}; its last lines:\n    {}", lines.join("\n    "))
+    }
+
+    /// What a program said that refused what it was asked for.
+    pub fn refusal(&self) -> Option<String> {
+        let first = self.last_lines.iter().rposition(|line| line.starts_with(ERROR))?;
+        let said = self.last_lines[first..].join("\n");
+        (self.cause == Cause::Code(1)).then(|| said[ERROR.len()..].to_owned())
     }
 
     /// What a rank said in its last line, without the time and the level.
@@ -145,7 +154,7 @@ pub fn spawn(
 }
 
 /// Runs a program that answers on standard output; what it writes to standard error is passed on under `name`, or only
-/// remembered.
+/// remembered. Its last word, that of an error, is never passed on: whoever asked says it.
 ///
 /// # Errors
 ///
@@ -161,7 +170,15 @@ pub fn ask(
     let stderr = child.stderr.take().map(|pipe| {
         let memory = memory.clone();
         match output {
-            Some(output) => tokio::spawn(drain(pipe, name.to_owned(), output.clone(), memory)),
+            Some(output) => {
+                let (name, output) = (name.to_owned(), output.clone());
+                tokio::spawn(read_lines(pipe, move |line| {
+                    if !line.starts_with(ERROR) {
+                        output.child_line(&name, &line);
+                    }
+                    memory.push(line);
+                }))
+            }
             None => tokio::spawn(read_lines(pipe, move |line| memory.push(line))),
         }
     });
@@ -356,6 +373,22 @@ mod tests {
         let said = |line: &str| Exit { cause: Cause::Code(1), last_lines: vec![line.to_owned()] }.last_words(3);
         assert_eq!(said("2026-11-29T16:18:52.434 ERROR   rank 3: no such tensor").as_deref(), Some("no such tensor"));
         assert_eq!(said("Segmentation fault").as_deref(), Some("Segmentation fault"));
+    }
+
+    #[test]
+    fn a_refusal_is_the_last_word_of_a_program_that_failed() {
+        let exit = |cause, lines: [&str; 2]| Exit { cause, last_lines: lines.map(str::to_owned).to_vec() };
+        let refused = exit(Cause::Code(1), ["Fetching: 10%", "error: no room"]);
+        assert_eq!(refused.refusal().as_deref(), Some("no room"));
+        let refused = exit(Cause::Code(1), ["error: no room", "in two lines"]);
+        assert_eq!(refused.refusal().as_deref(), Some("no room\nin two lines"));
+        for other in [
+            exit(Cause::Code(2), ["usage", "error: no such flag"]),
+            exit(Cause::Code(1), ["Traceback", "no room"]),
+            exit(Cause::Signal(9), ["", "error: no room"]),
+        ] {
+            assert_eq!(other.refusal(), None);
+        }
     }
 
     #[tokio::test]

@@ -232,6 +232,9 @@ async fn locate_model(args: &Args, programs: &Programs, context: &mut Context<'_
     info!("downloading {}", args.model_id);
     let command = plan::download_command(args, programs);
     let Some((exit, answer)) = ask(&command, "download", true, context).await? else { return Ok(None) };
+    if let Some(refusal) = exit.refusal() {
+        return Err(failed(refusal));
+    }
     if exit.cause != Cause::Code(0) {
         let text = format!("--model-id {path:?} is no directory here, and its download {}", exit.explain());
         return Err(failed(exit.with_last_lines(&text)));
@@ -284,9 +287,8 @@ async fn examine(
         return Err(failed(format!("{name} gave no answer for {} s", limit.as_secs())));
     };
     let Some((exit, answer)) = asked? else { return Ok(None) };
-    if exit.cause == Cause::Code(1) && !exit.last_lines.is_empty() {
-        let lines = exit.last_lines.join("\n");
-        return Err(failed(lines.strip_prefix("error: ").unwrap_or(&lines)));
+    if let Some(refusal) = exit.refusal() {
+        return Err(failed(refusal));
     }
     if exit.cause != Cause::Code(0) {
         return Err(failed(exit.with_last_lines(&format!("{name} {}", exit.explain()))));

@@ -529,6 +529,17 @@ fn a_router_that_can_never_work_ends_the_launcher_at_once_with_one_message() {
 }
 
 #[test]
+fn what_a_download_refuses_is_said_once() {
+    let mut stage = Stage::new();
+    fs::remove_dir(stage.directory.join("model")).unwrap();
+    stage.launch("download-refuses", "");
+    stage.assert_ends(1);
+    assert_eq!(stage.stderr(), "error: the cache has no room\n");
+    assert!(stage.stdout().contains("download | Fetching 7 files") && !stage.stdout().contains("no room"));
+    stage.assert_nothing_is_left();
+}
+
+#[test]
 fn what_the_router_refuses_to_read_ends_the_launcher_before_anything_is_started() {
     let mut stage = Stage::start("router-refuses", "");
     stage.assert_ends(1);

@@ -68,6 +68,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
 ]
 JsonOutput = Annotated[bool, typer.Option(envvar="JSON_OUTPUT", help="Log JSON lines.")]
+KernelCache = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="KERNEL_CACHE",
+        help="Folder of kernels for GPUs that were compiled: they are read there, and put there if it can be written. "
+        "By default ~/.cache/text-generation-server/cubins.",
+    ),
+]
 
 
 def refuse(error: Exception | str, code: int = 1) -> NoReturn:
@@ -100,6 +108,7 @@ def serve(
             "by default the best of the first three that the processor executes.",
         ),
     ] = None,
+    kernel_cache: KernelCache = None,
     trust_remote_code: TrustRemoteCode = False,
     watermark_gamma: Annotated[
         float, typer.Option(envvar="WATERMARK_GAMMA", help="The share of the vocabulary that the watermark favours.")
@@ -143,6 +152,7 @@ def serve(
             gptq_groupsize=gptq_groupsize,
             device=device,
             instruction_set=instruction_set,
+            kernel_cache=kernel_cache,
             exit_with_stdin=exit_with_stdin,
             logits_digest_dir=logits_digest_dir,
             fault_file=fault_file,
@@ -194,16 +204,14 @@ def compile_kernels(
     architectures: Annotated[
         str, typer.Option(help="Of GPUs, with commas between; sm_90 is Hopper. By default all that are served.")
     ] = "",
-    folder: Annotated[
-        Path | None, typer.Option(help="Where to keep the results; by default where servers look.")
-    ] = None,
+    kernel_cache: KernelCache = None,
 ) -> None:
     """Compile the CUDA kernels ahead of time and tell what each takes. Needs neither a GPU nor a driver."""
     from .kernels.cuda.ahead import compile_ahead
     from .kernels.cuda.compile import ARCHITECTURES
 
     try:
-        for line in compile_ahead([name for name in architectures.split(",") if name] or ARCHITECTURES, folder):
+        for line in compile_ahead([name for name in architectures.split(",") if name] or ARCHITECTURES, kernel_cache):
             typer.echo(line)
     except ShardError as error:
         refuse(error)

@@ -28,6 +28,7 @@ class ServeConfig:
     gptq_groupsize: int | None
     device: str
     instruction_set: str | None
+    kernel_cache: Path | None
     exit_with_stdin: bool
     logits_digest_dir: Path | None
     fault_file: Path | None

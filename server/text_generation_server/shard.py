@@ -57,7 +57,7 @@ class Shard:
         torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
         self.group = Group(config.rank, config.world_size, self.faults)
-        kernels = select_kernels(config.device, config.instruction_set)
+        kernels = select_kernels(config.device, config.instruction_set, config.kernel_cache)
         logger.info("quantization: {}", self.plan.describe_quantization())
         health.total = self.plan.weight_bytes_per_rank
         health.enter(Phase.LOADING, "loading weights")

@@ -1,6 +1,7 @@
 """A model is fetched from a hub, here a stand-in, by the hub's own client; what goes wrong is said in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,27 +52,55 @@ def test_what_the_hub_does_not_have_is_said(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_does_not_answer_is_said(hub: Hub, tmp_path: Path) -> None:
-    line = refusal(download(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
-    assert "the hub cannot be asked" in line
+    for unreachable in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}):
+        line = refusal(download(hub, tmp_path, **unreachable))
+        assert "the hub cannot be asked: " in line and "behind a proxy, set HTTPS_PROXY" in line
+        assert "fetch the model elsewhere" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_said(hub: Hub) -> None:
-    *warnings, line = download(hub, Path("/dev/null/cache")).stderr.splitlines()
-    assert len(set(warnings)) == len(warnings) and all(" WARNING " in warning for warning in warnings)
+    line = refusal(download(hub, Path("/dev/null/cache")))
     assert "cache /dev/null/cache cannot be written: Not a directory" in line and "--huggingface-hub-cache" in line
+    assert not hub.fetched
 
 
-def test_a_full_disk_is_said_and_the_next_try_goes_on(hub: Hub, tmp_path: Path) -> None:
+def test_a_user_without_a_home_is_told_what_to_set(hub: Hub, tmp_path: Path) -> None:
+    """As in a container with `--user` of a number that nobody has there."""
+    code = """
+import os, sys
+from pathlib import Path
+import pwd
+pwd.getpwuid = {}.__getitem__  # whoever asks is told that there is no such user
+os.environ.pop("HOME", None)
+try:
+    Path("~").expanduser()
+except RuntimeError:
+    from text_generation_server.cli import app
+    app(sys.argv[1:])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "XDG_"))}
+    for command in (["download-weights", NAME], ["quantize", NAME, str(tmp_path / "made")]):
+        done = subprocess.run([sys.executable, "-c", code, *command], env=environment | hub.environment,
+                              capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+        line = refusal(done)
+        assert "this user has no home folder" in line and "HUGGINGFACE_HUB_CACHE" in line and "HOME" in line
+    assert not hub.fetched and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0:
         pytest.skip("no mount namespaces here")
     command = [sys.executable, "-m", "text_generation_server.cli", "download-weights", NAME]
-    small = f'mount -t tmpfs -o size=3m tmpfs {tmp_path} && exec "$@"'
+    # What is left there is gone with the mount, so it is listed.
+    small = f'mount -t tmpfs -o size=3m tmpfs {tmp_path} && "$@"; code=$?; find {tmp_path} -mindepth 1; exit $code'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", small, "sh", "env", *(f"{k}={v}" for k, v in hub.environment.items()),
          f"HF_HUB_CACHE={tmp_path}", *command],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1
-    assert f"cache {tmp_path} cannot be written: No space left on device" in line
+    line = refusal(done)
+    assert f"cache {tmp_path} has no room for it: 13.9 MB are to be fetched, 3." in line
+    assert "make room there, or name another folder: --huggingface-hub-cache" in line
+    assert not hub.fetched
     assert download(hub, tmp_path).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -36,10 +37,11 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     return requested
 
 
-def select_kernels(device: str, instruction_set: str | None = None) -> Kernels:
+def select_kernels(device: str, instruction_set: str | None = None, kernel_cache: Path | None = None) -> Kernels:
     """The kernels of a device. On processors it proves what it can of their row stability, so it takes a moment.
 
     instruction_set: of our own kernels for processors; by default the best that this one executes.
+    kernel_cache: where kernels for GPUs are kept that were compiled; by default in the user's cache.
 
     Raises:
         ConfigError: the device is unknown, or this machine has none.
@@ -50,7 +52,7 @@ def select_kernels(device: str, instruction_set: str | None = None) -> Kernels:
         from .cuda.kernels import CudaKernels
 
         try:
-            return CudaKernels(Gpu())
+            return CudaKernels(Gpu(cache=kernel_cache))
         except DriverError as error:
             raise ConfigError(f"--device cuda: {error}") from None
     from .cpu.kernels import CpuKernels

@@ -93,9 +93,27 @@ def test_a_cubin_is_compiled_once_for_each_source_definition_and_architecture(
     compiled("elements.cu", {"BF16": 1}, "sm_80", tmp_path)
     assert len(calls) == 3
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".cubin", ".log")]
-    # A folder that cannot be made is done without.
+    # A folder that cannot be made is done without, and so is the user's own where there is no such user.
     assert compiled("elements.cu", {"BF16": 1}, "sm_80", tmp_path / next(tmp_path.iterdir()).name / "x").code
     assert len(calls) == 4
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert nvrtc.default_cache() is None
+    assert compiled("elements.cu", {"BF16": 1}, "sm_80").code
+    with pytest.raises(CompileError, match=r"no home folder .*KERNEL_CACHE"):
+        list(compile_ahead(["sm_80"]))
+    with pytest.raises(CompileError, match=r"--kernel-cache .* cannot be made: Not a directory"):
+        list(compile_ahead(["sm_80"], tmp_path / next(tmp_path.iterdir()).name / "x"))
+
+
+def test_kernels_that_came_with_an_image_are_read_by_whoever_may_not_write_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compiled("elements.cu", {"BF16": 1}, "sm_90", tmp_path)
+    for path in tmp_path.iterdir():
+        path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", None)
+    assert compiled("elements.cu", {"BF16": 1}, "sm_90", tmp_path) == first
 
 
 def test_everything_can_be_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

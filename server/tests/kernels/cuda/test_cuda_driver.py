@@ -9,6 +9,7 @@ import pytest
 import torch
 from text_generation_server.errors import ConfigError
 from text_generation_server.kernels.cuda.driver import Driver, DriverError, Gpu, GpuModule
+from text_generation_server.kernels.cuda.kernels import CudaKernels
 from text_generation_server.kernels.select import compute_dtype, select_kernels
 
 
@@ -98,7 +99,10 @@ def test_the_device_is_chosen_by_name_and_refused_where_there_is_none(
     with pytest.raises(ConfigError, match="--device cuda: the NVIDIA driver was not found"):
         select_kernels("cuda")
     monkeypatch.setattr("text_generation_server.kernels.cuda.driver.LIBRARY", fake.path)
-    assert select_kernels("cuda").device == torch.device("cuda", 0)
+    kernels = select_kernels("cuda", kernel_cache=tmp_path / "kernels")
+    assert isinstance(kernels, CudaKernels) and kernels.device == torch.device("cuda", 0)
+    kernels._elements(torch.bfloat16)
+    assert list((tmp_path / "kernels").glob("elements-sm_90-*.cubin"))
     fake.set(1, 75)
     with pytest.raises(ConfigError, match="bfloat16 needs compute capability"):
         select_kernels("cuda").linear(torch.zeros(16, 16, dtype=torch.bfloat16))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .compile import ARCHITECTURES, CompileError, compiled
+from .compile import ARCHITECTURES, CompileError, compiled, default_cache
 
 
 def _modules() -> list[tuple[str, dict[str, int]]]:
@@ -25,14 +26,24 @@ MODULES = _modules()
 
 
 def compile_ahead(architectures: Sequence[str], folder: Path | None = None) -> Iterator[str]:
-    """Fills the cache, or `folder`. Yields a line for each kernel: what the compiler says it takes.
+    """Fills the cache `folder`, by default the user's. Yields a line for each kernel: what the compiler says it takes.
 
     Raises:
-        CompileError: an architecture that our kernels are not proven for, or what the compiler says.
+        CompileError: an architecture that our kernels are not proven for, a folder that cannot be written, or what the
+            compiler says.
     """
     for architecture in architectures:
         if architecture not in ARCHITECTURES:
             raise CompileError(f"{architecture} is not served; expected some of {', '.join(ARCHITECTURES)}")
+    folder = folder or default_cache()
+    if folder is None:
+        raise CompileError("this user has no home folder to keep kernels in; name one: --kernel-cache (KERNEL_CACHE)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompileError(f"--kernel-cache {folder} cannot be made: {error.strerror}; name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise CompileError(f"--kernel-cache {folder} cannot be written by this user; name another folder")
     for architecture in architectures:
         for source, defines in MODULES:
             # Turing has no products of bfloat16.

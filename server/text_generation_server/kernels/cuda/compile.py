@@ -146,13 +146,18 @@ def nvrtc() -> Nvrtc:
     return Nvrtc()
 
 
-def default_cache() -> Path:
-    """Where cubins are kept."""
-    return Path("~/.cache/text-generation-server/cubins").expanduser()
+def default_cache() -> Path | None:
+    """Where cubins are kept if no folder is named: in the user's own cache, if that user has a home folder."""
+    try:
+        return Path("~/.cache/text-generation-server/cubins").expanduser()
+    except RuntimeError:  # a user whom the system does not know, and no HOME
+        return None
 
 
 def compiled(source: str, defines: Defines, architecture: str, folder: Path | None = None) -> Cubin:
-    """A module from the cache, or compiled and put there. A cache that cannot be written is done without.
+    """A module from the cache `folder` (by default the user's), or compiled and put there.
+
+    A cache that cannot be written is done without.
 
     Raises:
         CompileError: NVRTC is missing, or refuses the source.
@@ -160,6 +165,8 @@ def compiled(source: str, defines: Defines, architecture: str, folder: Path | No
     text = text_of(source, defines)
     key = hashlib.sha256(repr((text, architecture, OPTIONS, nvrtc().version)).encode()).hexdigest()[:32]
     folder = folder or default_cache()
+    if folder is None:
+        return nvrtc().compile(text, source, architecture)
     code, log = (folder / f"{Path(source).stem}-{architecture}-{key}.{kind}" for kind in ("cubin", "log"))
     try:
         return Cubin(code.read_bytes(), log.read_text())
