@@ -8,12 +8,14 @@
 #   TORCH_INDEX_URL   another index for torch in the `cpu` target: with the one of torch's CPU-only wheels the image has about
 #                     1.5 GB; the default index has the CUDA build, which computes on CPUs too, and makes it 5.7 GB
 #   GIT_COMMIT        what the programs say they are built from
+#   SOURCE            for the label org.opencontainers.image.source: where whoever builds this keeps the sources
+#
+# What changes seldom and takes long comes first: packages of the system and of Python are layers of their own, and a change of the
+# sources makes none of them anew.
 
 ARG BASE=debian:bookworm-slim
 
-# Programs and kernels ------------------------------------------------------------------------------------------------
-
-FROM ${BASE} AS build
+FROM ${BASE} AS python
 ARG BASE
 RUN command -v apt-get >/dev/null \
     || { echo "error: BASE=$BASE has no apt-get; name a Debian or Ubuntu whose packages have Python 3.11 to 3.13" >&2; exit 1; }
@@ -22,13 +24,35 @@ RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null \
     && { python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-        || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13: name a newer Debian or Ubuntu" >&2; exit 1; }; } \
-    && apt-get install -y -qq --no-install-recommends build-essential ca-certificates curl >/dev/null
+        || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13: name a newer Debian or Ubuntu" >&2; exit 1; }; }
+
+# What the server needs of others ---------------------------------------------------------------------------------------
+
+FROM python AS packages
+# Of the sources only the files that decide what is installed.
+COPY server/pyproject.toml server/requirements.lock /packages/
+ARG TORCH_INDEX_URL=
+RUN cd /packages \
+    && python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed \
+    && grep -v '^-' requirements.lock > constraints \
+    && python3 -m venv /opt/text-generation \
+    && /opt/text-generation/bin/pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' constraints)" \
+    && /opt/text-generation/bin/pip install -q -c constraints -r needed \
+    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
+
+# What is ours: programs, kernels, the wheel --------------------------------------------------------------------------------
+
+FROM python AS build
+RUN apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends build-essential ca-certificates curl >/dev/null
 WORKDIR /build
 COPY rust-toolchain.toml ./
 COPY scripts/common.sh scripts/rust.sh scripts/
 RUN scripts/rust.sh
 ENV PATH=/root/.cargo/bin:$PATH
+COPY server/requirements.lock server/
+RUN python3 -m venv /opt/text-generation \
+    && /opt/text-generation/bin/pip install -q $(grep -E '^(setuptools|grpcio-tools)==' server/requirements.lock)
 COPY . .
 ARG GIT_COMMIT=
 # The caches keep what was compiled before: libraries of others. Our own sources are compiled in any case: cargo goes by the times of
@@ -37,28 +61,16 @@ RUN --mount=type=cache,target=/root/.cargo/registry --mount=type=cache,target=/b
     find launcher router benchmark proto -type f -exec touch {} + \
     && cargo build --locked --release --quiet -p text-generation-launcher -p text-generation-router -p text-generation-benchmark \
     && mkdir -p /programs \
-    && for name in launcher router benchmark; do strip -o /programs/text-generation-$name target/release/text-generation-$name; done
-RUN python3 -m venv /wheel \
-    && /wheel/bin/pip install -q $(grep -E '^(setuptools|grpcio-tools)==' server/requirements.lock) wheel \
-    && TEXT_GENERATION_BINARIES=/programs /wheel/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /dist ./server \
-    && grep -v '^-' server/requirements.lock > /dist/constraints.txt
+    && for name in launcher router benchmark; do strip -o /programs/text-generation-$name target/release/text-generation-$name; done \
+    && python3 scripts/notices.py > server/THIRD_PARTY_NOTICES
+# Into a folder of its own, under the paths that it has beside the packages.
+RUN TEXT_GENERATION_BINARIES=/programs /opt/text-generation/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /dist ./server \
+    && /opt/text-generation/bin/pip install -q --no-deps --prefix /own /dist/*.whl
 
-# What the wheel needs, by processor ------------------------------------------------------------------------------------
-
-FROM build AS environment-cpu
-ARG TORCH_INDEX_URL=
-RUN python3 -m venv /opt/text-generation \
-    && /opt/text-generation/bin/pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /dist/constraints.txt)" \
-    && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
-    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
-
-FROM build AS environment-cuda
-# Kernels for every architecture that is served: compiled here, by the compiler that comes with torch, not at first use.
-RUN python3 -m venv /opt/text-generation \
-    && /opt/text-generation/bin/pip install -q -c /dist/constraints.txt /dist/*.whl \
-    && /opt/text-generation/bin/text-generation-server compile-kernels --folder /opt/text-generation/cubins >/dev/null \
-    && chmod -R a+rX /opt/text-generation/cubins \
-    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
+FROM packages AS kernels
+COPY --from=build /own /opt/text-generation
+# For every architecture that is served: compiled here, by the compiler that comes with torch, not at first use.
+RUN /opt/text-generation/bin/text-generation-server compile-kernels --kernel-cache /kernels >/dev/null && chmod -R a+rX /kernels
 
 # What is shipped: no compiler, no package manager of Python or Rust ---------------------------------------------------
 
@@ -71,6 +83,8 @@ RUN apt-get update -qq \
     && if other=$(getent passwd 1000); then userdel --remove "${other%%:*}"; fi \
     && useradd --uid 1000 --user-group --create-home text-generation \
     && install -d -o text-generation -g text-generation /data
+COPY --from=packages /opt/text-generation /opt/text-generation
+COPY --from=build /own /opt/text-generation
 ENV PATH=/opt/text-generation/bin:$PATH \
     HF_HOME=/data \
     HUGGINGFACE_HUB_CACHE=/data \
@@ -80,38 +94,36 @@ VOLUME /data
 # Ready, or still getting ready; the first minutes of a large model are its start.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
     CMD ["python3", "-c", "import http.client as h, os, sys; c = h.HTTPConnection('127.0.0.1', int(os.environ['PORT']), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
-LABEL org.opencontainers.image.title="text-generation" \
-    org.opencontainers.image.description="Serves language models, quantized ones above all" \
-    org.opencontainers.image.licenses="Apache-2.0"
 STOPSIGNAL SIGTERM
 WORKDIR /data
 ENTRYPOINT ["text-generation-launcher"]
-
-FROM runtime AS cuda
-# Where servers look for compiled kernels.
-RUN install -d -o text-generation -g text-generation /home/text-generation/.cache /home/text-generation/.cache/text-generation-server \
-    && ln -s /opt/text-generation/cubins /home/text-generation/.cache/text-generation-server/cubins
-COPY --from=environment-cuda /opt/text-generation /opt/text-generation
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-EXPOSE 80
+ARG BASE
+ARG VERSION=0.1.0
+ARG SOURCE=
 ARG GIT_COMMIT=
-LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
+LABEL org.opencontainers.image.title="text-generation" \
+    org.opencontainers.image.description="Serves language models, quantized ones above all" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${GIT_COMMIT}" \
+    org.opencontainers.image.source="${SOURCE}" \
+    org.opencontainers.image.base.name="${BASE}"
 USER text-generation
 
+FROM runtime AS cuda
+# Whoever the container's user is reads them there.
+COPY --from=kernels /kernels /opt/text-generation/kernels
+ENV KERNEL_CACHE=/opt/text-generation/kernels \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+EXPOSE 80
+
 FROM runtime AS sagemaker
-COPY --from=environment-cpu /opt/text-generation /opt/text-generation
 COPY deploy/entrypoint-sagemaker.sh /usr/local/bin/
 ENV PORT=8080
 EXPOSE 8080
-ARG GIT_COMMIT=
-LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
-USER text-generation
 ENTRYPOINT ["entrypoint-sagemaker.sh"]
 
 # The last one is what `docker build` makes without a target.
 FROM runtime AS cpu
-COPY --from=environment-cpu /opt/text-generation /opt/text-generation
 EXPOSE 80
-ARG GIT_COMMIT=
-LABEL org.opencontainers.image.revision="${GIT_COMMIT}"
-USER text-generation

@@ -11,7 +11,8 @@ mkdir -p "$programs"
 for name in text-generation-launcher text-generation-router text-generation-benchmark; do
     strip -o "$programs/$name" "target/release/$name"
 done
+.venv/bin/python scripts/notices.py > server/THIRD_PARTY_NOTICES
 TEXT_GENERATION_BINARIES=$PWD/$programs .venv/bin/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
     --wheel-dir dist ./server
-rm -rf server/build
+rm -rf server/build server/THIRD_PARTY_NOTICES
 ls -l dist

@@ -12,7 +12,13 @@ target=${1:-cpu}
 for tool in buildah debootstrap; do
     command -v $tool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $tool >/dev/null; }
 done
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+# Layers share what they have in common, where the kernel has overlays; else each is a copy of all.
+export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-overlay}
+if scratch=$(buildah from scratch 2>/dev/null) && buildah mount "$scratch" >/dev/null 2>&1; then
+    buildah rm "$scratch" >/dev/null
+else
+    STORAGE_DRIVER=vfs
+fi
 image=localhost/text-generation:$target
 
 # base_of SUITE: a base as the public one of that Debian is, for where none can be pulled.
@@ -37,8 +43,9 @@ for path in /usr/local/share/ca-certificates /etc/pip.conf /etc/apt/apt.conf.d /
 done
 commit=$(git rev-parse --short=12 HEAD)
 # build BASE IMAGE: in Docker's own form, as `docker build` does; that of OCI has no place for a health check.
+source=https://example.org/text-generation
 build() {
-    local arguments=(--build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" --build-arg GIT_COMMIT="$commit")
+    local arguments=(--build-arg BASE="$1" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" --build-arg GIT_COMMIT="$commit" --build-arg SOURCE="$source")
     buildah bud -q --layers --force-rm --format docker --target "$target" "${arguments[@]}" "${mounts[@]}" -t "$2" .
 }
 if [ "$target" = cpu ]; then
@@ -70,6 +77,7 @@ say "built in $((SECONDS - start)) s, $(du -sh "$root" | cut -f1) on disk"
 work=$(mktemp -d)
 server= holder=
 finish() {
+    umount "$work/full" 2>/dev/null || true
     [ -z "$server" ] || kill -TERM "$server" 2>/dev/null || true
     [ -z "$holder" ] || kill -TERM "$holder" 2>/dev/null || true
     buildah umount "$container" >/dev/null || true
@@ -97,6 +105,9 @@ expect StopSignal SIGTERM
 expect Labels/org.opencontainers.image.title text-generation
 expect Labels/org.opencontainers.image.licenses Apache-2.0
 expect Labels/org.opencontainers.image.revision "$commit"
+expect Labels/org.opencontainers.image.version "$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml | head -1)"
+expect Labels/org.opencontainers.image.source "$source"
+expect Labels/org.opencontainers.image.base.name "$base"
 mapfile -t environment < <(setting Env)
 mapfile -t entry < <(setting Entrypoint)
 mapfile -t health < <(setting Healthcheck/Test)
@@ -107,7 +118,7 @@ for tool in cc c++ gcc cargo pip git; do
 done
 
 # enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has. MODE
-# says what /data is: writable, readonly, full, foreign (another user's); stranger: writable, but the process belongs to a user
+# says what /data is: writable, readonly, full, foreign (another user's); cramped: /tmp has no room; stranger: the process belongs to a user
 # whom the image does not know, and /dev/shm has next to no room.
 VARIABLES=()
 enter() {
@@ -119,24 +130,29 @@ enter() {
         mount --bind "$root" "$root"
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
-        user=text-generation:text-generation shm=64m
+        user=text-generation:text-generation shm=64m tmp=1g
         [ "$mode" != stranger ] || user=4321:4321 shm=4k
+        [ "$mode" != cramped ] || tmp=4k
         mount -t tmpfs -o size=$shm,mode=1777 tmpfs "$root/dev/shm"
-        mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+        mount -t tmpfs -o size=$tmp,mode=1777 tmpfs "$root/tmp"
+        [ "$mode" != cramped ] || head -c 8192 /dev/zero >"$root/tmp/taken" 2>/dev/null || true
         mount --bind "$data" "$root/data"
         [ "$mode" != readonly ] || mount -o remount,bind,ro "$root/data"
-        [ "$mode" != full ] || mount -t tmpfs -o mode=1777,size=1m tmpfs "$root/data"
-        [ "$mode" != foreign ] || mount -t tmpfs -o mode=755,uid=0 tmpfs "$root/data"
         mount -o remount,bind,ro "$root"
         exec chroot --userspec=$user "$root" "$@"
-    ' enter "$root" "$work/data" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
+    ' enter "$root" "$(data_of "$mode")" "$mode" /usr/bin/env -i "${environment[@]}" HOME=/home/text-generation "${VARIABLES[@]}" "${entry[@]}" "$@"
+}
+# data_of MODE: the folder that is mounted as /data.
+data_of() {
+    case $1 in full | foreign) echo "$work/$1" ;; *) echo "$work/data" ;; esac
 }
 # healthy PROCESS: the health check's own command, beside the process that it judges.
 healthy() {
     nsenter --target "$1" --mount --root --wd --setgid 1000 --setuid 1000 \
         /usr/bin/env -i "${environment[@]}" "${VARIABLES[@]}" "${health[@]:1}" 2>"$work/health"
 }
-mkdir "$work/data"
+mkdir "$work/data" "$work/foreign" "$work/full"
+mount -t tmpfs -o mode=1777,size=1m tmpfs "$work/full"
 cp -r models/docs-llama-7m-gptq-4bit-g128 "$work/data/model"
 chown -R 1000:1000 "$work/data"
 port=$(free_port)
@@ -148,11 +164,12 @@ if [ "$target" = sagemaker ]; then
 fi
 if [ "$target" = cuda ]; then
     for architecture in sm_75 sm_80 sm_86 sm_89 sm_90 sm_100; do
-        found=$(chroot --userspec=text-generation:text-generation "$root" \
-            find /home/text-generation/.cache/text-generation-server/cubins/ -name "*-$architecture-*.cubin" -readable | wc -l)
+        # Whoever the user is: where the image's own setting says.
+        found=$(chroot --userspec=4321:4321 "$root" /usr/bin/env -i "${environment[@]}" \
+            sh -c "find \"\$KERNEL_CACHE\" -name '*-$architecture-*.cubin' -readable" | wc -l)
         [ "$found" -gt 20 ] || fail "found $found modules of kernels for $architecture, expected more than 20"
     done
-    say "kernels for six architectures: $(du -sh "$root/opt/text-generation/cubins" | cut -f1)"
+    say "kernels for six architectures: $(du -sh "$root/opt/text-generation/kernels" | cut -f1)"
 fi
 (enter writable "${arguments[@]}") >"$work/log" 2>&1 &
 server=$!
@@ -193,16 +210,19 @@ if [ "$target" = cpu ]; then
     server=
 fi
 
-# What goes wrong, goes wrong at once, with one message.
-contents() { (cd "$work/data" && find . | sort); }
+# What goes wrong, goes wrong at once, with one message, and leaves nothing.
+contents() { (cd "$work" && find data full foreign | sort); }
 contents=$(contents)
 refused() {
     local expected=$1 mode=$2 code=0
     shift 2
-    timeout 60 bash -c "$(declare -f enter); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
+    timeout 60 bash -c "$(declare -f enter data_of); $(declare -p root work environment entry VARIABLES); enter \"\$@\"" refused "$mode" "$@" >"$work/log" 2>&1 || code=$?
     [ "$code" != 0 ] && [ "$code" != 124 ] || { cat "$work/log"; fail "$*: found exit code $code"; }
     grep -q -- "$expected" "$work/log" || { cat "$work/log"; fail "$*: expected a message with '$expected'"; }
-    [ "$(grep -c '^error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "$*: expected one line that begins with 'error: '"; }
+    # Beside the launcher's own lines there is nothing but that message: no words of a library or of another program.
+    [ "$(grep -c 'error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "$*: expected 'error: ' once"; }
+    grep -vE '^[0-9]{4}-[0-9]{2}-[0-9]{2}T[^ ]+ +(INFO|WARN) ' "$work/log" | head -1 | grep -q '^error: ' ||
+        { cat "$work/log"; fail "$*: expected no line before the one that begins with 'error: '"; }
     [ "$(contents)" = "$contents" ] || fail "$*: something was left in /data: $(contents)"
     say "refused: $(grep -m1 -- "$expected" "$work/log" | cut -c1-150)"
 }
@@ -236,7 +256,7 @@ with Hub() as hub:
     time.sleep(300)' >"$work/hub" 2>"$work/hub-log" & holder=$!
     until [ -s "$work/hub" ]; do sleep 0.1; done
     VARIABLES+=(HF_ENDPOINT="$(cat "$work/hub")" HF_HUB_DISABLE_XET=1)
-    refused "cache /data cannot be written: No space left on device" full --model-id org/model
+    refused "cache /data has no room for it: 13.9 MB are to be fetched, 1.0 MB are free" full --model-id org/model
     refused "cache /data cannot be written: Read-only file system" readonly --model-id org/model
     refused "cache /data cannot be written: Permission denied" foreign --model-id org/model
     kill "$holder"

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from packaging.metadata import Metadata
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -14,7 +16,8 @@ def test_a_wheel_from_a_fresh_tree_holds_what_is_generated(tmp_path: Path) -> No
     package = ROOT / "server" / "text_generation_server"
     kept_out = shutil.ignore_patterns("pb", "__pycache__", "libkernels.*")
     shutil.copytree(package, tmp_path / "server" / "text_generation_server", ignore=kept_out)
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    (tmp_path / "server" / "THIRD_PARTY_NOTICES").write_text("of others")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / "server" / name, tmp_path / "server" / name)
     shutil.copytree(ROOT / "proto", tmp_path / "proto")
     shutil.copy(ROOT / "Cargo.toml", tmp_path)
@@ -27,7 +30,17 @@ def test_a_wheel_from_a_fresh_tree_holds_what_is_generated(tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     wanted = {f"text_generation_server/pb/{name}" for name in ("__init__.py", "shard_pb2.py", "shard_pb2_grpc.py")}
     sources = {str(path.relative_to(ROOT / "server")) for path in package.rglob("*.py") if "pb" not in path.parts}
     assert wanted <= names and sources <= names, (wanted | sources) - names
+    (written,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    # Judged by what package indices judge with.
+    metadata = Metadata.from_email(archive.read(written), validate=True)
+    assert metadata.description == (ROOT / "server" / "README.md").read_text()
+    assert metadata.description_content_type == "text/markdown" and metadata.license_expression == "Apache-2.0"
+    assert metadata.license_files == ["LICENSE", "THIRD_PARTY_NOTICES"]
+    licences = written.replace("METADATA", "licenses")
+    assert archive.read(f"{licences}/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert archive.read(f"{licences}/THIRD_PARTY_NOTICES") == b"of others"
