@@ -24,21 +24,34 @@ RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null \
     && { python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-        || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13: name a newer Debian or Ubuntu" >&2; exit 1; }; }
+        || { echo "error: BASE=$BASE has $(python3 --version); expected Python 3.11 to 3.13: name a newer Debian or Ubuntu" >&2; exit 1; }; } \
+    && python3 -m venv /pip
 
-# What the server needs of others ---------------------------------------------------------------------------------------
+# What is shipped of others: no compiler, no package manager of Python or Rust -------------------------------------------
 
-FROM python AS packages
+FROM ${BASE} AS packages
+# The mount, here already, makes a builder that works at several stages at a time judge the base first.
+RUN --mount=type=bind,from=python,source=/pip,target=/mnt \
+    apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        ca-certificates libstdc++6 python3 >/dev/null \
+    && rm -rf /var/lib/apt/lists/* \
+    # Ubuntu's public image has a user of that number.
+    && if other=$(getent passwd 1000); then userdel --remove "${other%%:*}"; fi \
+    && useradd --uid 1000 --user-group --create-home text-generation \
+    && install -d -o text-generation -g text-generation /data
 # Of the sources only the files that decide what is installed.
-COPY server/pyproject.toml server/requirements.lock /packages/
+COPY server/pyproject.toml server/requirements.lock /opt/text-generation/share/packages/
 ARG TORCH_INDEX_URL=
-RUN cd /packages \
-    && python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed \
-    && grep -v '^-' requirements.lock > constraints \
-    && python3 -m venv /opt/text-generation \
-    && /opt/text-generation/bin/pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' constraints)" \
-    && /opt/text-generation/bin/pip install -q -c constraints -r needed \
-    && rm -rf /opt/text-generation/lib/python3*/site-packages/pip* /opt/text-generation/bin/pip*
+RUN --mount=type=bind,from=python,source=/pip,target=/mnt \
+    cd /opt/text-generation \
+    && python3 -c 'import tomllib; print(*tomllib.load(open("share/packages/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > /tmp/needed \
+    && grep -v '^-' share/packages/requirements.lock > /tmp/constraints \
+    && python3 -m venv --without-pip . \
+    && install() { /mnt/bin/python -m pip --python /opt/text-generation/bin/python install -q --no-cache-dir "$@"; } \
+    && install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /tmp/constraints)" \
+    && install -c /tmp/constraints -r /tmp/needed \
+    && rm /tmp/needed /tmp/constraints
 
 # What is ours: programs, kernels, the wheel --------------------------------------------------------------------------------
 
@@ -52,7 +65,7 @@ RUN scripts/rust.sh
 ENV PATH=/root/.cargo/bin:$PATH
 COPY server/requirements.lock server/
 RUN python3 -m venv /opt/text-generation \
-    && /opt/text-generation/bin/pip install -q $(grep -E '^(setuptools|grpcio-tools)==' server/requirements.lock)
+    && /opt/text-generation/bin/pip install -q --no-cache-dir $(grep -E '^(setuptools|grpcio-tools)==' server/requirements.lock)
 COPY . .
 ARG GIT_COMMIT=
 # The caches keep what was compiled before: libraries of others. Our own sources are compiled in any case: cargo goes by the times of
@@ -72,18 +85,9 @@ COPY --from=build /own /opt/text-generation
 # For every architecture that is served: compiled here, by the compiler that comes with torch, not at first use.
 RUN /opt/text-generation/bin/text-generation-server compile-kernels --kernel-cache /kernels >/dev/null && chmod -R a+rX /kernels
 
-# What is shipped: no compiler, no package manager of Python or Rust ---------------------------------------------------
+# What is shipped ---------------------------------------------------------------------------------------------------------
 
-FROM ${BASE} AS runtime
-RUN apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        ca-certificates libstdc++6 python3 >/dev/null \
-    && rm -rf /var/lib/apt/lists/* \
-    # Ubuntu's public image has a user of that number.
-    && if other=$(getent passwd 1000); then userdel --remove "${other%%:*}"; fi \
-    && useradd --uid 1000 --user-group --create-home text-generation \
-    && install -d -o text-generation -g text-generation /data
-COPY --from=packages /opt/text-generation /opt/text-generation
+FROM packages AS runtime
 COPY --from=build /own /opt/text-generation
 ENV PATH=/opt/text-generation/bin:$PATH \
     HF_HOME=/data \

@@ -196,6 +196,22 @@ def test_a_port_in_use_is_named() -> None:
     assert done.returncode == 1 and str(port) in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "cause"), [("size=16k", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_a_place_for_sockets_that_has_no_room_is_refused(options: str, cause: str, tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0:
+        pytest.skip("no mount namespaces here")
+    launcher = [str(BINARIES / "text-generation-launcher"), "--model-id", str(LLAMA), "--port", str(free_port())]
+    # What is left there is gone with the mount, so it is listed.
+    small = f'mount -t tmpfs -o {options} tmpfs {tmp_path} && "$@"; code=$?; find {tmp_path} -mindepth 1; exit $code'
+    command = ["unshare", "-rm", "sh", "-c", small, "sh", *launcher, "--shard-uds-path", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and f"cannot be made: {cause}" in line and "docker run --tmpfs /tmp" in line, line
+    assert "rank 0" not in done.stdout and str(tmp_path / "run-") not in done.stdout, done.stdout
+
+
 def test_help_tells_every_flag_with_its_environment_variable() -> None:
     done = subprocess.run(
         [str(BINARIES / "text-generation-launcher"), "--help"], capture_output=True, text=True, check=True

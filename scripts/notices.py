@@ -1,6 +1,6 @@
 """Prints the notices of the crates that are linked into the programs: names, licences, and each licence's text once.
 
-The wheel carries them (`scripts/wheel.sh`). Python packages, in an image too, have theirs beside themselves: in `*.dist-info`.
+The wheel carries them (`scripts/wheel.sh`). Python packages, those in an image too, have theirs in their `*.dist-info`.
 """
 
 import os
@@ -15,9 +15,9 @@ NAMES = ("LICENSE", "LICENCE", "COPYING", "COPYRIGHT", "NOTICE", "UNLICENSE")
 LEFT_OUT = {"tests", "test", "examples", "example", "benches", "fuzz", "doc", "docs", "windows"}
 HEAD = """Third-party notices
 
-The programs text-generation-launcher, text-generation-router and text-generation-benchmark contain the crates below, among
-them sources in C that some of these carry, and Rust's standard library (MIT OR Apache-2.0). Python packages that the wheel depends on are no part of it; pip installs each with its
-own licence, in its *.dist-info folder.
+The programs text-generation-launcher, text-generation-router and text-generation-benchmark contain the crates below,
+among them sources in C that some of these carry, and Rust's standard library (MIT OR Apache-2.0). Python packages that
+the wheel depends on are no part of it; pip installs each with its own licence, in its *.dist-info folder.
 """
 
 

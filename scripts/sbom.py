@@ -1,4 +1,7 @@
-"""Prints what is shipped as CycloneDX 1.5: `sbom.py rust` the crates in the programs, `sbom.py python` the packages of the wheel."""
+"""Prints what is shipped as CycloneDX 1.5.
+
+`sbom.py rust`: the crates in the programs; `sbom.py python`: the packages that the wheel wants.
+"""
 
 import json
 import sys

@@ -13,8 +13,9 @@ PACKAGE = "text-generation-server"
 
 
 def crates() -> list[dict[str, Any]]:
-    """Cargo's metadata of each crate that is linked into a program, by name: normal dependencies alone, ours among them."""
-    command = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", "x86_64-unknown-linux-gnu"]
+    """Cargo's metadata of each crate that is linked into a program, by name; ours are among them."""
+    platform = "x86_64-unknown-linux-gnu"
+    command = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", platform]
     metadata = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     packages = {package["id"]: package for package in metadata["packages"]}

@@ -12,6 +12,8 @@ pub struct Machine {
     pub cores: u32,
     /// The smaller of the available memory and every cgroup's limit, in bytes.
     pub memory_bytes: u64,
+    /// Processes and threads that may be started beside those that run, by every cgroup's limit. `None`: as many as you like.
+    pub tasks: Option<u64>,
     /// The processor, for people.
     pub processor: String,
 }
@@ -33,6 +35,7 @@ impl Machine {
         Ok(Self {
             cores: (cores.min(quota as u32)).max(1),
             memory_bytes: limits.fold(available, u64::min),
+            tasks: cgroup_files(root, "pids").iter().filter_map(Cgroup::tasks_left).min(),
             processor: read(&root.join("proc/cpuinfo")).map_or_else(|| "unknown".into(), |text| processor(&text)),
         })
     }
@@ -96,6 +99,11 @@ impl Cgroup {
     /// Bytes: version 2's `memory.max` (not a number where unlimited), or version 1's file (huge where unlimited).
     fn memory_limit(&self) -> Option<u64> {
         self.number("memory.max").or_else(|| self.number("memory.limit_in_bytes"))
+    }
+
+    /// Processes and threads, in the same files of both versions (not a number where unlimited).
+    fn tasks_left(&self) -> Option<u64> {
+        Some(self.number::<u64>("pids.max")?.saturating_sub(self.number("pids.current")?))
     }
 }
 
@@ -203,6 +211,23 @@ mod tests {
             ("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us", "100000\n"),
         ];
         assert_eq!(Root::with("v1", &files).read(), (7, 300_000));
+    }
+
+    #[test]
+    fn what_a_group_or_its_ancestor_lets_start_is_what_its_limit_leaves() {
+        let files = [
+            MEMINFO,
+            STATUS,
+            ("proc/self/cgroup", "8:pids:/docker/abc\n0::/kubepods/pod1\n"),
+            ("sys/fs/cgroup/pids/docker/abc/pids.max", "100\n"),
+            ("sys/fs/cgroup/pids/docker/abc/pids.current", "30\n"),
+            ("sys/fs/cgroup/pids/docker/pids.max", "max\n"),
+            ("sys/fs/cgroup/pids/docker/pids.current", "500\n"),
+            ("sys/fs/cgroup/kubepods/pids.max", "40\n"),
+            ("sys/fs/cgroup/kubepods/pids.current", "7\n"),
+        ];
+        assert_eq!(Machine::read(&Root::with("tasks", &files).0).unwrap().tasks, Some(33));
+        assert_eq!(Machine::read(&Root::with("no-tasks", &files[..2]).0).unwrap().tasks, None);
     }
 
     #[test]

@@ -159,6 +159,32 @@ pub fn check(args: &Args) -> Result<(), PlanError> {
     }
 }
 
+/// Checks what the machine alone shows, before any program is started.
+///
+/// # Errors
+///
+/// When not even idle programs would have the processes and threads that they are made of.
+pub fn check_machine(args: &Args, machine: &Machine) -> Result<(), PlanError> {
+    let shards = world_size(args)?;
+    let needed = tasks_needed(shards, machine.cores);
+    match machine.tasks {
+        Some(tasks) if tasks < needed => Err(PlanError::Model(format!(
+            "the limit of processes and threads (pids.max of the control group) lets this container start {tasks} more, and \
+             {shards} shard{} on {} cores need {needed}; allow more: docker run --pids-limit 512, or TasksMax= of systemd",
+            if shards == 1 { "" } else { "s" },
+            machine.cores
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Counted where nothing is asked for: the launcher, what cleans up after it, the router (a thread for each core, and those
+/// that tokenize); of each shard those of Python, gRPC and grammars, and those that compute. Answers take some more.
+fn tasks_needed(shards: u32, cores: u32) -> u64 {
+    let threads = (cores / shards).max(1);
+    u64::from(14 + cores.min(8)) + u64::from(shards) * u64::from(14 + threads)
+}
+
 type Flag = (&'static str, Option<u32>);
 
 fn less(smaller: Flag, larger: Flag, why: &str) -> Result<(), PlanError> {
@@ -399,7 +425,7 @@ mod tests {
     }
 
     fn machine() -> Machine {
-        Machine { cores: 8, memory_bytes: 16_000_000, processor: String::new() }
+        Machine { cores: 8, memory_bytes: 16_000_000, tasks: None, processor: String::new() }
     }
 
     fn model() -> ModelPlan {
@@ -451,6 +477,21 @@ mod tests {
         let sockets = (Path::new("/r/control"), Path::new("/r/admin"));
         let plan = launch(&args("--num-shard 16"), &machine(), &small, &programs(), sockets).unwrap();
         assert_eq!(plan.threads_per_rank, 1);
+    }
+
+    #[test]
+    fn a_limit_of_processes_that_nothing_can_run_in_is_refused() {
+        let check = |tasks, flags| check_machine(&args(flags), &Machine { tasks, ..machine() });
+        let (one, two) = (22 + 22, 22 + 2 * 18);
+        assert_eq!(check(None, "--num-shard 8"), Ok(()));
+        assert_eq!((check(Some(one), ""), check(Some(two), "--num-shard 2")), (Ok(()), Ok(())));
+        for (tasks, flags, words) in [
+            (one - 1, "", "start 43 more, and 1 shard on 8 cores need 44"),
+            (two - 1, "--num-shard 2", "start 57 more, and 2 shards on 8 cores need 58"),
+        ] {
+            let PlanError::Model(message) = check(Some(tasks), flags).unwrap_err() else { panic!("a usage error") };
+            assert!(message.contains(words) && message.contains("--pids-limit"), "{message}");
+        }
     }
 
     #[test]

@@ -100,15 +100,14 @@ pub async fn launch(args: &Args, output: &Output) -> Result<(), Failure> {
     let machine = Machine::read(Path::new("/"))
         .map_err(|error| failed(format!("the memory of this machine cannot be read: {error}")))?;
     tell_start(args, &machine);
+    plan::check_machine(args, &machine)?;
     let programs = find_programs()?;
     check_port(args)?;
 
     for swept in run_directory::sweep(&args.shard_uds_path) {
         info!("removed {}, left behind by a launcher that is gone", swept.display());
     }
-    let directory = RunDirectory::create(&args.shard_uds_path).map_err(|error| {
-        failed(format!("the run directory (--shard-uds-path {:?}) cannot be made: {error}", args.shard_uds_path))
-    })?;
+    let directory = make_run_directory(args)?;
     let program = std::env::current_exe().map_err(|error| failed(format!("the launcher's own program: {error}")))?;
     let mut reaper = Reaper::start(&program, directory.path())
         .map_err(|error| failed(format!("{} cannot be started: {error}", program.display())))?;
@@ -197,6 +196,17 @@ fn find_programs() -> Result<Programs, Failure> {
     let path = std::env::var_os("PATH");
     let find = |name| process::find(name, beside, path.as_deref()).map_err(failed);
     Ok(Programs { server: find("text-generation-server")?, router: find("text-generation-router")? })
+}
+
+fn make_run_directory(args: &Args) -> Result<RunDirectory, Failure> {
+    RunDirectory::create(&args.shard_uds_path).map_err(|error| {
+        let advice = match error.kind() {
+            // Which it says itself.
+            io::ErrorKind::InvalidInput => "",
+            _ => "; name a place that this user may write and that has room, or give the container such a /tmp: docker run --tmpfs /tmp",
+        };
+        failed(format!("the run directory (--shard-uds-path {:?}) cannot be made: {error}{advice}", args.shard_uds_path))
+    })
 }
 
 fn check_port(args: &Args) -> Result<(), Failure> {

@@ -10,6 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The longest path that fits into the address of a Unix socket, in bytes, without the closing zero.
 const MAX_SOCKET_PATH: usize = 107;
+/// What is written there, at most: by ranks that meet.
+const NEEDED_BYTES: usize = 64 << 10;
 /// Room for the longest name of a socket: `rank-255-4294967295`.
 const LONGEST_NAME: usize = 20;
 
@@ -26,7 +28,7 @@ impl RunDirectory {
     ///
     /// # Errors
     ///
-    /// When socket paths would not fit, or the directory cannot be made.
+    /// When socket paths would not fit, or the directory cannot be made, or has no room for what is written there.
     pub fn create(prefix: &str) -> io::Result<Self> {
         let suffix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.subsec_nanos());
         let path = std::path::absolute(format!("{prefix}-{}-{suffix:08x}", std::process::id()))?;
@@ -42,7 +44,11 @@ impl RunDirectory {
             ));
         }
         DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self { _lock: lock_in(&path)?, path })
+        let made = lock_in(&path).and_then(|lock| has_room(&path).map(|()| lock));
+        if made.is_err() {
+            let _ = fs::remove_dir_all(&path);
+        }
+        made.map(|lock| Self { _lock: lock, path })
     }
 
     /// Where it is.
@@ -86,6 +92,13 @@ fn lock_in(directory: &Path) -> io::Result<File> {
     file.lock()?;
     fs::rename(unlocked, directory.join("lock"))?;
     Ok(file)
+}
+
+/// Asks now, by writing, rather than have the ranks fail when they meet.
+fn has_room(directory: &Path) -> io::Result<()> {
+    let probe = directory.join("room");
+    fs::write(&probe, vec![0; NEEDED_BYTES])?;
+    fs::remove_file(probe)
 }
 
 /// Removes the directories that dead launchers of the same user left under this prefix, and says which.
