@@ -137,19 +137,17 @@ class SequenceTable:
         in each step: all of them would be work that grows with the context.
         """
         spot = (step * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 33
-        last = self.tokens[rows, np.maximum(self.length[rows] - 1, 0)]
-        block = self.block_table[rows, spot % np.maximum(self.num_blocks[rows], 1)]
-        earlier = self.tokens[rows, spot % np.maximum(self.length[rows], 1)]
+        length, num_blocks = self.length[rows], self.num_blocks[rows]
         columns = (
             rows,
-            self.sequence[rows].view(np.int64),
-            self.incarnation[rows].astype(np.int64),
-            self.length[rows],
+            self.sequence[rows],
+            self.incarnation[rows],
+            length,
             self.computed[rows],
-            self.num_blocks[rows],
-            self.blocks_digest[rows].view(np.int64),
-            last.astype(np.int64),
-            block.astype(np.int64),
-            earlier.astype(np.int64),
+            num_blocks,
+            self.blocks_digest[rows],
+            self.tokens[rows, np.maximum(length - 1, 0)],
+            self.block_table[rows, spot % np.maximum(num_blocks, 1)],
+            self.tokens[rows, spot % np.maximum(length, 1)],
         )
-        return np.stack(columns).tobytes()
+        return b"".join(column.tobytes() for column in columns)
