@@ -101,6 +101,6 @@ uninstall: clean
 
 clean:
 	rm -rf target dist site $(VENV) server/build server/*.egg-info server/text_generation_server/pb
-	rm -f server/text_generation_server/kernels/cpu/native/libkernels.so server/text_generation_server/kernels/cpu/native/libkernels.stamp
+	rm -f server/THIRD_PARTY_NOTICES server/text_generation_server/kernels/cpu/native/libkernels.so server/text_generation_server/kernels/cpu/native/libkernels.stamp
 	rm -rf $(foreach name,.hypothesis .pytest_cache .mypy_cache .ruff_cache,$(name) */$(name))
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,56 @@ def test_the_image_is_built_from_every_member(member: str) -> None:
     assert any(member == keep or member.startswith(f"{keep}/") or keep == f"{member}/src" for keep in kept)
 
 
+def context() -> list[Path]:
+    """The files that a builder is sent: those in git that .dockerignore lets through."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] not in "#*"]
+    kept = [line[1:] for line in lines if line.startswith("!")]
+    left_out = [line for line in lines if not line.startswith("!")]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [
+        ROOT / name
+        for name in listed.splitlines()
+        if any(name == keep or name.startswith(f"{keep}/") for keep in kept)
+        and not any(name == out or name.startswith(f"{out}/") for out in left_out)
+    ]
+
+
+def test_a_builder_is_sent_sources_alone() -> None:
+    names = {str(path.relative_to(ROOT)) for path in context()}
+    assert {"Cargo.lock", "server/requirements.lock", "router/src/main.rs", "scripts/notices.py"} <= names
+    # The manifest of the scheduler names one of its tests, so cargo wants to see it.
+    tests = [name for name in names if "tests" in Path(name).parts and not name.startswith("router/scheduler/")]
+    assert not tests and not [name for name in names if name.startswith(("models/", "benchmark/results", "docs/"))]
+    assert sum(path.stat().st_size for path in context()) < 5_000_000
+
+
+def stages() -> dict[str, str]:
+    """The text of each stage of the Dockerfile, by name."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    return dict(zip(parts[2::3], parts[3::3], strict=True))
+
+
+def test_a_change_of_the_sources_downloads_no_package_again() -> None:
+    """Layers are made anew from the first one on that something was copied to which has changed."""
+    build, packages = stages()["build"], stages()["packages"]
+    assert re.findall(r"^COPY (.*)$", packages, re.MULTILINE) == [
+        "server/pyproject.toml server/requirements.lock /opt/text-generation/share/packages/"
+    ]
+    assert "AS packages" in DOCKERFILE and "FROM packages AS runtime" in DOCKERFILE
+    before, after = build.split("COPY . .")
+    assert "scripts/rust.sh" in before and "apt-get install" in before
+    assert "--no-deps" in after and not re.search(r"install (?!-q --no-deps)", after)
+
+
+def test_the_image_says_which_version_it_is() -> None:
+    (version,) = re.findall(r"^ARG VERSION=(.*)$", DOCKERFILE, re.MULTILINE)
+    manifest = tomllib.loads((ROOT / "Cargo.toml").read_text())
+    assert version == manifest["workspace"]["package"]["version"]
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\S+)="(.*?)"', stages()["runtime"]))
+    assert labels["version"] == "${VERSION}" and labels["source"] == "${SOURCE}", labels
+    assert labels["revision"] == "${GIT_COMMIT}" and labels["base.name"] == "${BASE}", labels
+
+
 def test_no_registry_and_no_secret_stands_in_the_image() -> None:
     assert not re.search(r"https?://(?!127\.0\.0\.1)|TOKEN|API_KEY", DOCKERFILE)
 
@@ -159,6 +210,9 @@ def test_the_compose_file_names_what_is_there() -> None:
     scraped = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"][0]
     assert scraped["targets"] == ["server:80"]
     json.loads((ROOT / "assets" / "grafana.json").read_text())
+    # Nobody else may ask without a key, and what is wrong for good is not tried for ever.
+    assert all(re.match(r"(\$\{ADDRESS:-)?127\.0\.0\.1", port) for one in services.values() for port in one["ports"])
+    assert services["server"]["restart"] == "on-failure:5"
 
 
 def test_uninstall_removes_whatever_is_made_here(tmp_path: Path) -> None:

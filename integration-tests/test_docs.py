@@ -1,9 +1,11 @@
 """What the README and the documentation tell people to type, typed; what they say of messages and files, looked up."""
 
+import html
 import json
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +184,31 @@ def test_an_example_of_a_client_works(llama: Server, package: str, part: str) ->
 @pytest.mark.parametrize("path", re.findall(r"`(?:GET )?(/[a-z_]+)`", README))
 def test_a_route_of_the_readme_is_there(llama: Server, path: str) -> None:
     assert llama.get(path)[0] in (200, 405), path
+
+
+def recorded() -> str:
+    """What the recording shows, line by line."""
+    picture = (ROOT / "docs" / "first-answer.svg").read_text()
+    lines = re.findall(r'^ *(?:</text>)?<text class="terminal-\d+-r\d.*$', picture, re.MULTILINE)
+    return "\n".join(html.unescape(re.sub("<[^>]+>", "", line)).replace("\xa0", " ").rstrip() for line in lines)
+
+
+def test_the_recording_shows_what_the_readme_and_the_programs_say() -> None:
+    shown = recorded()
+    assert shown.startswith("$ make run\n") and "\nmake run " in README
+    (curl,) = re.findall(r"^ *(curl (?:.*\\\n)*.*)$", shown, re.MULTILINE)
+    typed = [shlex.split(line) for line in re.findall(r"^(curl (?:.*\\\n)*.*)$", README, re.MULTILINE)]
+    assert shlex.split(curl) in typed, curl
+    said = (ROOT / "scripts" / "run.py").read_text() + (ROOT / "scripts" / "install.sh").read_text() + sources()
+    for words in (
+        "Try it yourself:",
+        "Serving until Ctrl-C.",
+        "Connected: ready at",
+        "ready: .venv/bin/text-generation",
+    ):
+        assert words in shown and words in said, words
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    assert f"text-generation-launcher {version} (" in shown
 
 
 def sources() -> str:

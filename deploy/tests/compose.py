@@ -40,7 +40,9 @@ def files(resolved: str, chosen: str, root: str) -> None:
     server = services["server"]
     assert server["command"] == ["--model-id", "/data/model"] and server["read_only"], server
     assert server["build"]["context"] == root and server["build"]["target"] == "cpu", server["build"]
-    port = next(port["target"] for port in server["ports"])
+    port, published = next((port["target"], port) for port in server["ports"])
+    assert published["host_ip"] == "127.0.0.1" and published["published"] == "8080", published
+    assert server["restart"] == "on-failure:5", server["restart"]
     prometheus = mounts(services["prometheus"], root)
     scraped = read(prometheus, "/etc/prometheus/prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
     assert scraped == [f"server:{port}"], scraped
@@ -55,6 +57,7 @@ def files(resolved: str, chosen: str, root: str) -> None:
     assert server["environment"] | {"QUANTIZE": "gptq", "NUM_SHARD": "2"} == server["environment"], server
     assert server["build"]["target"] == "cuda" and server["image"] == "text-generation:cuda", server
     assert server["volumes"][0]["source"] == "/somewhere", server
+    assert server["ports"][0]["host_ip"] == "0.0.0.0" and server["environment"]["API_KEY"] == "secret", server
 
 
 def get(address: str, **query: str) -> Any:

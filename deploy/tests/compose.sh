@@ -41,7 +41,7 @@ code=0
 said=$(inside "docker-compose -f $file config" 2>&1) || code=$?
 [ "$code" != 0 ] || fail "no MODEL_ID, and the compose file was taken"
 case $said in *"required variable MODEL_ID is missing a value: name a model"*) say "refused: no MODEL_ID" ;; *) fail "no MODEL_ID: $said" ;; esac
-inside "MODEL_ID=/data/model QUANTIZE=gptq NUM_SHARD=2 DATA=/somewhere TARGET=cuda docker-compose -f $file config --format json" >"$log/chosen"
+inside "MODEL_ID=/data/model QUANTIZE=gptq NUM_SHARD=2 DATA=/somewhere TARGET=cuda ADDRESS=0.0.0.0 API_KEY=secret docker-compose -f $file config --format json" >"$log/chosen"
 inside "MODEL_ID=/data/model docker-compose -f $file config --format json" >"$log/resolved"
 inside "promtool check config deploy/compose/prometheus.yaml" >"$log/promtool" 2>&1 || { cat "$log/promtool" >&2; fail "prometheus.yaml"; }
 .venv/bin/python deploy/tests/compose.py files "$log/resolved" "$log/chosen" /clone
