@@ -190,7 +190,7 @@ def recorded() -> str:
     """What the recording shows, line by line."""
     picture = (ROOT / "docs" / "first-answer.svg").read_text()
     lines = re.findall(r'^ *(?:</text>)?<text class="terminal-\d+-r\d.*$', picture, re.MULTILINE)
-    return "\n".join(html.unescape(re.sub("<[^>]+>", "", line)).replace("\xa0", " ").rstrip() for line in lines)
+    return "\n".join(html.unescape(re.sub("<[^>]+>", "", line.strip())).replace("\xa0", " ").rstrip() for line in lines)
 
 
 def test_the_recording_shows_what_the_readme_and_the_programs_say() -> None:
