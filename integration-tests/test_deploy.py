@@ -173,6 +173,35 @@ def test_the_image_says_which_version_it_is() -> None:
     assert labels["revision"] == "${GIT_COMMIT}" and labels["base.name"] == "${BASE}", labels
 
 
+def listed(kind: str) -> dict[str, dict]:
+    """The components of a list that `scripts/audit.sh` makes, by name."""
+    command = [BINARIES / "python", ROOT / "scripts" / "sbom.py", kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return {component["name"]: component for component in json.loads(done.stdout)["components"]}
+
+
+def test_the_lists_of_what_is_shipped_hold_that_alone() -> None:
+    python, rust = listed("python"), listed("rust")
+    assert {"torch", "grpcio", "safetensors", "typer"} <= python.keys()
+    assert not {"pytest", "mypy", "ruff", "transformers", "mkdocs", "hypothesis", "openai"} & python.keys()
+    assert python["torch"]["purl"].startswith("pkg:pypi/torch@")
+    manifest = tomllib.loads((ROOT / "router" / "Cargo.toml").read_text())
+    assert manifest["dependencies"].keys() <= rust.keys()
+    # What makes code while a program is built is not in it.
+    made_with = manifest["build-dependencies"].keys() - manifest["dependencies"].keys()
+    assert made_with and not made_with & rust.keys()
+
+
+def test_the_notices_name_every_crate_that_is_linked_with_the_text_of_its_licence() -> None:
+    command = [BINARIES / "python", ROOT / "scripts" / "notices.py"]
+    notices = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    ours = {"text-generation-launcher", "text-generation-router", "text-generation-benchmark", "scheduler"}
+    crates = {f"{name} {one['version']}" for name, one in listed("rust").items() if name not in ours}
+    assert len(crates) > 150 and not [crate for crate in crates if f"\n{crate}: " not in notices]
+    for words in ("Permission is hereby granted", "Apache License", "Oniguruma LICENSE"):
+        assert words in notices, words
+
+
 def test_no_registry_and_no_secret_stands_in_the_image() -> None:
     assert not re.search(r"https?://(?!127\.0\.0\.1)|TOKEN|API_KEY", DOCKERFILE)
 
