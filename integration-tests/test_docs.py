@@ -195,7 +195,7 @@ def recorded() -> str:
 
 def test_the_recording_shows_what_the_readme_and_the_programs_say() -> None:
     shown = recorded()
-    assert shown.startswith("$ make run\n") and "\nmake run " in README
+    assert shown.startswith("$ make run\n") and shown.endswith("\nServing until Ctrl-C.") and "\nmake run " in README
     (curl,) = re.findall(r"^ *(curl (?:.*\\\n)*.*)$", shown, re.MULTILINE)
     typed = [shlex.split(line) for line in re.findall(r"^(curl (?:.*\\\n)*.*)$", README, re.MULTILINE)]
     assert shlex.split(curl) in typed, curl

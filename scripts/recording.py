@@ -15,6 +15,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, TIMEOUT_S = 118, 300
+LAST = "Serving until Ctrl-C."
 
 
 def type_and_read(command: list[str]) -> str:
@@ -26,7 +27,7 @@ def type_and_read(command: list[str]) -> str:
     )
     os.close(follower)
     shown, deadline = b"", time.monotonic() + TIMEOUT_S
-    while b"Serving until Ctrl-C." not in shown and time.monotonic() < deadline:
+    while LAST.encode() not in shown and time.monotonic() < deadline:
         shown += os.read(leader, 65536)
     os.killpg(process.pid, signal.SIGINT)
     while process.poll() is None:
@@ -41,9 +42,11 @@ def main() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shown = type_and_read(["make", "--no-print-directory", "run", f"PORT={port}"])
-    if "Serving until Ctrl-C." not in shown:
+    # What the log says afterwards belongs to nobody's first look.
+    shown, serving, _ = type_and_read(["make", "--no-print-directory", "run", f"PORT={port}"]).partition(LAST)
+    if not serving:
         sys.exit(f"no answer within {TIMEOUT_S} s:\n{shown}")
+    shown += serving
     # The port that was free is not the one that readers will see; the log's middle says less than its ends.
     lines = shown.replace(str(port), "3000").replace(str(ROOT), "~/text-generation").splitlines()
     log = [line for line in lines if re.match(r"(\w+( \d+)? \| )?\d{4}-\d\d-\d\dT", line)]
