@@ -106,7 +106,8 @@ fn flags_of_tgi_stand_where_the_page_for_those_who_come_from_there_says() {
                 false => format!("--{}", arg.get_long().unwrap()),
             })
             .collect();
-        (said.sort(), found.sort());
+        said.sort();
+        found.sort();
         assert_eq!(said, found, "{beginning}");
     }
 }
