@@ -6,7 +6,7 @@
 # Build arguments:
 #   BASE              what every stage stands on: a Debian or Ubuntu with Python 3.11 to 3.13 in its packages
 #   TORCH_INDEX_URL   another index for torch in the `cpu` target: with the one of torch's CPU-only wheels the image has about
-#                     1.5 GB; the default index has the CUDA build, which computes on CPUs too, and makes it 5.7 GB
+#                     1.5 GB; the default index has the CUDA build, which computes on CPUs too, and makes it 5.3 GB
 #   GIT_COMMIT        what the programs say they are built from
 #   SOURCE            for the label org.opencontainers.image.source: where whoever builds this keeps the sources
 #

@@ -117,6 +117,19 @@ for tool in cc c++ gcc cargo pip git; do
     ! chroot "$root" sh -c "PATH=/opt/text-generation/bin:\$PATH command -v $tool" >/dev/null || fail "$tool is in the image"
 done
 
+# Others' packages are of the versions that are pinned, and what is ours brings the notices of what is in it.
+chroot "$root" /opt/text-generation/bin/python -B -c '
+import importlib.metadata, re
+for one in importlib.metadata.distributions():
+    print(re.sub("[-_.]+", "-", one.name).lower() + "==" + one.version)' | sort >"$work/packages"
+while read -r package; do
+    pinned=$(grep -i "^${package%%==*}==" server/requirements.lock || true)
+    [ -z "$pinned" ] || [ "${pinned,,}" = "$package" ] || fail "$package is in the image, expected $pinned"
+done <"$work/packages"
+grep -q '^torch==' "$work/packages" && ! grep -qE '^(pip|pytest|mypy|ruff)==' "$work/packages" || fail "the image has $(tr '\n' ' ' <"$work/packages")"
+grep -q "Third-party notices" "$root"/opt/text-generation/lib/python3*/site-packages/text_generation_server-*.dist-info/licenses/THIRD_PARTY_NOTICES ||
+    fail "the image has no notices"
+
 # enter MODE ARGUMENT...: this process becomes the entry point, with the image's own environment and what VARIABLES has. MODE
 # says what /data is: writable, readonly, full, foreign (another user's); cramped: /tmp has no room; stranger: the process belongs to a user
 # whom the image does not know, and /dev/shm has next to no room.
@@ -230,6 +243,8 @@ if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
     refused "there is no such directory; check the path" writable --model-id /data/none
     refused "device cuda" writable --model-id /data/model --device cuda
+    refused "chat-template /data/none: cannot be read" writable --model-id /data/model --chat-template /data/none
+    refused "cannot be made: No space left on device.*docker run --tmpfs /tmp" cramped --model-id /data/model
     # The image's port is 80, which an engine lets everybody take; here, as on a host's own network, nobody but root may.
     [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -le 80 ] ||
         refused "ports below 1024 are reserved for root; choose another port" writable --model-id /data/model --port 80
