@@ -10,7 +10,8 @@ sides taking turns; before anything is timed it must agree with float64 arithmet
 - g5: steps of 32 sequences on that model: share of the roofline, int4 beside bfloat16.
 - g6: a model of 1B at 64 sequences: time of a step launched anew each time, beside replays of its graph.
 
-g4 to g6 are measured inside one process: the launcher does not start shards on GPUs yet, so HTTP is not in them.
+g4 to g6 are measured inside one process, and then through HTTP (`gpu_http.py`): what clients of a server see that the
+launcher starts, and for g6 without graphs and with one step at a time beside it.
 Without a GPU this says so and exits with 1. No GPU has run it yet.
 """
 
@@ -23,10 +24,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import common
+import gpu_http
 import torch
 import torch.nn.functional as F
+from gpu_http import LLAMA_1B, LLAMA_8B, Dimensions
 from text_generation_server.batch import StepBatch
 from text_generation_server.errors import ConfigError
 from text_generation_server.kernels.codes import pack
@@ -44,23 +48,6 @@ NF4 = Table((
 ))  # fmt: skip
 # OUT, IN of Llama 3.1 8B's linears.
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """Of a model."""
-
-    layers: int
-    hidden: int
-    size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-
-
-LLAMA_8B = Dimensions(32, 4096, 14336, 32, 8, 128, 128256)
-LLAMA_1B = Dimensions(16, 2048, 8192, 32, 8, 64, 128256)
 
 
 def random_weight(coding: Coding, out: int, in_: int, device: torch.device, group: int = GROUP) -> QuantizedWeight:
@@ -272,6 +259,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--goals", default="g1,g2,g3,g4,g5,g6", help="which, with commas between")
     parser.add_argument("--no-peers", action="store_true", help="do not measure torch's int4 product and bitsandbytes")
+    parser.add_argument("--no-http", action="store_true", help="measure inside one process alone")
+    parser.add_argument("--launcher", type=Path, default=common.ROOT / ".venv" / "bin" / "text-generation-launcher")
+    parser.add_argument(
+        "--folder", type=Path, default=common.ROOT / "target" / "gpu-models", help="where models are kept"
+    )
     arguments = parser.parse_args()
     from text_generation_server.kernels.select import select_kernels
 
@@ -292,7 +284,12 @@ def main() -> None:
         "g5": lambda: steps(kernels, LLAMA_8B, both, 32, 300),
         "g6": lambda: bubbles(kernels),
     }
-    rows = [[goal, *row] for goal in arguments.goals.split(",") for row in goals[goal]()]
+    rows = []
+    for goal in arguments.goals.split(","):
+        rows += [[goal, *row] for row in goals[goal]()]
+        torch.cuda.empty_cache()
+        if goal in gpu_http.GOALS and not arguments.no_http:
+            rows += [[goal, *row] for row in gpu_http.measure(goal, arguments.launcher, arguments.folder)]
     head = ["goal", "what", "rows", "µs", "of the memory's bandwidth", "others ÷ ours"]
     body = f"GPU: {torch.cuda.get_device_name()}\n\n{common.table(head, rows)}"
     common.write_result("gpu", "CUDA kernels", common.environment(), body)

@@ -180,6 +180,15 @@ def test_flags_that_cannot_be_served_are_refused(flags: tuple[str, ...], code: i
     assert all(word in output for word in words), output
 
 
+def test_gpus_that_are_not_there_are_refused_before_anything_starts() -> None:
+    code, output = refusal(LLAMA, "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": "-1"})
+    assert code == 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --device cuda: the NVIDIA driver ")
+    assert "serve with --device cpu" in line
+    assert "run directory" not in output
+
+
 @pytest.mark.parametrize("value", ["abc", "0", "-1"])
 def test_an_environment_variable_out_of_range_is_refused(value: str) -> None:
     code, output = refusal(LLAMA, env={"MAX_CONCURRENT_REQUESTS": value})

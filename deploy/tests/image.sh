@@ -276,7 +276,7 @@ with Hub() as hub:
     refused "cache /data cannot be written: Permission denied" foreign --model-id org/model
     kill "$holder"
 elif [ "$target" = cuda ]; then
-    refused "--device cuda is not served yet: .*; use --device cpu" writable --model-id /data/model --device cuda
+    refused "--device cuda: the NVIDIA driver was not found .*--device cpu" writable --model-id /data/model --device cuda
 else
     VARIABLES=(PORT="$port")
     refused "HF_MODEL_ID is not set" writable

@@ -53,6 +53,11 @@ async fn main() {
             }
             println!("some progress\n{{\"model_dir\": \"{}\"}}", std::env::var("FAKE_DIR").unwrap());
         }
+        "devices" if fake("no-gpu") => {
+            eprintln!("error: --device cuda: the NVIDIA driver was not found; use --device cpu");
+            std::process::exit(1);
+        }
+        "devices" => println!(r#"[{{"index": 0, "name": "Paper", "free_bytes": 64000, "has_bfloat16": true}}]"#),
         "plan" if fake("plan-refuses") => {
             eprintln!(
                 "error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model"

@@ -31,8 +31,8 @@ pub struct Args {
     /// Branch, tag or commit of a model on the hub.
     #[arg(long, env, help_heading = MODEL)]
     pub revision: Option<String>,
-    /// The type computed in. By default the checkpoint's, as far as the processor computes it natively. float16 is
-    /// refused on CPUs.
+    /// The type computed in. By default what the processor computes natively; on GPUs bfloat16, or float16 where one is
+    /// older than compute capability 8.0. float16 is refused on CPUs, float32 on GPUs.
     #[arg(long, env, value_enum, help_heading = MODEL)]
     pub dtype: Option<Dtype>,
     /// How the weights are quantized. By default what the checkpoint's own files say; a method that contradicts them is
@@ -60,7 +60,8 @@ pub struct Args {
     /// Whether the model is cut into several shards.
     #[arg(long, env, value_name = "BOOL", value_parser = BoolishValueParser::new(), help_heading = SHARDS)]
     pub sharded: Option<bool>,
-    /// How many tensor-parallel shards, each a process. By default one.
+    /// How many tensor-parallel shards, each a process; on GPUs each has one. By default one, or as many as there are
+    /// visible GPUs where --sharded says true.
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=256), allow_negative_numbers = true,
           help_heading = SHARDS)]
     pub num_shard: Option<u32>,
@@ -68,10 +69,17 @@ pub struct Args {
     #[arg(long, env, value_enum, default_value = "cpu", help_heading = SHARDS)]
     pub device: Device,
     /// The share of the memory (the smaller of what is available and the container's limit) that all shards together
-    /// may take for weights and KV cache.
-    #[arg(long, env, default_value = "0.5", value_parser = fraction, allow_negative_numbers = true,
+    /// may take for weights and KV cache; on GPUs of what each has free. By default 0.5, on GPUs 0.9.
+    #[arg(long, env, value_parser = fraction, allow_negative_numbers = true, help_heading = SHARDS)]
+    pub memory_fraction: Option<f64>,
+    /// TGI's name of --memory-fraction on GPUs.
+    #[arg(long, env, value_parser = fraction, allow_negative_numbers = true, help_heading = SHARDS)]
+    pub cuda_memory_fraction: Option<f64>,
+    /// On GPUs: for how many decoding sequences steps are recorded as CUDA graphs, several numbers with commas between; 0:
+    /// none. By default 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 and 128. Shards that share a model record none.
+    #[arg(long, env, value_name = "NUMBERS", value_parser = graph_sizes, allow_hyphen_values = true,
           help_heading = SHARDS)]
-    pub memory_fraction: f64,
+    pub cuda_graphs: Option<String>,
     /// The share of the vocabulary that the watermark favours, where a request asks for one. By default 0.5.
     #[arg(long, env, value_parser = fraction, allow_negative_numbers = true, help_heading = SHARDS)]
     pub watermark_gamma: Option<f64>,
@@ -280,8 +288,18 @@ impl Quantize {
 pub enum Device {
     /// The processor.
     Cpu,
-    /// NVIDIA GPUs: refused by name in this version.
+    /// NVIDIA GPUs: shard i has the i-th that CUDA_VISIBLE_DEVICES leaves. Tested without a GPU only.
     Cuda,
+}
+
+impl Device {
+    /// The name on every command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
 }
 
 /// What happens to a flag of TGI's that has no field in `Args`.
@@ -338,8 +356,6 @@ const FOREIGN: &[Foreign] = &[
     noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
     noticed_unless(&["off"], "usage-stats", &["on", "off", "no-stack"], "nothing is ever sent anywhere"),
     noticed_unless(&["0"], "speculate", ANY, "nothing is drafted yet; answers are the same without drafts"),
-    noticed_unless(&["0"], "cuda-graphs", ANY, "processors have no graphs to record"),
-    noticed("cuda-memory-fraction", ANY, "it is about GPUs; --memory-fraction is the share of this machine's memory"),
     noticed("enable-prefill-logprobs", SWITCH, "log-probabilities of prompts are always to be had"),
     noticed("request-logprobs", ANY, "log-probabilities of prompts are always to be had"),
     noticed("attention", ANY, "there is one kind of attention"),
@@ -392,6 +408,12 @@ fn fraction(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => Err("expected a number above 0 and at most 1".into()),
     }
+}
+
+fn graph_sizes(text: &str) -> Result<String, String> {
+    let is_size = |word: &str| word.parse::<u32>().is_ok_and(|size| (1..=1024).contains(&size));
+    let is_legal = text == "0" || text.split(',').all(is_size);
+    is_legal.then(|| text.to_owned()).ok_or_else(|| "expected numbers from 1 to 1024 with commas between, or 0".into())
 }
 
 fn finite(text: &str) -> Result<f64, String> {
@@ -448,8 +470,8 @@ pub fn parse(
         return Err(usage(refusals.join("\n       ")));
     }
     args.notices = notices;
-    if args.device == Device::Cuda {
-        return Err(usage("--device cuda is not served yet: this version computes on CPUs; use --device cpu"));
+    if args.device == Device::Cpu {
+        tell_of_gpus(&mut args, &matches);
     }
     if args.model_id.is_empty() || args.model_id.starts_with('-') {
         let found = &args.model_id;
@@ -484,6 +506,31 @@ fn judge_foreign(matches: &ArgMatches) -> (Vec<String>, Vec<String>) {
         }
     }
     (notices, refusals)
+}
+
+/// What is said of GPUs has no effect on processors, and does no harm: it stands in environments made for TGI.
+fn tell_of_gpus(args: &mut Args, matches: &ArgMatches) {
+    let graphs = args.cuda_graphs.take().is_some_and(|sizes| sizes != "0");
+    let fraction = args.cuda_memory_fraction.take().is_some();
+    for (given, flag, variable, why) in [
+        (graphs, "cuda_graphs", "CUDA_GRAPHS", "processors have no graphs to record"),
+        (
+            fraction,
+            "cuda_memory_fraction",
+            "CUDA_MEMORY_FRACTION",
+            "it is about GPUs; --memory-fraction is the share of this machine's memory",
+        ),
+    ] {
+        if given {
+            let from_environment = matches.value_source(flag) == Some(ValueSource::EnvVariable);
+            let name = if from_environment {
+                format!("{variable} (environment)")
+            } else {
+                format!("--{}", flag.replace('_', "-"))
+            };
+            args.notices.push(format!("{name} has no effect: {why}"));
+        }
+    }
 }
 
 /// Docker sets HOSTNAME to the container's name, which is no address to listen on; TGI takes 0.0.0.0 then.
@@ -546,7 +593,6 @@ mod tests {
             assert!(message.contains(&format!("{name} is not served yet")), "{message}");
             assert!(!message.contains("secret"), "{message}");
         }
-        assert!(refusal(&["--device", "cuda"]).contains("--device cuda is not served yet"));
     }
 
     #[test]
@@ -587,6 +633,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_of_gpus_is_taken_there_and_noticed_on_processors() {
+        let flags = ["--cuda-graphs", "1,8", "--cuda-memory-fraction", "0.8"];
+        let args = parsed(&flags).unwrap();
+        assert_eq!(args.notices.len(), 2, "{:?}", args.notices);
+        assert!(args.notices[0].starts_with("--cuda-graphs has no effect: processors"), "{:?}", args.notices);
+        assert_eq!((args.cuda_graphs, args.cuda_memory_fraction), (None, None));
+        let args = parsed(&[&flags[..], &["--device", "cuda"]].concat()).unwrap();
+        assert_eq!((args.cuda_graphs.as_deref(), args.cuda_memory_fraction), (Some("1,8"), Some(0.8)));
+        assert_eq!(args.notices, Vec::<String>::new());
+    }
+
+    #[test]
     fn a_bad_value_is_refused_with_the_name_of_its_flag() {
         for (flag, value) in [
             ("--max-concurrent-requests", "abc"),
@@ -598,6 +656,11 @@ mod tests {
             ("--port", "65536"),
             ("--memory-fraction", "1.5"),
             ("--memory-fraction", "nan"),
+            ("--cuda-memory-fraction", "1.5"),
+            ("--cuda-graphs", "1,-2"),
+            ("--cuda-graphs", "1,0"),
+            ("--cuda-graphs", ""),
+            ("--cuda-graphs", "2000"),
             ("--graceful-termination-timeout", "0"),
             ("--step-timeout", "nan"),
             ("--hostname", "nonsense"),

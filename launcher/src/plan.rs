@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use text_generation_router::args::{DEFAULT_BLOCK_SIZE, api_key};
 
-use crate::args::Args;
+use crate::args::{Args, Device, Dtype};
 use crate::machine::Machine;
 
 /// A program with its arguments.
@@ -94,6 +94,17 @@ pub struct ModelPlan {
     pub max_positions: Option<u32>,
 }
 
+/// What `text-generation-server devices` says of a GPU, as far as the launcher uses it.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Gpu {
+    /// For people.
+    pub name: String,
+    /// What nobody uses.
+    pub free_bytes: u64,
+    /// Whether it multiplies bfloat16.
+    pub has_bfloat16: bool,
+}
+
 /// Why nothing is started.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PlanError {
@@ -109,19 +120,35 @@ fn usage<T>(message: impl Into<String>) -> Result<T, PlanError> {
     Err(PlanError::Usage(message.into()))
 }
 
-/// How many shards the arguments ask for.
+/// How many shards the arguments ask for. None: as many as there are GPUs.
 ///
 /// # Errors
 ///
 /// When `--sharded` and `--num-shard` contradict each other.
-pub fn world_size(args: &Args) -> Result<u32, PlanError> {
+pub fn num_shard(args: &Args) -> Result<Option<u32>, PlanError> {
     match (args.sharded, args.num_shard) {
+        (Some(true), None) if args.device == Device::Cuda => Ok(None),
         (Some(true), None) => usage("--sharded true: on a CPU the number of shards must be said; add --num-shard N"),
         (Some(true), Some(1)) => usage("--sharded true --num-shard 1: expected at least 2 shards, or --sharded false"),
         (Some(false), Some(shards)) if shards > 1 => {
             usage(format!("--sharded false --num-shard {shards}: expected 1 shard, or --sharded true"))
         }
-        (_, shards) => Ok(shards.unwrap_or(1)),
+        (_, shards) => Ok(Some(shards.unwrap_or(1))),
+    }
+}
+
+/// How many shards there will be. gpus: those that there are for them.
+///
+/// # Errors
+///
+/// As `num_shard`, and when there is one GPU where several were meant.
+pub fn world_size(args: &Args, gpus: &[Gpu]) -> Result<u32, PlanError> {
+    match num_shard(args)? {
+        None if gpus.len() < 2 => Err(PlanError::Model(
+            "--sharded true: one GPU is visible (see CUDA_VISIBLE_DEVICES); expected at least 2, or --sharded false"
+                .into(),
+        )),
+        shards => Ok(shards.unwrap_or(gpus.len() as u32)),
     }
 }
 
@@ -131,7 +158,12 @@ pub fn world_size(args: &Args) -> Result<u32, PlanError> {
 ///
 /// Names the two flags that contradict each other, what was found and what was expected.
 pub fn check(args: &Args) -> Result<(), PlanError> {
-    world_size(args)?;
+    num_shard(args)?;
+    if let (Some(one), Some(other)) = (args.cuda_memory_fraction, args.memory_fraction) {
+        return usage(format!(
+            "--cuda-memory-fraction {one} and --memory-fraction {other}: both name the same share; use one alone"
+        ));
+    }
     if let (Some(tokens), Some(length)) = (args.max_input_tokens, args.max_input_length) {
         return usage(format!(
             "--max-input-tokens {tokens} and --max-input-length {length}: both name the same limit; use the first alone"
@@ -165,7 +197,8 @@ pub fn check(args: &Args) -> Result<(), PlanError> {
 ///
 /// When not even idle programs would have the processes and threads that they are made of.
 pub fn check_machine(args: &Args, machine: &Machine) -> Result<(), PlanError> {
-    let shards = world_size(args)?;
+    // Of how many GPUs there are nothing is known yet: two at least.
+    let shards = num_shard(args)?.unwrap_or(2);
     let needed = tasks_needed(shards, machine.cores);
     match machine.tasks {
         Some(tasks) if tasks < needed => Err(PlanError::Model(format!(
@@ -218,12 +251,28 @@ pub fn download_command(args: &Args, programs: &Programs) -> CommandLine {
     with_hub_cache(command, args)
 }
 
+/// What to run before anything else on GPUs, to learn which there are.
+pub fn devices_command(args: &Args, programs: &Programs) -> Result<CommandLine, PlanError> {
+    let mut command = CommandLine::new(&programs.server);
+    command.word("devices").optional("--num-shard", num_shard(args)?);
+    Ok(command)
+}
+
+/// The arguments, with the type that these GPUs multiply where none was asked for.
+pub fn for_gpus(args: &Args, gpus: &[Gpu]) -> Args {
+    let mut args = args.clone();
+    if gpus.iter().any(|gpu| !gpu.has_bfloat16) {
+        args.dtype = args.dtype.or(Some(Dtype::Float16));
+    }
+    args
+}
+
 /// What to run before ranks are spawned, to learn whether the model can be served at all.
 pub fn preflight_command(args: &Args, programs: &Programs, model_dir: &Path, world_size: u32) -> CommandLine {
     let mut command = CommandLine::new(&programs.server);
     command.word("plan").word(model_dir.display()).flag("--num-shard", world_size);
     with_weights(&mut command, args);
-    command.word("--json");
+    command.flag("--device", args.device.name()).word("--json");
     command
 }
 
@@ -266,14 +315,14 @@ pub struct LaunchPlan {
 /// When the model does not fit the arguments or the machine.
 pub fn launch(
     args: &Args,
-    machine: &Machine,
+    (machine, gpus): (&Machine, &[Gpu]),
     model: &ModelPlan,
     programs: &Programs,
     sockets: (&Path, &Path),
 ) -> Result<LaunchPlan, PlanError> {
-    let world_size = world_size(args)?;
+    let world_size = world_size(args, gpus)?;
     let threads_per_rank = (machine.cores / world_size).max(1);
-    let memory_bytes_per_rank = (machine.memory_bytes as f64 * args.memory_fraction) as u64 / u64::from(world_size);
+    let memory_bytes_per_rank = memory_bytes_per_rank(args, machine, gpus, world_size);
     check_model(args, model, memory_bytes_per_rank)?;
 
     let mut shard = CommandLine::new(&programs.server);
@@ -282,7 +331,10 @@ pub fn launch(
     with_weights(&mut shard, args);
     shard.optional("--revision", args.revision.as_deref()).switch("--trust-remote-code", args.trust_remote_code);
     shard.optional("--watermark-gamma", args.watermark_gamma).optional("--watermark-delta", args.watermark_delta);
-    shard.flag("--device", "cpu").flag("--logger-level", logger_level(&args.log_level));
+    shard
+        .optional("--cuda-graphs", args.cuda_graphs.as_deref())
+        .flag("--device", args.device.name())
+        .flag("--logger-level", logger_level(&args.log_level));
     shard.switch("--json-output", args.json_output).word("--exit-with-stdin");
 
     let host = if args.hostname.contains(':') { format!("[{}]", args.hostname) } else { args.hostname.clone() };
@@ -312,6 +364,24 @@ impl LaunchPlan {
     }
 }
 
+/// The share of memory that was asked for, and the flag that says it.
+fn memory_share(args: &Args) -> (&'static str, f64) {
+    match (args.device, args.cuda_memory_fraction) {
+        (_, Some(share)) => ("--cuda-memory-fraction", share),
+        (Device::Cuda, None) => ("--memory-fraction", args.memory_fraction.unwrap_or(0.9)),
+        (Device::Cpu, None) => ("--memory-fraction", args.memory_fraction.unwrap_or(0.5)),
+    }
+}
+
+/// Ranks share this machine's memory, but each has a GPU of its own: then the one with the least counts.
+fn memory_bytes_per_rank(args: &Args, machine: &Machine, gpus: &[Gpu], world_size: u32) -> u64 {
+    let (_, share) = memory_share(args);
+    match gpus.iter().map(|gpu| gpu.free_bytes).min() {
+        Some(free) => (free as f64 * share) as u64,
+        None => (machine.memory_bytes as f64 * share) as u64 / u64::from(world_size),
+    }
+}
+
 fn check_model(args: &Args, model: &ModelPlan, memory_bytes_per_rank: u64) -> Result<(), PlanError> {
     if let (Some(total), Some(positions)) = (args.max_total_tokens, model.max_positions)
         && total > positions
@@ -331,13 +401,17 @@ fn check_model(args: &Args, model: &ModelPlan, memory_bytes_per_rank: u64) -> Re
         )));
     }
     if let Some(weights) = model.weight_bytes_per_rank.filter(|weights| *weights > memory_bytes_per_rank) {
+        let (flag, share) = memory_share(args);
+        let (of, instead) = match args.device {
+            Device::Cpu => ("this machine, divided by its shards", "serve a smaller model"),
+            Device::Cuda => ("what its GPU has free", "use more shards or a smaller model"),
+        };
         return Err(PlanError::Model(format!(
-            "{}: the weights take {} per shard, but each shard may take {} (--memory-fraction {} of this machine, \
-             divided by its shards); raise --memory-fraction, or serve a smaller model",
+            "{}: the weights take {} per shard, but each shard may take {} ({flag} {share} of {of}); raise {flag}, or \
+             {instead}",
             model.model_dir.display(),
             bytes(weights),
             bytes(memory_bytes_per_rank),
-            args.memory_fraction
         )));
     }
     Ok(())
@@ -442,7 +516,64 @@ mod tests {
     fn planned(flags: &str) -> Result<LaunchPlan, PlanError> {
         let args = args(flags);
         check(&args)?;
-        launch(&args, &machine(), &model(), &programs(), (Path::new("/r/control"), Path::new("/r/admin")))
+        launch(&args, (&machine(), &[]), &model(), &programs(), (Path::new("/r/control"), Path::new("/r/admin")))
+    }
+
+    fn gpu(free_bytes: u64, has_bfloat16: bool) -> Gpu {
+        Gpu { name: String::new(), free_bytes, has_bfloat16 }
+    }
+
+    fn planned_on(gpus: &[Gpu], flags: &str) -> Result<LaunchPlan, PlanError> {
+        let args = for_gpus(&args(&format!("--device cuda {flags}")), gpus);
+        check(&args)?;
+        launch(&args, (&machine(), gpus), &model(), &programs(), (Path::new("/r/control"), Path::new("/r/admin")))
+    }
+
+    #[test]
+    fn on_gpus_each_shard_gets_a_share_of_what_the_fullest_has_free() {
+        let gpus = [gpu(50_000_000, true), gpu(40_000_000, true)];
+        let plan = planned_on(&gpus, "--num-shard 2").unwrap();
+        assert_eq!((plan.world_size, plan.threads_per_rank, plan.memory_bytes_per_rank), (2, 4, 36_000_000));
+        let shard = plan.shard(1, Path::new("/s"));
+        assert!(shard.args.windows(2).any(|pair| pair == ["--device", "cuda"]), "{shard:?}");
+        assert!(!shard.args.contains(&"--dtype".to_owned()));
+        for flags in ["--cuda-memory-fraction 0.5", "--memory-fraction 0.5"] {
+            assert_eq!(planned_on(&gpus[..1], flags).unwrap().memory_bytes_per_rank, 25_000_000);
+        }
+        assert_eq!(planned_on(&gpus, "--sharded true").unwrap().world_size, 2);
+        let shard = planned_on(&gpus, "--cuda-graphs 1,2,64").unwrap().shard(0, Path::new("/s"));
+        assert!(shard.args.windows(2).any(|pair| pair == ["--cuda-graphs", "1,2,64"]), "{shard:?}");
+    }
+
+    #[test]
+    fn gpus_that_do_not_multiply_bfloat16_are_given_float16_unless_a_type_was_asked_for() {
+        let gpus = [gpu(50_000_000, true), gpu(40_000_000, false)];
+        let dtype = |flags| {
+            let plan = planned_on(&gpus, flags).unwrap().shard(0, Path::new("/s")).args;
+            plan[plan.iter().position(|word| word == "--dtype").unwrap() + 1].clone()
+        };
+        assert_eq!(dtype("--num-shard 2"), "float16");
+        assert_eq!(dtype("--num-shard 2 --dtype bfloat16"), "bfloat16");
+    }
+
+    #[test]
+    fn what_gpus_do_not_allow_is_refused_by_name() {
+        let error = planned_on(&[gpu(1_000_000, true)], "--cuda-memory-fraction 0.5").unwrap_err();
+        assert_eq!(error, PlanError::Model(
+            "/m: the weights take 3.0 MB per shard, but each shard may take 500.0 kB (--cuda-memory-fraction 0.5 of what \
+             its GPU has free); raise --cuda-memory-fraction, or use more shards or a smaller model".into()));
+        let error = planned_on(&[gpu(50_000_000, true)], "--sharded true").unwrap_err();
+        assert!(matches!(&error, PlanError::Model(message) if message.contains("one GPU is visible")), "{error}");
+    }
+
+    #[test]
+    fn the_driver_is_asked_for_as_many_gpus_as_there_will_be_shards() {
+        for (flags, words) in
+            [("", "devices --num-shard 1"), ("--num-shard 4", "devices --num-shard 4"), ("--sharded true", "devices")]
+        {
+            let command = devices_command(&args(&format!("--device cuda {flags}")), &programs()).unwrap();
+            assert_eq!(command.args, words.split(' ').collect::<Vec<_>>());
+        }
     }
 
     fn words(text: &str) -> Vec<String> {
@@ -475,7 +606,7 @@ mod tests {
              divided by its shards); raise --memory-fraction, or serve a smaller model".into()));
         let small = ModelPlan { weight_bytes_per_rank: Some(10), ..model() };
         let sockets = (Path::new("/r/control"), Path::new("/r/admin"));
-        let plan = launch(&args("--num-shard 16"), &machine(), &small, &programs(), sockets).unwrap();
+        let plan = launch(&args("--num-shard 16"), (&machine(), &[]), &small, &programs(), sockets).unwrap();
         assert_eq!(plan.threads_per_rank, 1);
     }
 
@@ -555,7 +686,9 @@ mod tests {
         let args = args("--dtype float32 --num-shard 2 --quantize gptq --gptq-bits 4 --gptq-groupsize -1");
         assert_eq!(
             preflight_command(&args, &programs(), Path::new("/m"), 2).args,
-            words("plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize=-1 --json")
+            words(
+                "plan /m --num-shard 2 --dtype float32 --quantize gptq --gptq-bits 4 --gptq-groupsize=-1 --device cpu --json"
+            )
         );
         let flags = "--revision v1 --huggingface-hub-cache /c --hf-api-token secret";
         let download = download_command(&super::tests::args(flags), &programs());
@@ -570,6 +703,10 @@ mod tests {
             ("--sharded true", vec!["--sharded true", "--num-shard"]),
             ("--sharded true --num-shard 1", vec!["--sharded true", "--num-shard 1"]),
             ("--sharded false --num-shard 2", vec!["--sharded false", "--num-shard 2"]),
+            (
+                "--device cuda --cuda-memory-fraction 0.5 --memory-fraction 0.6",
+                vec!["--cuda-memory-fraction 0.5", "--memory-fraction 0.6"],
+            ),
             ("--max-input-tokens 10 --max-input-length 10", vec!["--max-input-tokens 10", "--max-input-length 10"]),
             ("--max-input-tokens 10 --max-total-tokens 5", vec!["--max-input-tokens 10", "--max-total-tokens 5"]),
             ("--max-input-tokens 10 --max-total-tokens 10", vec!["--max-input-tokens 10", "--max-total-tokens 10"]),

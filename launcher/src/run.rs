@@ -12,11 +12,11 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tracing::{error, info, warn};
 
-use crate::args::Args;
+use crate::args::{Args, Device};
 use crate::events::{Action, Event, Level, Outcome, Signal, Who};
 use crate::logs::Output;
 use crate::machine::{self, Machine};
-use crate::plan::{self, CommandLine, LaunchPlan, ModelPlan, PlanError, Programs};
+use crate::plan::{self, CommandLine, Gpu, LaunchPlan, ModelPlan, PlanError, Programs};
 use crate::process::{self, Cause, Exit, Running};
 use crate::reaper::Reaper;
 use crate::run_directory::{self, RunDirectory};
@@ -139,11 +139,14 @@ async fn prepare_and_supervise(
     directory: &RunDirectory,
     context: &mut Context<'_>,
 ) -> Result<(), Failure> {
-    let world_size = plan::world_size(args)?;
+    // Before a large model is downloaded for a machine that cannot serve it.
+    let Some(gpus) = find_gpus(args, programs, context).await? else { return Ok(()) };
+    let world_size = plan::world_size(args, &gpus)?;
+    let args = &plan::for_gpus(args, &gpus);
     let Some(model_dir) = locate_model(args, programs, context).await? else { return Ok(()) };
     let Some(model) = preflight(args, programs, &model_dir, world_size, context).await? else { return Ok(()) };
     let sockets = (directory.control_socket(), directory.admin_socket());
-    let plan = plan::launch(args, machine, &model, programs, (&sockets.0, &sockets.1))?;
+    let plan = plan::launch(args, (machine, &gpus), &model, programs, (&sockets.0, &sockets.1))?;
     let Some(_) = examine(&plan.router_check(), "text-generation-router --check", args, context).await? else {
         return Ok(());
     };
@@ -268,6 +271,22 @@ fn is_hub_name(text: &str) -> bool {
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     parts.clone().count() <= 2 && parts.all(legal)
+}
+
+/// The GPUs of the ranks; none where they compute on the processor. None: asked to end meanwhile.
+async fn find_gpus(args: &Args, programs: &Programs, context: &mut Context<'_>) -> Result<Option<Vec<Gpu>>, Failure> {
+    if args.device == Device::Cpu {
+        return Ok(Some(Vec::new()));
+    }
+    let name = "text-generation-server devices";
+    let command = plan::devices_command(args, programs)?;
+    let Some(answer) = examine(&command, name, args, context).await? else { return Ok(None) };
+    let found: Vec<Gpu> = serde_json::from_str(answer.trim())
+        .map_err(|error| failed(format!("{name} answered something else: {error}")))?;
+    for (index, gpu) in found.iter().enumerate() {
+        info!("GPU {index}: {}, {} free", gpu.name, plan::bytes(gpu.free_bytes));
+    }
+    Ok(Some(found))
 }
 
 /// Whether the model can be served at all, before any rank is spawned. None: asked to end meanwhile.

@@ -18,7 +18,10 @@ use serde_json::Value;
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// The longest that anything in here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Seconds, on a busy machine too: without waiting for what takes at least 30 (a grace, a stalled start, a download).
+const SOON: Duration = Duration::from_secs(15);
 
 /// A directory with a launcher and its fakes; whatever is still alive at the end is killed.
 struct Stage {
@@ -194,7 +197,7 @@ fn it_serves_and_ends_on_sigterm_with_nothing_left() {
     assert_eq!(stage.run_directories().len(), 1);
     assert!(stage.stdout().contains("rank 1: loading "), "{}", stage.stdout());
     stage.signal(Signal::SIGTERM);
-    assert!(stage.assert_ends(0) < Duration::from_secs(5));
+    assert!(stage.assert_ends(0) < SOON);
     assert_eq!(stage.stderr(), "");
     stage.assert_nothing_is_left();
 }
@@ -216,7 +219,7 @@ fn ctrl_c_while_shards_load_ends_at_once_with_nothing_left() {
     let mut stage = Stage::start("shard-loads-slowly", "");
     stage.until_logged("rank 0: loading");
     stage.signal(Signal::SIGINT);
-    assert!(stage.assert_ends(0) < Duration::from_secs(4));
+    assert!(stage.assert_ends(0) < SOON);
     stage.assert_nothing_is_left();
 }
 
@@ -227,7 +230,7 @@ fn ctrl_c_during_a_download_ends_at_once() {
     stage.launch("download-hangs", "");
     stage.until_logged("downloading model");
     stage.signal(Signal::SIGINT);
-    assert!(stage.assert_ends(0) < Duration::from_secs(4));
+    assert!(stage.assert_ends(0) < SOON);
     stage.assert_nothing_is_left();
 }
 
@@ -254,7 +257,7 @@ fn a_shard_that_crashes_at_every_start_is_given_up_with_the_reason() {
 #[test]
 fn a_shard_that_refuses_the_model_is_not_asked_again() {
     let mut stage = Stage::start("shard-refuses", "--num-shard 2");
-    assert!(stage.assert_ends(1) < Duration::from_secs(5));
+    assert!(stage.assert_ends(1) < SOON);
     assert!(stage.stderr().contains("could not load the model: tensor model.embed_tokens.weight is missing"));
     stage.assert_nothing_is_left();
 }
@@ -262,7 +265,7 @@ fn a_shard_that_refuses_the_model_is_not_asked_again() {
 #[test]
 fn a_model_that_cannot_be_served_is_refused_before_any_rank_is_spawned() {
     let mut stage = Stage::start("plan-refuses", "");
-    assert!(stage.assert_ends(1) < Duration::from_secs(5));
+    assert!(stage.assert_ends(1) < SOON);
     assert_eq!(
         stage.stderr(),
         "error: config.json: model_type is \"martian\"; expected one of llama, qwen2; choose another model\n"
@@ -272,9 +275,31 @@ fn a_model_that_cannot_be_served_is_refused_before_any_rank_is_spawned() {
 }
 
 #[test]
+fn gpus_are_asked_for_before_anything_else_and_their_refusal_is_the_launchers() {
+    let mut stage = Stage::new();
+    fs::remove_dir(stage.directory.join("model")).unwrap();
+    stage.launch("no-gpu download-hangs", "--device cuda");
+    stage.assert_ends(1);
+    assert_eq!(stage.stderr(), "error: --device cuda: the NVIDIA driver was not found; use --device cpu\n");
+    assert!(!stage.stdout().contains("downloading"));
+    stage.assert_nothing_is_left();
+}
+
+#[test]
+fn a_shard_on_a_gpu_is_started_with_a_share_of_its_memory() {
+    let mut stage = Stage::start("", "--device cuda");
+    stage.until_serving();
+    let log = stage.stdout();
+    assert!(log.contains("GPU 0: Paper, 64.0 kB free"), "{log}");
+    assert!(log.contains("memory of each for weights and cache: 57.6 kB"), "{log}");
+    stage.signal(Signal::SIGTERM);
+    stage.assert_ends(0);
+}
+
+#[test]
 fn a_start_without_progress_ends_with_phase_and_stacks() {
     let mut stage = Stage::start("shard-stalls", "--num-shard 2 --startup-stall-timeout 1.5");
-    assert!(stage.assert_ends(1) < Duration::from_secs(8));
+    assert!(stage.assert_ends(1) < SOON);
     assert!(stage.stderr().contains("no progress for 1.5 s"), "{}", stage.stderr());
     assert!(stage.stderr().contains("rank 0: loading 45 % of 13.6 MB, rank 1: loading 45 % of 13.6 MB"));
     for rank in [0, 1] {
@@ -288,7 +313,7 @@ fn a_port_in_use_is_named_before_anything_starts() {
     let mut stage = Stage::new();
     let _taken = TcpListener::bind(("127.0.0.1", stage.port)).unwrap();
     stage.launch("", "");
-    assert!(stage.assert_ends(1) < Duration::from_secs(5));
+    assert!(stage.assert_ends(1) < SOON);
     assert!(stage.stderr().contains(&format!("--port {}", stage.port)) && stage.stderr().contains("in use"));
     stage.assert_nothing_is_left();
 }
@@ -414,7 +439,7 @@ fn requests_that_do_not_finish_are_cut_off_after_the_grace() {
     stage.until_serving();
     stage.signal(Signal::SIGTERM);
     let time = stage.assert_ends(0);
-    assert!(time > Duration::from_millis(900) && time < Duration::from_secs(4), "{time:?}");
+    assert!(time > Duration::from_millis(900) && time < SOON, "{time:?}");
     stage.assert_nothing_is_left();
 }
 
@@ -425,7 +450,7 @@ fn a_second_ctrl_c_ends_everything_within_seconds() {
     stage.signal(Signal::SIGINT);
     stage.until_logged("running requests are given 90 s");
     stage.signal(Signal::SIGINT);
-    assert!(stage.assert_ends(0) < Duration::from_secs(2));
+    assert!(stage.assert_ends(0) < SOON);
     stage.assert_nothing_is_left();
 }
 
@@ -442,7 +467,7 @@ fn when_the_launcher_is_killed_deaf_children_and_the_run_directory_go_too() {
         stage.until("the end of everything", |stage| {
             (!children.iter().any(|id| is_alive(*id)) && stage.run_directories().is_empty()).then_some(())
         });
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
         let again = stage.launch("", "");
         stage.until("a second start", |stage| {
             stage.text(&format!("stdout-{again}")).contains("Connected").then_some(())
@@ -522,7 +547,7 @@ fn a_reaper_that_is_killed_is_replaced_and_knows_the_children() {
 #[test]
 fn a_router_that_can_never_work_ends_the_launcher_at_once_with_one_message() {
     let mut stage = Stage::start("router-is-hopeless", "");
-    assert!(stage.assert_ends(1) < Duration::from_secs(5));
+    assert!(stage.assert_ends(1) < SOON);
     let all = stage.stdout() + &stage.stderr();
     assert_eq!(stage.stderr(), "error: the router cannot serve: tokenizer.json: is missing\n");
     let told: Vec<&str> = all.lines().filter(|line| line.contains("tokenizer.json")).collect();

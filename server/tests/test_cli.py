@@ -13,8 +13,10 @@ import pytest
 from safetensors import safe_open
 from step_client import LLAMA, QWEN2, ROOT
 from text_generation_server import cli
+from text_generation_server.config import read_sizes
+from text_generation_server.errors import ConfigError
 
-COMMANDS = {"serve": cli.serve, "plan": cli.plan, "download-weights": cli.download_weights}
+COMMANDS = {"serve": cli.serve, "plan": cli.plan, "devices": cli.devices, "download-weights": cli.download_weights}
 PLAN_FACTS = {
     "model_dir", "model_type", "architecture", "dtype", "num_parameters", "weight_bytes", "weight_bytes_per_rank",
     "kv_bytes_per_token_per_rank", "max_positions", "vocab_size", "eos_token_ids",
@@ -48,6 +50,17 @@ def test_the_help_of_a_command_names_every_option(command):
     for name in inspect.signature(COMMANDS[command]).parameters:
         expected = {"model_id": "model_id", "as_json": "--json"}.get(name, "--" + name.replace("_", "-"))
         assert expected in text, name
+
+
+def test_sizes_of_cuda_graphs_are_numbers_or_none(tmp_path):
+    assert read_sizes("1,2, 64") == (1, 2, 64)
+    assert read_sizes("0") == ()
+    assert 1 in read_sizes(None)
+    with pytest.raises(ConfigError, match="--cuda-graphs is 'a,b', expected numbers"):
+        read_sizes("a,b")
+    for sizes in ("2,0", "-1", "5000"):
+        refused = run("serve", LLAMA, "--uds-path", tmp_path / "s", "--cuda-graphs", sizes)
+        assert f"--cuda-graphs is {sizes}, expected numbers of rows from 1 to 1024" in refusal(refused)
 
 
 def test_the_help_names_every_command():

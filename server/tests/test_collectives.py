@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from collectives_rank import part
+from text_generation_server.distributed import Group
+from text_generation_server.faults import Faults
 
 # Each rank is forked from a process that has imported torch and done nothing yet.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -101,6 +103,38 @@ def test_every_rank_gets_the_sum_and_the_parts_of_all(size: int, transport: str,
                     for rank, tensor in enumerate(tensors):
                         expected_bytes = b"" if tensor is None else tensor.view(torch.uint8).numpy().tobytes()
                         assert Path(f"{out}-{rank}").read_bytes() == expected_bytes, (operation, dtype, shape, rank)
+
+
+class Elsewhere:
+    """A tensor on a device that is not this machine's."""
+
+    device = torch.device("meta")
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def cpu(self) -> torch.Tensor:
+        return self.x
+
+
+class Echo:
+    """The transport to a peer that gives what this rank gives."""
+
+    def gather(self, x: torch.Tensor, receives: bool, contributed: Any) -> list[torch.Tensor]:
+        return [x, x.clone()]
+
+    def most_elements(self, dtype: torch.dtype) -> int:
+        return 1 << 20
+
+
+def test_what_lies_on_a_device_is_added_on_the_host_and_returns_there() -> None:
+    group, x = Group(0, 2, Faults(None, 0)), torch.tensor([1.5, -2.0]).bfloat16()
+    transport: Any = Echo()
+    group._transport = transport
+    elsewhere: Any = Elsewhere(x)
+    results = (group.all_reduce(elsewhere), group.all_gather(elsewhere), group.gather_to_first(elsewhere))
+    assert x.tolist() == [3.0, -4.0]
+    assert [(r.device.type, len(r)) for r in results if r is not None] == [("meta", 2), ("meta", 4), ("meta", 4)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,7 +21,7 @@ EVERYBODY = {"errors", "faults", "health"}
 MAY_IMPORT = {
     "cli": {
         "config", "logs", "service", "planning", "checkpoint.locate", "quantize", "version", "kernels.cuda.ahead",
-        "kernels.cuda.compile",
+        "kernels.cuda.compile", "kernels.cuda.libcuda",
     },
     "config": set(),
     "logs": {"config"},
@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "lifeline": set(),
     "stacks": set(),
     "faults": set(),
-    "service": {"config", "lifeline", "stacks", "pb", "shard", "runner", "planning", "sampling"},
+    "outbox": set(),
+    "service": {"outbox", "config", "lifeline", "stacks", "pb", "shard", "runner", "planning", "sampling"},
     "shard": {
-        "config", "runner", "sequences", "batch", "distributed", "meeting", "loading", "planning", "models", "kernels",
-        "sampling.grammar",
-        "sampling.processors",
+        "config", "runner", "ahead", "sequences", "batch", "distributed", "meeting", "loading", "planning", "models",
+        "kernels", "sampling.grammar", "sampling.processors",
     },
     "runner": {"sequences", "batch", "sampling", "distributed", "kernels.interface"},
+    "ahead": {"runner", "sequences", "sampling", "kernels.interface"},
     "sequences": {"sampling"},
     "batch": {"kernels.interface"},
     "sampling": {"sampling", "kernels.interface"},

@@ -6,12 +6,25 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .kernels.interface import KVCache
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Said of a step whose rows have one token each, so that what is to be done depends on nothing the host must know.
+
+    table_rows: [rows] int64, of each row its row of `block_tables`. longest: no row has more positions in the cache.
+    """
+
+    table_rows: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,10 @@ class StepBatch:
     # order, on rank 0.
     scored_rows: Tensor | None = None  # [scored] int64
     score: Callable[[Tensor], None] | None = None
+    # Of each row its row of `block_tables`; None: they are in the order of rows.
+    table_rows: NDArray[np.int64] | None = None
+    # If set, `starts` and `context_lengths` mean nothing.
+    singles: Singles | None = None
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> StepBatch:

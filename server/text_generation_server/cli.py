@@ -1,4 +1,4 @@
-"""Command line: serve, plan, quantize, download-weights, compile-kernels.
+"""Command line: serve, plan, devices, quantize, download-weights, compile-kernels.
 
 Nothing heavy is imported before it is needed.
 """
@@ -63,6 +63,10 @@ Dtype = Annotated[
     str | None,
     typer.Option(envvar="DTYPE", help="float32, bfloat16 or float16; by default what the device computes natively."),
 ]
+Device = Annotated[
+    str,
+    typer.Option(envvar="DEVICE", help="cpu, or cuda for NVIDIA GPUs: rank i has the i-th that this process may see."),
+]
 Level = Annotated[str, typer.Option(envvar="LOGGER_LEVEL", help="TRACE, DEBUG, INFO, WARNING or ERROR.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option(envvar="TRUST_REMOTE_CODE", help="Accepted; no model that is served needs remote code.")
@@ -99,7 +103,7 @@ def serve(
     gptq_bits: GptqBits = None,
     gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
-    device: Annotated[str, typer.Option(envvar="DEVICE", help="cpu, or cuda for an NVIDIA GPU.")] = "cpu",
+    device: Device = "cpu",
     instruction_set: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +120,14 @@ def serve(
     watermark_delta: Annotated[
         float, typer.Option(envvar="WATERMARK_DELTA", help="What the watermark adds to the logits of that share.")
     ] = 2.0,
+    cuda_graphs: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CUDA_GRAPHS",
+            help="On GPUs: numbers of decoding sequences whose steps are recorded as CUDA graphs, with commas between; "
+            "0: none. By default 1, 2, 4 and more, up to 128.",
+        ),
+    ] = None,
     logger_level: Level = "INFO",
     json_output: JsonOutput = False,
     exit_with_stdin: Annotated[
@@ -132,7 +144,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve one rank of a model on a Unix socket."""
-    from .config import ServeConfig, prepare_environment
+    from .config import ServeConfig, prepare_environment, read_sizes
     from .logs import set_up
     from .service import run
 
@@ -158,6 +170,7 @@ def serve(
             fault_file=fault_file,
             watermark_gamma=watermark_gamma,
             watermark_delta=watermark_delta,
+            recorded_sizes=read_sizes(cuda_graphs),
         )
         run(config)
     except ShardError as error:
@@ -173,6 +186,7 @@ def plan(
     gptq_bits: GptqBits = None,
     gptq_groupsize: GptqGroupsize = None,
     dtype: Dtype = None,
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what would be loaded, from the configuration and the headers of the weights alone."""
@@ -187,6 +201,7 @@ def plan(
             quantize=quantize,
             gptq_bits=gptq_bits,
             gptq_groupsize=gptq_groupsize,
+            device=device,
         )
         planned.check_tokenizer()
     except ShardError as error:
@@ -197,6 +212,24 @@ def plan(
     else:
         for key, value in facts.items():
             typer.echo(f"{key:<28} {value}")
+
+
+@app.command()
+def devices(
+    num_shard: Annotated[
+        int | None, typer.Option(envvar="NUM_SHARD", help="How many GPUs are wanted; all that are visible if absent.")
+    ] = None,
+) -> None:
+    """Tell which GPUs there are for ranks, as JSON, or why none can be used. Asks the driver alone."""
+    from dataclasses import asdict
+
+    from .kernels.cuda.libcuda import visible_gpus
+
+    try:
+        gpus = visible_gpus(num_shard)
+    except ShardError as error:
+        refuse(f"--device cuda: {error}")
+    typer.echo(json.dumps([asdict(gpu) for gpu in gpus]))
 
 
 @app.command()

@@ -9,6 +9,9 @@ from .errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
+# Of rows whose steps are recorded as CUDA graphs, if nothing else is said.
+RECORDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+MOST_RECORDED = 1024
 LEVELS = ("TRACE", "DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -34,6 +37,8 @@ class ServeConfig:
     fault_file: Path | None
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0
+    # Numbers of rows of which a device's steps are recorded.
+    recorded_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
@@ -50,8 +55,22 @@ class ServeConfig:
             raise ConfigError(f"--watermark-delta is {self.watermark_delta}, expected a number")
         if self.device not in DEVICES:
             raise ConfigError(f"--device is {self.device!r}, expected one of {', '.join(DEVICES)}")
+        if any(not 0 < size <= MOST_RECORDED for size in self.recorded_sizes):
+            sizes = ",".join(map(str, self.recorded_sizes))
+            raise ConfigError(f"--cuda-graphs is {sizes}, expected numbers of rows from 1 to {MOST_RECORDED}, or 0")
         if len(str(self.uds_path).encode()) > 107:
             raise ConfigError(f"--uds-path {self.uds_path} is longer than the 107 bytes of a Unix socket's name")
+
+
+def read_sizes(text: str | None) -> tuple[int, ...]:
+    """Numbers of rows with commas between; 0: none. None: those that are usual."""
+    if text is None:
+        return RECORDED_SIZES
+    try:
+        sizes = tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise ConfigError(f"--cuda-graphs is {text!r}, expected numbers with commas between, or 0") from None
+    return () if sizes == (0,) else sizes
 
 
 def prepare_environment(serves: bool = True) -> None:

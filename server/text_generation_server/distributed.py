@@ -1,6 +1,8 @@
 """The ranks of one epoch: a group that forms by Join and ends with its stream, and what it can compute.
 
-Ranks meet over gloo. Tensors go through shared memory; where there is none, over gloo too.
+Ranks meet over gloo. Tensors go through shared memory; where there is none, over gloo too. Those that lie on a GPU go
+through the host's memory as well: what is added, and in which order, is then the same on every device, and a peer that
+is gone is noticed in the same way.
 """
 
 from collections.abc import Callable
@@ -131,21 +133,21 @@ class Group:
         """The sum over ranks, added in rank order in float32. May overwrite and return `x`."""
         if self.size == 1:
             return x
-        x = x.contiguous()
-        for piece in self._pieces(x):
+        here = x.cpu().contiguous()
+        for piece in self._pieces(here):
             add_up(self._exchange(piece, receives=True), piece)
-        return x
+        return here.to(x.device)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks concatenated along `dim`, on every rank."""
-        return x if self.size == 1 else torch.cat(self._gather(x, receives=True), dim)
+        return x if self.size == 1 else torch.cat(self._gather(x.cpu(), receives=True), dim).to(x.device)
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         """The tensors of all ranks concatenated along the last axis, on rank 0; None on the others."""
         if self.size == 1:
             return x
-        parts = self._gather(x, receives=self.rank == 0)
-        return torch.cat(parts, -1) if parts else None
+        parts = self._gather(x.cpu(), receives=self.rank == 0)
+        return torch.cat(parts, -1).to(x.device) if parts else None
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrites `x`, which is contiguous, with that of rank 0."""

@@ -3,10 +3,10 @@
 import hashlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -162,6 +162,10 @@ class Runner:
     def step(self, plan: Plan) -> Result:
         """Computes a plan. Raises ProtocolError if it does not fit what this rank holds."""
         started = time.monotonic_ns()
+        return self.compute(plan, self.take(plan), started)
+
+    def take(self, plan: Plan) -> list[Work]:
+        """Admits, and gives rows their blocks. Returns the work of rows without a fault."""
         self.faults.look()
         self.faults.reach("step")
         for admission in plan.admit:
@@ -171,7 +175,10 @@ class Runner:
         for work in plan.work:
             self.table.check_row(work.row, work.incarnation)
             self.table.add_blocks(work.row, work.new_blocks)
-        alive = [work for work in plan.work if work.row not in self.table.faults]
+        return [work for work in plan.work if work.row not in self.table.faults]
+
+    def compute(self, plan: Plan, alive: Sequence[Work], started: int) -> Result:
+        """Everything from the forward pass on, ids on the host. started: by the monotonic clock, in nanoseconds."""
         sampling = [work.row for work in alive if work.max_ids > 0]
         logits, forwarded, scoring = None, started, Scoring(self.table)
         # Of the others it was done when they were given their last id.
@@ -182,7 +189,12 @@ class Runner:
             advance(self.table, alive)
         drawn = self.sample(sampling, logits)
         sampled = time.monotonic_ns()
-        rows = self.results(plan.work, sampling, drawn, scoring) if self.group.rank == 0 else []
+        computed = self.table.computed[[work.row for work in plan.work]].tolist()
+        rows = self.results(plan.work, computed, sampling, drawn, scoring.scores) if self.group.rank == 0 else []
+        return self.end(plan, rows, started, forwarded, sampled)
+
+    def end(self, plan: Plan, rows: list[RowResult], started: int, forwarded: int, sampled: int) -> Result:
+        """Releases rows, and makes the answer."""
         digest = self.digest(plan)
         for row in plan.release:
             self.table.release(row)
@@ -357,15 +369,20 @@ class Runner:
                 processors.forbid(logits[i], self.eos_token_ids)
 
     def results(
-        self, asked: Sequence[Work], sampling: list[int], drawn: Draw | None, scoring: "Scoring"
+        self,
+        asked: Sequence[Work],
+        computed: Sequence[int],
+        sampling: list[int],
+        drawn: Draw | None,
+        scores: Mapping[int, Scores],
     ) -> list[RowResult]:
-        """One for each work, in order."""
+        """One for each work, in order. computed: how far its row is computed then."""
         at = {row: i for i, row in enumerate(sampling)}
         results = []
-        for work in asked:
-            result = RowResult(work.row, work.incarnation, int(self.table.computed[work.row]))
+        for work, until in zip(asked, computed, strict=True):
+            result = RowResult(work.row, work.incarnation, until)
             result.fault = self.table.faults.get(work.row)
-            result.prompt = scoring.scores.get(work.row)
+            result.prompt = scores.get(work.row)
             if result.fault is None and drawn is not None and work.row in at:
                 i = at[work.row]
                 result.ids, result.logprobs = [int(drawn.ids[i])], [float(drawn.logprobs[i])]
@@ -420,8 +437,19 @@ class Scoring:
                 scores.top.append(top_ids(row_logits, normalizer, top_n))
 
 
-def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache, scoring: Scoring) -> StepBatch:
-    """The rows' next tokens and their places in the cache."""
+class Layout(NamedTuple):
+    """Where the tokens of a step are: of each row, and of each token."""
+
+    rows: NDArray[np.int64]  # [rows]: of the table
+    samples: NDArray[np.bool_]  # [rows]
+    starts: NDArray[np.int64]  # [rows + 1]
+    ends: NDArray[np.int64]  # [rows]: positions once they are computed
+    owner: NDArray[np.int64]  # [tokens]: which row
+    positions: NDArray[np.int64]  # [tokens]
+
+
+def lay_out(table: SequenceTable, works: Sequence[Work]) -> Layout:
+    """Raises ProtocolError if rows have other tokens than they are asked for, or no room for them."""
     rows = np.array([work.row for work in works], np.int64)
     known = table.length[rows] - table.computed[rows]
     asked = np.array([work.max_query for work in works], np.int64)
@@ -435,6 +463,12 @@ def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache, scor
     ends = table.computed[rows] + counts
     if (ends > table.num_blocks[rows] * table.block_size).any():
         raise ProtocolError(f"rows {rows.tolist()} have no room for {counts.tolist()} more positions")
+    return Layout(rows, samples, starts, ends, owner, positions)
+
+
+def make_batch(table: SequenceTable, works: Sequence[Work], cache: KVCache, scoring: Scoring) -> StepBatch:
+    """The rows' next tokens and their places in the cache."""
+    rows, samples, starts, ends, owner, positions = lay_out(table, works)
     tables = table.block_table[rows, : max(1, int(table.num_blocks[rows].max()))].astype(np.int64)
     slots = tables[owner, positions // table.block_size] * table.block_size + positions % table.block_size
     return StepBatch(

@@ -21,6 +21,7 @@ from .config import ServeConfig
 from .errors import ConfigError, ShardError
 from .health import Health, Phase
 from .lifeline import die_with_parent, watch_lifeline
+from .outbox import MAX_QUEUED, POLL_S, Stream
 from .pb import shard_pb2 as pb
 from .planning import plan_model
 from .stacks import print_stacks
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 256 << 20
-MAX_QUEUED = 16
-# How late the end of a stream or of a call may be noticed by a thread that waits for something else.
-POLL_S = 0.5
+# How late the end of a step on a device may be noticed while no plan comes.
+LOOK_S = 0.0001
 # Calls that wait for a grammar, of the 16 threads that answer calls.
 MAX_PREPARING = 6
 # Long enough for the other ranks' step threads to come out of a collective.
@@ -44,34 +44,6 @@ JOIN_TIMEOUT_S = 60.0
 
 class EpochError(RuntimeError):
     """A call that belongs to another epoch than the current one, or comes too early or too late in it."""
-
-
-class Stream:
-    """One Run call: the results that gRPC has not sent, and whether anybody still wants them."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.results: queue.Queue[bytes | Exception] = queue.Queue(MAX_QUEUED)
-        self.is_closed = False
-
-    def put(self, result: bytes | Exception) -> None:
-        """Hands a result to gRPC. Waits for a router that reads slowly, not for one that is gone."""
-        while not self.is_closed:
-            try:
-                return self.results.put(result, timeout=POLL_S)
-            except queue.Full:
-                continue
-        return None
-
-    def get(self) -> bytes | Exception | None:
-        """The next result; None if the stream has been closed and no result is left."""
-        while True:
-            was_closed = self.is_closed
-            try:
-                return self.results.get(timeout=POLL_S)
-            except queue.Empty:
-                if was_closed:
-                    return None
 
 
 class StepThread(threading.Thread):
@@ -90,10 +62,10 @@ class StepThread(threading.Thread):
             # Whoever reads this may join at once.
             self.health.enter(Phase.LOADED, "loaded, waiting for the router")
             while True:
-                command = self.commands.get()
+                command = self.next_command(shard)
                 self.health.busy = True
                 command(shard)
-                self.health.busy = not self.commands.empty()
+                self.health.busy = shard.num_open > 0 or not self.commands.empty()
         except ShardError as error:
             self.health.enter(Phase.FAILED, str(error))
             logger.error("{}", error)
@@ -155,13 +127,39 @@ class StepThread(threading.Thread):
             if stream.is_closed or stream is not self.stream:
                 return
             try:
-                stream.put(run_plan(shard, stream, message))
+                for result in run_plan(shard, stream, message):
+                    stream.put(result)
             except Exception as error:  # the stream ends with it; the process lives for the next Join
-                logger.warning("step failed: {}: {}", type(error).__name__, error)
-                stream.put(error)
-                self.close(shard, stream)
+                self.fail(shard, stream, error)
 
         self.commands.put(command)
+
+    def fail(self, shard: "Shard", stream: Stream, error: Exception) -> None:
+        """Ends a stream whose step failed; the process too, if it cannot compute any more."""
+        logger.warning("step failed: {}: {}", type(error).__name__, error)
+        stream.put(error)
+        self.close(shard, stream)
+        if (why := shard.lost()) is not None:
+            raise ShardError(f"this process can no longer use its device: {why}") from error
+
+    def next_command(self, shard: "Shard") -> "Callable[[Shard], None]":
+        """Waits for it. Meanwhile open steps are answered: none is waited for, so that a plan can begin behind them."""
+        while shard.num_open:
+            try:
+                return self.commands.get(timeout=LOOK_S)
+            except queue.Empty:
+                self.finish(shard)
+        return self.commands.get()
+
+    def finish(self, shard: "Shard") -> None:
+        """Answers the oldest open step, if it is done."""
+        stream = self.stream
+        assert stream is not None
+        try:
+            if (result := shard.finish_if_done()) is not None:
+                stream.put(result_message(result).SerializeToString())
+        except Exception as error:  # the stream ends with it; the process lives for the next Join
+            self.fail(shard, stream, error)
 
     def end(self, stream: Stream) -> None:
         """Queues the end of a stream: the router is gone, or has given up on this epoch."""
@@ -352,12 +350,12 @@ def abort(context: grpc.ServicerContext, code: grpc.StatusCode, why: Exception |
     raise AssertionError("abort raises")
 
 
-def run_plan(shard: "Shard", stream: Stream, message: bytes) -> bytes:
-    """Parses, computes, serializes."""
+def run_plan(shard: "Shard", stream: Stream, message: bytes) -> list[bytes]:
+    """Parses, computes, serializes: the results that are there."""
     plan = parse_plan(pb.StepPlan.FromString(message))
     if plan.epoch != stream.epoch:
         raise RuntimeError(f"a plan of epoch {plan.epoch} on a stream of epoch {stream.epoch}")
-    return result_message(shard.step(plan)).SerializeToString()
+    return [result_message(result).SerializeToString() for result in shard.step(plan)]
 
 
 def parse_plan(message: pb.StepPlan) -> "Plan":

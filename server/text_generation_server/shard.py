@@ -13,13 +13,14 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from .ahead import RunnerAhead
 from .batch import StepBatch
 from .config import ServeConfig
 from .distributed import Group
 from .errors import ConfigError
 from .faults import Faults
 from .health import Health, Phase
-from .kernels.interface import DrawsIds, KVCache
+from .kernels.interface import DeviceSteps, DrawsIds, HoldsMemory, KVCache, RunsAhead, StepRoom
 from .kernels.select import select_kernels
 from .loading import TensorParallel
 from .meeting import meet, part
@@ -57,7 +58,9 @@ class Shard:
         torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
         self.group = Group(config.rank, config.world_size, self.faults)
-        kernels = select_kernels(config.device, config.instruction_set, config.kernel_cache)
+        kernels = select_kernels(config.device, config.instruction_set, config.kernel_cache, config.rank)
+        if isinstance(kernels, HoldsMemory):
+            self.check_fits(kernels.available_bytes(config.memory_bytes))
         logger.info("quantization: {}", self.plan.describe_quantization())
         health.total = self.plan.weight_bytes_per_rank
         health.enter(Phase.LOADING, "loading weights")
@@ -65,6 +68,7 @@ class Shard:
         tp = TensorParallel(config.rank, config.world_size, self.group)
         self.model = load_model(self.plan, tp, kernels, report.on_read)
         self.kernels = kernels
+        self.memory: HoldsMemory = kernels if isinstance(kernels, HoldsMemory) else HostMemory()
         settings = self.plan.settings
         self.grammars = Grammars(
             plan.model_dir / "tokenizer.json", settings.vocab_size, plan.eos_token_ids, max(1, config.num_threads // 2)
@@ -84,6 +88,14 @@ class Shard:
             self.plan.settings.architecture, self.plan.dtype, self.plan.num_parameters,
             self.plan.weight_bytes_per_rank / 1e6, config.num_threads,
         )  # fmt: skip
+
+    def check_fits(self, available: int) -> None:
+        """Raises ConfigError if the weights do not fit on the device, before one is read."""
+        if (weights := self.plan.weight_bytes_per_rank) > available:
+            raise ConfigError(
+                f"the weights of rank {self.config.rank} take {weights / 1e6:.1f} MB, and {available / 1e6:.1f} MB are "
+                "free on its device within the budget; end what else uses it, or use more shards or a smaller model"
+            )
 
     def leave(self) -> None:
         """Drops the epoch: sequences, cache and group. Peers that wait for this rank get an error."""
@@ -118,19 +130,27 @@ class Shard:
         """How many blocks fit beside the weights and what a step needs, but no more than the limits can use."""
         self.health.enter(Phase.WARMING_UP, "measuring how much fits")
         num_tokens = min(limits.max_step_tokens, MAX_PROBE_TOKENS, limits.max_total_tokens)
-        before = forget_peak()
+        before = self.memory.peak_bytes(forget=True)
         probed = self.probe(num_tokens, limits.block_size)
-        activations = max(0, peak_rss_bytes() - before - probed) * max(1, -(-limits.max_step_tokens // num_tokens))
-        free = self.config.memory_bytes - rss_bytes() - activations
+        peak = self.memory.peak_bytes() - before - probed
+        activations = max(0, peak) * max(1, -(-limits.max_step_tokens // num_tokens))
+        available = self.memory.available_bytes(self.config.memory_bytes)
+        free = available - activations - self.recorded_bytes(limits)
         block_bytes = self.model.cache_spec.bytes_per_token * limits.block_size
         useful = limits.max_running * -(-limits.max_total_tokens // limits.block_size)
         blocks = max(0, min(free // block_bytes, useful))
         logger.info(
-            "memory: {:.1f} MB for this rank, {:.1f} MB used, {:.1f} MB for a step, {} blocks of {} tokens ({:.1f} MB)",
-            self.config.memory_bytes / 1e6, rss_bytes() / 1e6, activations / 1e6, blocks, limits.block_size,
+            "memory: {:.1f} MB for this rank, {:.1f} MB left, {:.1f} MB for a step, {} blocks of {} tokens ({:.1f} MB)",
+            self.config.memory_bytes / 1e6, available / 1e6, (available - free) / 1e6, blocks, limits.block_size,
             blocks * block_bytes / 1e6,
         )  # fmt: skip
         return blocks
+
+    def recorded_bytes(self, limits: Limits) -> int:
+        """What the device needs for steps that are recorded."""
+        cache = self.kernels.new_kv_cache(self.model.cache_spec, 1, limits.block_size)
+        steps = self.new_steps(cache, limits)
+        return 0 if steps is None else steps.measure()
 
     def probe(self, num_tokens: int, block_size: int) -> int:
         """Computes one prompt of that length, and forgets it. Returns the bytes that its cache took."""
@@ -156,7 +176,7 @@ class Shard:
         # Releases take effect after a step's work, so a plan may admit while it releases as many.
         num_rows, vocab_size = 2 * limits.max_running, self.plan.settings.vocab_size
         table = SequenceTable(num_rows, limits.max_total_tokens, limits.block_size, vocab_size)
-        self.runner = Runner(
+        parts = (
             self.forward,
             self.group,
             self.cache,
@@ -168,14 +188,55 @@ class Shard:
             Watermark(self.config.watermark_gamma, self.config.watermark_delta),
             self.kernels if isinstance(self.kernels, DrawsIds) else None,
         )
+        if (steps := self.new_steps(self.cache, limits)) is None:
+            self.runner = Runner(*parts)
+        else:
+            self.health.enter(Phase.WARMING_UP, "recording steps")
+            logger.info("recorded steps of {} sizes", steps.record())
+            self.runner = RunnerAhead(*parts, steps=steps)
         self.health.enter(Phase.SERVING, "serving")
 
-    def step(self, plan: Plan) -> Result:
-        """Runs a plan of this epoch."""
+    def lost(self) -> str | None:
+        """Why nothing more can be computed in this process; None: the next epoch can begin."""
+        return self.memory.lost()
+
+    def new_steps(self, cache: KVCache, limits: Limits) -> DeviceSteps | None:
+        """Steps that may begin ahead, where the device has such and no other rank has to agree."""
+        if self.group.size > 1 or not isinstance(self.kernels, RunsAhead):
+            return None
+        max_blocks = -(-limits.max_total_tokens // limits.block_size)
+        sizes = [size for size in self.config.recorded_sizes if size <= limits.max_running]
+        room = StepRoom(2 * limits.max_running, max_blocks, limits.max_total_tokens, sizes)
+        return self.kernels.new_steps(self.forward, cache, room)
+
+    def step(self, plan: Plan) -> list[Result]:
+        """Begins a plan of this epoch. Returns the results that are there, in order; most often the plan's own."""
         assert self.runner is not None
-        result = self.runner.step(plan)
+        ahead = self.runner if isinstance(self.runner, RunnerAhead) else None
+        results = [self.runner.step(plan)] if ahead is None else ahead.begin(plan)
+        for result in results:
+            self._note(result)
+        return results
+
+    def _note(self, result: Result) -> None:
+        assert self.runner is not None
         self.health.num_rows = self.runner.table.num_held
-        self.health.step = plan.step
+        self.health.step = result.step
+
+    @property
+    def num_open(self) -> int:
+        """Steps that have begun and are not answered."""
+        return len(self.runner.open) if isinstance(self.runner, RunnerAhead) else 0
+
+    def finish_if_done(self) -> Result | None:
+        """The result of the oldest open step, if it need not be waited for."""
+        assert isinstance(self.runner, RunnerAhead)
+        if not self.runner.is_done():
+            return None
+        result = self.runner.finish()
+        self._note(result)
+        # What was recorded counts no layers.
+        self.health.progress += 1
         return result
 
 
@@ -192,6 +253,19 @@ class Reporter:
         if health.total and health.done >= self._next * health.total:
             logger.debug("loading: {:.0f} % of {:.1f} MB", 100 * health.done / health.total, health.total / 1e6)
             self._next += 0.1
+
+
+class HostMemory:
+    """Implements `HoldsMemory` for what computes in this process's own memory."""
+
+    def available_bytes(self, budget_bytes: int) -> int:
+        return budget_bytes - rss_bytes()
+
+    def peak_bytes(self, forget: bool = False) -> int:
+        return forget_peak() if forget else peak_rss_bytes()
+
+    def lost(self) -> str | None:
+        return None
 
 
 def rss_bytes() -> int:

@@ -62,6 +62,23 @@ class AttentionOptions:
     slopes: tuple[float, ...] | None = None
 
 
+@runtime_checkable
+class HoldsMemory(Protocol):
+    """Kernels of a device that has memory of its own. Bytes are those of this process, unless it says otherwise."""
+
+    def available_bytes(self, budget_bytes: int) -> int:
+        """What is left of a budget, and free on the device."""
+        ...
+
+    def peak_bytes(self, forget: bool = False) -> int:
+        """The most that was held since it was forgotten. forget: begin anew, first."""
+        ...
+
+    def lost(self) -> str | None:
+        """Why this process can no longer use the device; None: it can."""
+        ...
+
+
 class Kernels(Protocol):
     """The operations of a decoder on one device."""
 
@@ -229,6 +246,73 @@ class Allowed:
 
     words: NDArray[np.int32]
     of: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A step whose ids are drawn where the model computes. Integers are int64 in host memory."""
+
+    token_ids: NDArray[np.int64]  # [tokens]
+    follows: NDArray[np.int64]  # [tokens]: the table's row whose id, drawn last, is the token; -1: it is in token_ids
+    positions: NDArray[np.int64]  # [tokens]
+    slots: NDArray[np.int64]  # [tokens]
+    starts: NDArray[np.int64]  # [rows + 1], as in a StepBatch
+    context_lengths: NDArray[np.int64]  # [rows]
+    rows: NDArray[np.int64]  # [rows]: of the table
+    samples: NDArray[np.bool_]  # [rows]: whether an id is drawn
+    requests: Sequence[DrawRequest]  # one for each of these
+    kept: NDArray[np.bool_]  # [sampled]: whether the host draws from the row's logits; nobody else knows of typical_p
+    # What is new in block tables: [n] row of the table, place, and block.
+    new_blocks: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+class Launched(Protocol):
+    """A step that was put into the stream."""
+
+    def is_done(self) -> bool: ...
+
+    def wait(self) -> Drawn:
+        """Its ids, of which those of kept rows mean nothing. Raises what went wrong on the device."""
+        ...
+
+    def logits(self) -> Tensor:
+        """Of the kept rows [kept, vocab] float32, on the host, once it was waited for."""
+        ...
+
+
+class DeviceSteps(Protocol):
+    """Steps of one epoch, one after another, with block tables and the ids drawn last on the device."""
+
+    def record(self) -> int:
+        """Records what steps of common sizes do, so that they take one call each. Returns how many sizes there are."""
+        ...
+
+    def measure(self) -> int:
+        """About how many bytes of the device `record` takes."""
+        ...
+
+    def launch(self, work: StepWork) -> Launched:
+        """Puts a step into the stream, behind those before. Does not wait."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepRoom:
+    """For how much steps are made. sizes: numbers of rows with a token each whose work is recorded; empty: none is."""
+
+    num_rows: int
+    max_blocks: int
+    max_positions: int
+    sizes: Sequence[int]
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """Kernels of a device on which a step can begin before the ids of the one before are known to the host."""
+
+    def new_steps(
+        self, forward: Callable[[StepBatch], Tensor | None], cache: KVCache, room: StepRoom
+    ) -> DeviceSteps: ...
 
 
 class FollowsText(Protocol):

@@ -37,22 +37,26 @@ def compute_dtype(device: str, requested: str | None, quantized: bool) -> str:
     return requested
 
 
-def select_kernels(device: str, instruction_set: str | None = None, kernel_cache: Path | None = None) -> Kernels:
+def select_kernels(
+    device: str, instruction_set: str | None = None, kernel_cache: Path | None = None, index: int = 0
+) -> Kernels:
     """The kernels of a device. On processors it proves what it can of their row stability, so it takes a moment.
 
     instruction_set: of our own kernels for processors; by default the best that this one executes.
     kernel_cache: where kernels for GPUs are kept that were compiled; by default in the user's cache.
+    index: which of the GPUs that this process sees.
 
     Raises:
         ConfigError: the device is unknown, or this machine has none.
     """
     _check_device(device)
     if device == "cuda":
-        from .cuda.driver import DriverError, Gpu
+        from .cuda.driver import Gpu
         from .cuda.kernels import CudaKernels
+        from .cuda.libcuda import DriverError
 
         try:
-            return CudaKernels(Gpu(cache=kernel_cache))
+            return CudaKernels(Gpu(index, cache=kernel_cache))
         except DriverError as error:
             raise ConfigError(f"--device cuda: {error}") from None
     from .cpu.kernels import CpuKernels

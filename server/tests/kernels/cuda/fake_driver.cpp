@@ -5,20 +5,27 @@
 #include <string>
 
 static std::string calls;
-static int devices = 1, capability = 90;
+static int from_environment(const char* name, int otherwise) {
+    const char* value = std::getenv(name);
+    return value ? std::atoi(value) : otherwise;
+}
+static int devices = from_environment("FAKE_GPUS", 1), capability = from_environment("FAKE_CAPABILITY", 90);
 
 extern "C" {
 const char* fake_calls() { return calls.c_str(); }
 void fake_set(int num, int cc) { devices = num, capability = cc, calls.clear(); }
 
-int cuInit(unsigned) { return 0; }
+int cuInit(unsigned) { return devices < 0 ? 100 : 0; }
+int cuDeviceGetName(char* name, int size, int device) { return std::snprintf(name, size, "NVIDIA Paper %d", device), 0; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = size_t(60) << 30, *total = size_t(80) << 30, 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return calls += "release " + std::to_string(device) + "\n", 0; }
 int cuDeviceGetCount(int* n) { return *n = devices, 0; }
 int cuDeviceGetAttribute(int* value, int which, int device) {
     *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 16 ? 132 : -1;
     return device < devices ? 0 : 101;
 }
 int cuGetErrorName(int code, const char** text) {
-    *text = code == 200 ? "CUDA_ERROR_INVALID_IMAGE" : code == 500 ? "CUDA_ERROR_NOT_FOUND" : "CUDA_ERROR_UNKNOWN";
+    *text = code == 200 ? "CUDA_ERROR_INVALID_IMAGE" : code == 500 ? "CUDA_ERROR_NOT_FOUND" : code == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR_UNKNOWN";
     return 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int) { return *context = reinterpret_cast<void*>(0x1234), 0; }

@@ -1,15 +1,19 @@
 """Calls of the CUDA driver, against one that only writes them down; and what is said where there is none."""
 
 import ctypes
+import json
+import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from text_generation_server.errors import ConfigError
-from text_generation_server.kernels.cuda.driver import Driver, DriverError, Gpu, GpuModule
+from text_generation_server.kernels.cuda.driver import Gpu, GpuModule
 from text_generation_server.kernels.cuda.kernels import CudaKernels
+from text_generation_server.kernels.cuda.libcuda import Driver, DriverError, VisibleGpu, visible_gpus
 from text_generation_server.kernels.select import compute_dtype, select_kernels
 
 
@@ -86,19 +90,70 @@ def test_machines_without_a_gpu_that_serves_are_refused(fake: Fake, tmp_path: Pa
     with pytest.raises(DriverError, match="sees no GPU"):
         Driver(fake.path)
     fake.set(1, 70)
-    with pytest.raises(DriverError, match=r"\(7, 0\); at least \(7, 5\)"):
+    with pytest.raises(DriverError, match=r"capability 7\.0; at least 7\.5"):
         Gpu(0, Driver(fake.path))
     with pytest.raises(DriverError, match="GPU 1 of 1"):
         Gpu(1, Driver(fake.path))
 
 
+def test_what_gpus_offer_is_told_without_keeping_any_of_them(fake: Fake) -> None:
+    fake.set(2, 75)
+    gpus = visible_gpus(driver=Driver(fake.path))
+    assert gpus == [VisibleGpu(i, f"NVIDIA Paper {i}", (7, 5), 60 << 30, 80 << 30, has_bfloat16=False) for i in (0, 1)]
+    assert fake.calls == [f"current {0x1234}", "release 0", f"current {0x1234}", "release 1"]
+    assert visible_gpus(1, Driver(fake.path)) == gpus[:1]
+
+
+def test_more_shards_than_gpus_are_refused_before_a_gpu_is_touched(fake: Fake) -> None:
+    fake.set(2, 90)
+    with pytest.raises(DriverError, match=r"--num-shard 3 .* shows 2 \(see CUDA_VISIBLE_DEVICES\); use --num-shard 2$"):
+        visible_gpus(3, Driver(fake.path))
+    fake.set(2, 70)
+    with pytest.raises(DriverError, match=r"GPU 0 \(NVIDIA Paper 0\) has compute capability 7\.0"):
+        visible_gpus(1, Driver(fake.path))
+    assert fake.calls == []
+
+
+def test_a_driver_that_cannot_start_says_so_with_what_to_do(fake: Fake) -> None:
+    fake.set(-1, 90)
+    with pytest.raises(DriverError, match=r"no usable GPU \(cuInit failed: CUDA_ERROR_NO_DEVICE\); .*--gpus all"):
+        Driver(fake.path)
+
+
+def test_the_command_that_the_launcher_asks_answers_without_torch(library: Path) -> None:
+    code = (
+        "import sys\nfrom text_generation_server import cli\n"
+        "try:\n    cli.app(args=sys.argv[1:], standalone_mode=False)\nexcept SystemExit as e:\n    sys.exit(e.code)\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
+    )
+
+    def ask(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        places = {"PYTHONPATH": ":".join(sys.path), "LD_LIBRARY_PATH": str(library.parent), "PATH": os.environ["PATH"]}
+        env = places | env
+        command = [sys.executable, "-c", code, "devices", *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    gpus = json.loads(ask(FAKE_GPUS="2", FAKE_CAPABILITY="75").stdout)
+    assert [(gpu["name"], gpu["free_bytes"], gpu["has_bfloat16"]) for gpu in gpus] == [
+        ("NVIDIA Paper 0", 60 << 30, False),
+        ("NVIDIA Paper 1", 60 << 30, False),
+    ]
+    refused = ask("--num-shard", "3", FAKE_GPUS="2")
+    assert "--device cuda: --num-shard 3 needs as many GPUs" in refused.stderr, refused
+    missing = ask(LD_LIBRARY_PATH="")
+    if "was not found" in missing.stderr:  # no GPU here
+        (line,) = missing.stderr.splitlines()
+        assert line.startswith("error: --device cuda: the NVIDIA driver was not found")
+        assert "--device cpu" in line
+
+
 def test_the_device_is_chosen_by_name_and_refused_where_there_is_none(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("text_generation_server.kernels.cuda.driver.LIBRARY", str(tmp_path / "none.so"))
+    monkeypatch.setattr("text_generation_server.kernels.cuda.libcuda.LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(ConfigError, match="--device cuda: the NVIDIA driver was not found"):
         select_kernels("cuda")
-    monkeypatch.setattr("text_generation_server.kernels.cuda.driver.LIBRARY", fake.path)
+    monkeypatch.setattr("text_generation_server.kernels.cuda.libcuda.LIBRARY", fake.path)
     kernels = select_kernels("cuda", kernel_cache=tmp_path / "kernels")
     assert isinstance(kernels, CudaKernels) and kernels.device == torch.device("cuda", 0)
     kernels._elements(torch.bfloat16)

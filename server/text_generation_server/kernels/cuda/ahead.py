@@ -13,12 +13,11 @@ def _modules() -> list[tuple[str, dict[str, int]]]:
     """Codings as checkpoints have them (codes.h), with the types of scales of those; heads of the common sizes."""
     modules: list[tuple[str, dict[str, int]]] = []
     for bf16 in (1, 0):
-        modules += [("elements.cu", {"BF16": bf16})]
+        modules += [("elements.cu", {"BF16": bf16}), ("sampling.cu", {"BF16": bf16})]
         modules += [("attention.cu", {"BF16": bf16, "HEAD_DIM": dim}) for dim in (64, 96, 128, 256)]
         integers = [(bits, scales, zeros) for bits in (4, 2, 3, 8) for scales in (2, 3) for zeros in (0, 1)]
         for coding, scales, zeros in [(16, 1, 0), (5, 1, 0), (6, 1, 0), (6, 3, 0), (8, 1, 0), *integers]:
             modules.append(("linear.cu", {"BF16": bf16, "CODING": coding, "SCALES": scales, "ZEROS": zeros, "FINE": 0}))
-    modules.append(("sampling.cu", {"BF16": 1}))
     return modules
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...batch import StepBatch
+from ...batch import Singles, StepBatch
 from ..interface import AttentionOptions
 from .backend import Backend, Module
 
@@ -49,7 +49,7 @@ class WorkList:
     splits: int
 
 
-def plan_work(batch: StepBatch, group: int, rows_of_many: int, device: torch.device) -> WorkList:
+def plan_work(batch: StepBatch, group: int, rows_of_many: int, backend: Backend) -> WorkList:
     """group: query heads that share a key/value head; rows_of_many: rows of a larger block."""
     starts, contexts = np.asarray(batch.starts, np.int32), np.asarray(batch.context_lengths, np.int32)
     tokens = np.diff(starts)
@@ -63,8 +63,10 @@ def plan_work(batch: StepBatch, group: int, rows_of_many: int, device: torch.dev
     many = np.repeat(many, num_blocks)
     ordinal = np.arange(len(many)) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
 
+    tables = np.arange(len(tokens)) if batch.table_rows is None else batch.table_rows
+
     def items(sequences: NDArray[np.int64], first_row: Ints, first_place: Ints) -> Ints:
-        columns = (sequences, starts[sequences], tokens[sequences], contexts[sequences], first_row, first_place)
+        columns = (tables[sequences], starts[sequences], tokens[sequences], contexts[sequences], first_row, first_place)
         return np.stack(columns, 1).astype(np.int32)
 
     lists = (
@@ -73,10 +75,28 @@ def plan_work(batch: StepBatch, group: int, rows_of_many: int, device: torch.dev
         np.stack((place, positions), 1).astype(np.int32),
     )
     # One copy to the device.
-    whole = torch.from_numpy(np.concatenate([part.ravel() for part in lists])).to(device)
-    parts = torch.split(whole, [part.size for part in lists])
+    flat = np.concatenate([part.ravel() for part in lists])
+    padded = np.zeros(-(-len(flat) // 2), np.int64)
+    padded.view(np.int32)[: len(flat)] = flat
+    whole = torch.empty(len(padded), dtype=torch.int64, device=backend.device)
+    backend.streams.upload(padded, whole)
+    parts = torch.split(whole.view(torch.int32)[: len(flat)], [part.size for part in lists])
     splits = -(-int(contexts[few].max(initial=0)) // SPLIT)
     return WorkList(parts[0].view(-1, 6), parts[1].view(-1, 6), parts[2].view(-1, 2), splits)
+
+
+def plan_singles(batch: StepBatch, singles: Singles, group: int, rows_of_many: int) -> WorkList:
+    """The same for rows of one token each, from what is on the device: sizes depend on the number of rows alone."""
+    positions, rows = batch.positions.int(), len(batch.positions)
+    index = torch.arange(rows, dtype=torch.int32, device=positions.device)
+    blocks = 1 if group <= FEW_ROWS else -(-group // rows_of_many)
+    first_row = rows_of_many * torch.arange(blocks, dtype=torch.int32, device=positions.device)
+    columns = (singles.table_rows.int(), index, torch.ones_like(index), positions + 1, torch.zeros_like(index), index)
+    items = torch.stack(columns, 1).repeat_interleave(blocks, 0)  # [rows * blocks, 6]
+    if group <= FEW_ROWS:
+        return WorkList(items, items[:0], torch.stack((index, positions), 1), -(-singles.longest // SPLIT))
+    items[:, 4], items[:, 5] = first_row.repeat(rows), 0
+    return WorkList(items[:0], items, index.new_empty(0, 2), 0)
 
 
 class PagedAttention:
@@ -107,7 +127,11 @@ class PagedAttention:
         group, rows_of_many = heads // kv_heads, 16 * self._warps
         work = batch.once(
             ("cuda attention", group, rows_of_many),
-            lambda: plan_work(batch, group, rows_of_many, self._backend.device),
+            lambda: (
+                plan_work(batch, group, rows_of_many, self._backend)
+                if batch.singles is None
+                else plan_singles(batch, batch.singles, group, rows_of_many)
+            ),
         )
         y = q.new_empty(tokens, heads * dim)
         window, cap, slopes = options.window or 0, options.cap or 0.0, self._slopes(options)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .streams import Streams
+
 # A tensor goes as its address, None as a null pointer, an int as 32 bits, a float as float32, a structure as it is.
 Argument = Tensor | int | float | None | ctypes.Structure | ctypes.c_int64
 
@@ -29,6 +31,11 @@ class Backend(Protocol):
     num_processors: int
     # Whether it multiplies bfloat16.
     has_bfloat16: bool
+
+    @property
+    def streams(self) -> Streams:
+        """In which everything is put."""
+        ...
 
     def module(self, source: str, defines: Mapping[str, int]) -> Module:
         """The same object for the same arguments."""

@@ -1,7 +1,7 @@
 """Loads cubins and launches their kernels through the CUDA driver's own interface, on torch's current stream.
 
-The driver is loaded with ctypes; calls and constants as in the CUDA driver API manual. No GPU has run this file: its
-tests use a driver that only writes down what it is told.
+Calls and constants as in the CUDA driver API manual. No GPU has run this file: its tests use a driver that only writes
+down what it is told.
 """
 
 from __future__ import annotations
@@ -10,61 +10,21 @@ import ctypes
 import logging
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from ...errors import ConfigError
 from .backend import Argument, pack
 from .compile import compiled
+from .libcuda import LEAST_CAPABILITY, Driver, DriverError, multiplies_bfloat16, too_old
+from .streams import TorchStreams
 
 logger = logging.getLogger(__name__)
 
-_MAJOR, _MINOR, _PROCESSORS = 75, 76, 16  # CU_DEVICE_ATTRIBUTE_*
+_PROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_*
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 STATIC_LIMIT = 48 << 10  # more shared memory must be asked for
-LEAST_CAPABILITY = (7, 5)
-LIBRARY = "libcuda.so.1"
-
-
-class DriverError(ConfigError):
-    """The driver is missing, has no GPU, or refused a call."""
-
-
-class Driver:
-    """libcuda, opened and initialized.
-
-    Raises:
-        DriverError: there is no driver, or it has no GPU.
-    """
-
-    def __init__(self, library: str | None = None) -> None:
-        try:
-            self._library = ctypes.CDLL(library or LIBRARY)
-        except OSError as error:
-            raise DriverError(f"the NVIDIA driver was not found ({error})") from None
-        self.call("cuInit", 0)
-        count = ctypes.c_int()
-        self.call("cuDeviceGetCount", ctypes.byref(count))
-        if count.value < 1:
-            raise DriverError("the NVIDIA driver sees no GPU")
-        self.num_devices = count.value
-
-    def call(self, name: str, *arguments: object) -> None:
-        """Raises DriverError with the driver's name of what went wrong."""
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(code, ctypes.byref(text))
-            raise DriverError(f"{name} failed: {(text.value or b'').decode() or code}")
-
-    def attribute(self, device: int, which: int) -> int:
-        value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
-        return value.value
-
-    def capability(self, device: int) -> tuple[int, int]:
-        return self.attribute(device, _MAJOR), self.attribute(device, _MINOR)
 
 
 class Gpu:
@@ -80,12 +40,10 @@ class Gpu:
             raise DriverError(f"GPU {index} of {self.driver.num_devices} was asked for")
         self.capability = self.driver.capability(index)
         if self.capability < LEAST_CAPABILITY:
-            raise DriverError(
-                f"GPU {index} has compute capability {self.capability}; at least {LEAST_CAPABILITY} is needed"
-            )
+            raise too_old(f"GPU {index}", self.capability)
         self.device = torch.device("cuda", index)
         self.num_processors = self.driver.attribute(index, _PROCESSORS)
-        self.has_bfloat16 = self.capability >= (8, 0)
+        self.has_bfloat16 = multiplies_bfloat16(self.capability)
         self.architecture = "sm_{}{}".format(*self.capability)
         self._cache = cache
         self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], GpuModule] = {}
@@ -93,6 +51,10 @@ class Gpu:
         # The context that torch uses as well.
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), index)
         self._current = threading.local()
+
+    @cached_property
+    def streams(self) -> TorchStreams:
+        return TorchStreams(self.device)
 
     def module(self, source: str, defines: Mapping[str, int]) -> GpuModule:
         key = (source, tuple(sorted(defines.items())))

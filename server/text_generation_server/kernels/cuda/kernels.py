@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,12 +13,26 @@ from torch import Tensor
 
 from ...batch import StepBatch
 from ...errors import ConfigError
-from ..interface import AttentionOptions, CacheSpec, KVCache, Matmul
+from ..cpu.native.library import load_library
+from ..cpu.native.sampling import NativeSampling
+from ..interface import (
+    Allowed,
+    AttentionOptions,
+    CacheSpec,
+    Drawn,
+    DrawRequest,
+    GuidedRows,
+    KVCache,
+    Matmul,
+    Penalties,
+    StepRoom,
+)
 from ..weights import DenseRows, Float8, QuantizedWeight, as_tensor
 from .attention import PagedAttention
 from .backend import Backend, Module
 from .layout import pack_dense, pack_quantized
 from .linear import CudaLinear
+from .steps import CudaSteps
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +100,48 @@ class CudaKernels:
             self.row_stable = False
         self._attentions: dict[tuple[int, torch.dtype], PagedAttention] = {}
         self._told: set[tuple[str, str]] = set()
+        library = load_library(None)
+        self._sampling = None if library is None else NativeSampling(library)
+
+    def available_bytes(self, budget_bytes: int) -> int:
+        free, held = self._backend.streams.memory()
+        return max(0, min(free, budget_bytes - held))
+
+    def peak_bytes(self, forget: bool = False) -> int:
+        return self._backend.streams.peak_bytes(forget)
+
+    def lost(self) -> str | None:
+        return self._backend.streams.lost()
+
+    def new_steps(self, forward: Callable[[StepBatch], Tensor | None], cache: KVCache, room: StepRoom) -> CudaSteps:
+        return CudaSteps(self._backend, forward, cache, room)
+
+    def draw_ids(
+        self,
+        raw: Tensor,
+        processed: Tensor,
+        requests: Sequence[DrawRequest],
+        allowed: Allowed | None,
+        guided: GuidedRows | None,
+    ) -> Drawn | None:
+        """On the host, where the logits are of rows that need it."""
+        return None if self._sampling is None else self._sampling.draw(raw, processed, requests, allowed, guided)
+
+    def penalize(self, logits: Tensor, rows: Sequence[int], penalties: Sequence[Penalties]) -> bool:
+        if self._sampling is not None:
+            self._sampling.penalize(logits, rows, penalties)
+        return self._sampling is not None
 
     def prepare(self, hidden_size: int, head_dim: int) -> None:
         """Nothing: modules are compiled, or found in the cache, when they are first used."""
 
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        layers = [torch.empty(shape, dtype=spec.dtype, device=self.device) for _ in range(spec.num_layers)]
+        try:
+            layers = [torch.empty(shape, dtype=spec.dtype, device=self.device) for _ in range(spec.num_layers)]
+        except torch.OutOfMemoryError as error:
+            what = f"a cache of {num_blocks} blocks of {block_size} tokens does not fit on {self.device}"
+            raise ConfigError(f"{what}: {str(error).split('. ')[0]}; lower the limits") from None
         return KVCache([(k, v) for k, v in layers], num_blocks, block_size)
 
     def linear(self, weight: Tensor | DenseRows) -> Matmul:

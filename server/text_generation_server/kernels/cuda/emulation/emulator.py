@@ -7,11 +7,14 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ..backend import Argument, pack
 from ..compile import CompileError, kernels_of, text_of
@@ -32,6 +35,51 @@ class Place:
     fewest: int
 
 
+class _Copy:
+    """What was copied can be seen when it was waited for, and not before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.clone()
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._copy
+
+
+class _Replayed:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.replay = work
+
+
+class EmulatedStreams:
+    """Implements `Streams`: everything is done at once. Memory is that of a small GPU."""
+
+    def __init__(self, total_bytes: int = 1 << 30) -> None:
+        self.total_bytes, self.num_uploads, self.num_records = total_bytes, 0, 0
+
+    def upload(self, values: NDArray[np.int64], into: Tensor) -> None:
+        self.num_uploads += 1
+        into.copy_(torch.from_numpy(values))
+
+    def fetch(self, tensor: Tensor) -> _Copy:
+        return _Copy(tensor)
+
+    def record(self, work: Callable[[], None]) -> _Replayed:
+        self.num_records += 1
+        return _Replayed(work)
+
+    def memory(self) -> tuple[int, int]:
+        return self.total_bytes, 0
+
+    def peak_bytes(self, forget: bool = False) -> int:
+        return 0
+
+    def lost(self) -> str | None:
+        return None
+
+
 class Emulator:
     """A GPU of few multiprocessors. `order` (0 or 1) is that in which threads take turns."""
 
@@ -42,6 +90,7 @@ class Emulator:
         """folder: where libraries are kept, by the hash of what they are made from."""
         self.order, self.num_processors = order, num_processors
         self._folder, self._compiler = folder, compiler
+        self.streams = EmulatedStreams()
         self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], EmulatedModule] = {}
 
     def module(self, source: str, defines: Mapping[str, int]) -> EmulatedModule:

@@ -10,6 +10,7 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) uint2 { u32 x, y; };
@@ -186,5 +187,6 @@ inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float log_exact(float x) { return std::log(x); }
 inline float exp_exact(float x) { return std::exp(x); }
 inline void add_shared(u32* p, u32 value) { *p += value; }
+inline void add_shared(u64* p, u64 value) { *p += value; }
 using std::fmax;
 using std::fmin;

@@ -77,11 +77,12 @@ KERNEL __launch_bounds__(256) silu_and_mul(const u16* gate_up, u16* y, int size)
     store_global(reinterpret_cast<u32*>(y + row * size + i), pack2(first, second));
 }
 
-// Keys and values of a step to their slots; caches are [blocks][heads][block_size][size]. Grid [tokens, heads]. Strides in
+// Keys and values of a step to their slots, but for those whose slot is negative; caches are [blocks][heads][block_size][size]. Grid [tokens, heads]. Strides in
 // numbers, one for each token.
 KERNEL __launch_bounds__(128) store_kv(const u16* k, const u16* v, u16* k_cache, u16* v_cache, const i64* slots, int k_stride,
                                        int v_stride, int block_size, int size) {
     i64 token = blockIdx.x, slot = load_global(slots + token);
+    if (slot < 0) return;
     int head = blockIdx.y;
     i64 to = ((slot / block_size * gridDim.y + head) * block_size + slot % block_size) * size;
     for (int i = threadIdx.x; i < size; i += blockDim.x) {

@@ -13,6 +13,7 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
@@ -167,6 +168,7 @@ DEVICE float float_of(u32 x) { return __uint_as_float(x); }
 
 // Shared memory alone; results do not depend on the order in which threads arrive, since these are integers.
 DEVICE void add_shared(u32* p, u32 value) { atomicAdd(p, value); }
+DEVICE void add_shared(u64* p, u64 value) { atomicAdd(p, value); }
 
 #endif
 
