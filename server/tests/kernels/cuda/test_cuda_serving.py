@@ -37,6 +37,7 @@ def started(folder: Path, sizes: tuple[int, ...], model: Path = LLAMA) -> Shard:
     config = ServeConfig(
         model_dir=model, rank=0, world_size=1, uds_path=folder / "s", num_threads=1, memory_bytes=1 << 30,
         dtype="bfloat16", quantize=None, gptq_bits=None, gptq_groupsize=None, device="cuda", instruction_set=None,
+        kernel_cache=None,
         exit_with_stdin=False, logits_digest_dir=None, fault_file=folder / "fault", recorded_sizes=sizes,
     )  # fmt: skip
     shard = Shard(config, plan_model(model, world_size=1, dtype="bfloat16", device="cuda"), Health())
