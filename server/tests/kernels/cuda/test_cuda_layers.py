@@ -1,6 +1,7 @@
 """Attention, norms, rotation, activation and whole models of the CUDA backend under emulation."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from emulated import DTYPES, TOLERANCE, emulator, error, random, unwritten
 from harness import LLAMA, Log, Shard, load
 from test_against_reference import REFERENCE, ROWS, check_attention, fill, step
+from text_generation_server.batch import Singles
 from text_generation_server.kernels.cuda.attention import PagedAttention
 from text_generation_server.kernels.cuda.kernels import CudaKernels
-from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
+from text_generation_server.kernels.interface import AttentionOptions, CacheSpec, KVCache
 from text_generation_server.kernels.reference.kernels import ReferenceKernels
 from text_generation_server.loading import Alone, TensorParallel
 
@@ -116,6 +118,44 @@ def test_a_query_has_the_same_bits_alone_in_a_chunk_and_among_others(
     for first, second in results[1:]:
         assert torch.equal(first, results[0][0])
         assert torch.equal(second, results[0][1])
+
+
+def test_a_token_without_a_slot_is_stored_nowhere(kernels: CudaKernels) -> None:
+    cache = kernels.new_kv_cache(CacheSpec(1, 2, 32, torch.bfloat16), 3, 16)
+    # The block before is memory too: what is stored there would be seen.
+    whole = [part.fill_(7.0) for part in cache.layers[0]]
+    inner = KVCache([(whole[0][1:], whole[1][1:])], 2, 16)
+    batch = step([(1, 1), (1, 1)], 16, inner)
+    k, v = random(2, 2, 32).bfloat16(), random(2, 2, 32, seed=1).bfloat16()
+    kernels.store_kv(k, v, 0, replace(batch, slots=torch.tensor([-1, 5])))
+    for part, given in zip(whole, (k, v), strict=True):
+        assert torch.equal(part[1, :, 5], given[1])
+        assert (part == 7.0).sum() == part.numel() - 64
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (40, 1), (80, 1)])
+def test_work_that_is_listed_on_the_device_gives_the_same_bits(
+    heads: int, kv_heads: int, window: int | None, kernels: CudaKernels
+) -> None:
+    """One token to a row, in a table where rows lie anywhere, for contexts as long or longer."""
+    rows, dtype = [(1, 1), (300, 1), (530, 1)], torch.bfloat16
+    q = random(3, heads, 32).to(dtype)
+    k, v = (random(831, kv_heads, 32, seed=seed).to(dtype) for seed in (1, 2))
+    cache = kernels.new_kv_cache(CacheSpec(1, kv_heads, 32, dtype), 60, 16)
+    batch = step(rows, 16, cache)
+    fill(kernels, cache, k, v, batch)
+    options = AttentionOptions(0.2, window)
+    wanted = kernels.attention(q, 0, batch, options)
+    places = torch.tensor([4, 0, 2])
+    tables = torch.full((6, 70), 59)
+    tables[places, : batch.block_tables.shape[1]] = batch.block_tables
+    for longest in (530, 1024):
+        singles = Singles(places, longest)
+        listed = replace(batch, block_tables=tables, singles=singles, starts=(), context_lengths=(), _shared={})
+        assert torch.equal(kernels.attention(q, 0, listed, options), wanted)
+    elsewhere = replace(batch, block_tables=tables, table_rows=places.numpy(), _shared={})
+    assert torch.equal(kernels.attention(q, 0, elsewhere, options), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -92,7 +92,8 @@ def plan_singles(batch: StepBatch, singles: Singles, group: int, rows_of_many: i
     blocks = 1 if group <= FEW_ROWS else -(-group // rows_of_many)
     first_row = rows_of_many * torch.arange(blocks, dtype=torch.int32, device=positions.device)
     columns = (singles.table_rows.int(), index, torch.ones_like(index), positions + 1, torch.zeros_like(index), index)
-    items = torch.stack(columns, 1).repeat_interleave(blocks, 0)  # [rows * blocks, 6]
+    # No operation that copies a number from the host: that cannot be recorded.
+    items = torch.stack(columns, 1)[:, None].repeat(1, blocks, 1).view(rows * blocks, 6)
     if group <= FEW_ROWS:
         return WorkList(items, items[:0], torch.stack((index, positions), 1), -(-singles.longest // SPLIT))
     items[:, 4], items[:, 5] = first_row.repeat(rows), 0
