@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from text_generation_server.errors import ConfigError
-from text_generation_server.kernels.cuda.emulation.emulator import Emulator
+from text_generation_server.kernels.cuda.emulation.emulator import EmulatedStreams, Emulator
 from text_generation_server.kernels.cuda.kernels import CudaKernels
 from text_generation_server.kernels.cuda.streams import TorchStreams
 from text_generation_server.kernels.interface import CacheSpec, HoldsMemory
@@ -146,3 +146,21 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_size(monkeypatch: pytest.
     monkeypatch.setattr("torch.empty", full)
     with pytest.raises(ConfigError, match=r"a cache of 7 blocks of 16 tokens .*: CUDA out of memory; lower"):
         kernels.new_kv_cache(CacheSpec(1, 1, 64, torch.bfloat16), 7, 16)
+
+
+def test_the_emulated_recording_holds_operations_and_memory_not_python() -> None:
+    streams, x, y = EmulatedStreams(), torch.ones(3), torch.zeros(3)
+    factor = 2.0
+
+    def work() -> None:
+        z = (x * factor).view(3)
+        y.copy_(z + 1)
+
+    graph = streams.record(work)
+    factor = 100.0
+    x.fill_(5.0)
+    graph.replay()
+    assert y.tolist() == [11.0] * 3
+    for what in (lambda: y.sum().item(), lambda: torch.tensor([1]), lambda: streams.upload(np.zeros(1, np.int64), y)):
+        with pytest.raises(RuntimeError, match="cannot be recorded"):
+            streams.record(what)

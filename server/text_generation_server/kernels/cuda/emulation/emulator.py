@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backend import Argument, pack
 from ..compile import CompileError, kernels_of, text_of
@@ -48,27 +50,73 @@ class _Copy:
         return self._copy
 
 
-class _Replayed:
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.replay = work
+# Operations that a graph cannot hold: numbers that come from the host, or go there.
+_HOST = ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::is_nonzero", "aten::nonzero", "aten::equal")
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Implements `Graph`: operations and launches as they were, on the same memory; no Python of theirs runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._steps: list[Callable[[], object]] = []
+        self._kept: list[list[Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.name().split(".")[0] in _HOST:
+            raise RuntimeError(f"{func.name()} cannot be recorded: the host would have to wait, or to send something")
+        how = kwargs or {}
+        out = func(*args, **how)
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+
+        def again() -> None:
+            found = func(*args, **how)
+            for kept, new in zip(outs, [found] if isinstance(found, Tensor) else found, strict=True):
+                if kept is not new:
+                    kept.copy_(new)
+
+        is_view = all(o.untyped_storage().data_ptr() in given for o in outs) and not func._schema.is_mutable
+        # A view is one of the same memory still; what is only allocated has nothing in it.
+        if not is_view and "empty" not in func.name():
+            self._steps.append(again)
+        self._kept.append(outs)
+        return out
+
+    def add(self, launch: Callable[[], None]) -> None:
+        self._steps.append(launch)
+
+    def replay(self) -> None:
+        for step in self._steps:
+            step()
 
 
 class EmulatedStreams:
     """Implements `Streams`: everything is done at once. Memory is that of a small GPU."""
 
     def __init__(self, total_bytes: int = 1 << 30) -> None:
-        self.total_bytes, self.num_uploads, self.num_records = total_bytes, 0, 0
+        self.total_bytes, self.num_records = total_bytes, 0
+        self.tape: Tape | None = None  # while something is recorded
 
     def upload(self, values: NDArray[np.int64], into: Tensor) -> None:
-        self.num_uploads += 1
+        if self.tape is not None:
+            raise RuntimeError("a copy from the host cannot be recorded")
         into.copy_(torch.from_numpy(values))
 
     def fetch(self, tensor: Tensor) -> _Copy:
         return _Copy(tensor)
 
-    def record(self, work: Callable[[], None]) -> _Replayed:
+    def record(self, work: Callable[[], None]) -> Tape:
         self.num_records += 1
-        return _Replayed(work)
+        tape = self.tape = Tape()
+        try:
+            with tape:
+                work()
+        finally:
+            self.tape = None
+        return tape
 
     def memory(self) -> tuple[int, int]:
         return self.total_bytes, 0
@@ -129,9 +177,15 @@ class EmulatedModule:
         self._library.emulation_report.restype = ctypes.c_char_p
 
     def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, shared: int, *arguments: Argument) -> None:
-        pointers, _kept = pack(arguments)
+        pointers, kept = pack(arguments)
         shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, self._emulator.order)
-        getattr(self._library, f"emulate_{kernel}")(shape, ctypes.c_uint(shared), pointers)
+
+        def run(kept: object = (arguments, kept)) -> None:
+            getattr(self._library, f"emulate_{kernel}")(shape, ctypes.c_uint(shared), pointers)
+
+        run()
+        if (tape := self._emulator.streams.tape) is not None:
+            tape.add(run)
 
     def count(self, on: bool = True) -> None:
         """Begins to count accesses to memory, from none."""
