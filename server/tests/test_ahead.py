@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -180,16 +180,17 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
 
 
 class Slow:
-    """A shard on whose device a step takes some looks."""
+    """A shard on whose device no step is done before `done` is set."""
 
     def __init__(self, breaks: bool = False) -> None:
         self.health, self.breaks, self.left = Health(), breaks, False
-        self.open: list[list[int]] = []  # steps, and looks that they still take
+        self.done = threading.Event()
+        self.open: list[int] = []
         self.began: list[tuple[int, int]] = []  # steps, and how many were open then
 
     def step(self, plan: Plan) -> list[Result]:
         self.began.append((plan.step, len(self.open)))
-        self.open.append([plan.step, 30])
+        self.open.append(plan.step)
         return [self._end()] if len(self.open) > 2 else []
 
     @property
@@ -197,15 +198,14 @@ class Slow:
         return len(self.open)
 
     def finish_if_done(self) -> Result | None:
-        self.open[0][1] -= 1
-        if self.open[0][1] > 0:
+        if not self.done.is_set():
             return None
         if self.breaks:
             raise RuntimeError("out of memory")
         return self._end()
 
     def _end(self) -> Result:
-        return Result(0, self.open.pop(0)[0], 0, [], 0, 0, 0)
+        return Result(0, self.open.pop(0), 0, [], 0, 0, 0)
 
     def leave(self) -> None:
         self.open, self.left = [], True
@@ -224,6 +224,13 @@ def serve(shard: Slow, stream: Stream) -> StepThread:
     return thread
 
 
+def wait_for(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
 def end(thread: StepThread) -> None:
     def stop(_: object) -> None:
         raise ShardError("enough")
@@ -237,21 +244,30 @@ def test_a_plan_begins_while_the_step_before_is_open_and_answers_come_in_order()
     thread = serve(shard, stream)
     for step in (1, 2, 3):
         thread.step(stream, pb.StepPlan(step=step).SerializeToString())
+    wait_for(lambda: len(shard.began) == 3)
+    shard.done.set()
     answers = [stream.get() for _ in range(3)]
     assert [pb.StepResult.FromString(a).step for a in answers if isinstance(a, bytes)] == [1, 2, 3]
     assert shard.began == [(1, 0), (2, 1), (3, 2)]
     end(thread)
-    assert threading.active_count() < 20
+
+
+def test_open_steps_without_a_stream_are_dropped() -> None:
+    shard, stream = Slow(), Stream()
+    thread = serve(shard, stream)
+    thread.step(stream, pb.StepPlan(step=1).SerializeToString())
+    thread.commands.put(lambda _: setattr(thread, "stream", None))
+    wait_for(lambda: shard.left)
+    assert thread.is_alive()
+    end(thread)
 
 
 def test_a_step_that_fails_while_nobody_waits_ends_its_stream() -> None:
     shard, stream = Slow(breaks=True), Stream()
+    shard.done.set()
     thread = serve(shard, stream)
     thread.step(stream, pb.StepPlan(step=1).SerializeToString())
     assert isinstance(stream.get(), RuntimeError)
-    until = time.monotonic() + 10
-    while not shard.left and time.monotonic() < until:
-        time.sleep(0.01)
-    assert shard.left
+    wait_for(lambda: shard.left)
     assert thread.stream is None
     end(thread)

@@ -153,8 +153,9 @@ class StepThread(threading.Thread):
 
     def finish(self, shard: "Shard") -> None:
         """Answers the oldest open step, if it is done."""
-        stream = self.stream
-        assert stream is not None
+        if (stream := self.stream) is None:
+            # A call to join took the stream away, and came to nothing.
+            return shard.leave()
         try:
             if (result := shard.finish_if_done()) is not None:
                 stream.put(result_message(result).SerializeToString())
