@@ -117,7 +117,8 @@ USER text-generation
 FROM runtime AS cuda
 # Whoever the container's user is reads them there.
 COPY --from=kernels /kernels /opt/text-generation/kernels
-ENV KERNEL_CACHE=/opt/text-generation/kernels \
+ENV DEVICE=cuda \
+    KERNEL_CACHE=/opt/text-generation/kernels \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 80

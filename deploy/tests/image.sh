@@ -176,6 +176,8 @@ if [ "$target" = sagemaker ]; then
     arguments=()
 fi
 if [ "$target" = cuda ]; then
+    # It is for GPUs, if nothing else is said. Here there is none.
+    VARIABLES+=(DEVICE=cpu)
     for architecture in sm_75 sm_80 sm_86 sm_89 sm_90 sm_100; do
         # Whoever the user is: where the image's own setting says.
         found=$(chroot --userspec=4321:4321 "$root" /usr/bin/env -i "${environment[@]}" \
@@ -242,7 +244,7 @@ refused() {
 if [ "$target" = cpu ]; then
     refused "unexpected argument '--no-such-flag'" writable --no-such-flag
     refused "there is no such directory; check the path" writable --model-id /data/none
-    refused "device cuda" writable --model-id /data/model --device cuda
+    refused "--device cuda: the NVIDIA driver was not found .*--device cpu" writable --model-id /data/model --device cuda
     refused "chat-template /data/none: cannot be read" writable --model-id /data/model --chat-template /data/none
     refused "cannot be made: No space left on device.*docker run --tmpfs /tmp" cramped --model-id /data/model
     # The image's port is 80, which an engine lets everybody take; here, as on a host's own network, nobody but root may.
@@ -276,7 +278,8 @@ with Hub() as hub:
     refused "cache /data cannot be written: Permission denied" foreign --model-id org/model
     kill "$holder"
 elif [ "$target" = cuda ]; then
-    refused "--device cuda: the NVIDIA driver was not found .*--device cpu" writable --model-id /data/model --device cuda
+    VARIABLES=(PORT="$port")
+    refused "--device cuda: the NVIDIA driver was not found .*--device cpu" writable --model-id /data/model
 else
     VARIABLES=(PORT="$port")
     refused "HF_MODEL_ID is not set" writable
