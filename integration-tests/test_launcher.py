@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,17 +209,19 @@ def test_a_port_in_use_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "cause"), [("size=16k", "No space left on device"), ("ro", "Read-only file system")]
 )
-def test_a_place_for_sockets_that_has_no_room_is_refused(options: str, cause: str, tmp_path: Path) -> None:
+def test_a_place_for_sockets_that_has_no_room_is_refused(options: str, cause: str) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0:
         pytest.skip("no mount namespaces here")
     launcher = [str(BINARIES / "text-generation-launcher"), "--model-id", str(LLAMA), "--port", str(free_port())]
-    # What is left there is gone with the mount, so it is listed.
-    small = f'mount -t tmpfs -o {options} tmpfs {tmp_path} && "$@"; code=$?; find {tmp_path} -mindepth 1; exit $code'
-    command = ["unshare", "-rm", "sh", "-c", small, "sh", *launcher, "--shard-uds-path", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    # Paths of sockets are short.
+    with tempfile.TemporaryDirectory(prefix="tgs-") as place:
+        # What is left there is gone with the mount, so it is listed.
+        small = f'mount -t tmpfs -o {options} tmpfs {place} && "$@"; code=$?; find {place} -mindepth 1; exit $code'
+        command = ["unshare", "-rm", "sh", "-c", small, "sh", *launcher, "--shard-uds-path", f"{place}/run"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and f"cannot be made: {cause}" in line and "docker run --tmpfs /tmp" in line, line
-    assert "rank 0" not in done.stdout and str(tmp_path / "run-") not in done.stdout, done.stdout
+    assert "rank 0" not in done.stdout and f"{place}/run-" not in done.stdout, done.stdout
 
 
 def test_help_tells_every_flag_with_its_environment_variable() -> None:
