@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <immintrin.h>
+#include <utility>
 #include <vector>
 
 #include "bits.h"
@@ -59,6 +60,14 @@ void reorder_row(const uint8_t *from, const int32_t *__restrict order, uint8_t *
     gather_row<Bits>(ordered, to, columns);
 }
 
+// `function(bits)` with a number that the compiler knows.
+template <class Function>
+void of_bits(int32_t bits, Function &&function) {
+    if (bits == 2) function(std::integral_constant<int, 2>{});
+    else if (bits == 3) function(std::integral_constant<int, 3>{});
+    else function(std::integral_constant<int, 4>{});
+}
+
 template <class Function>
 void each_row_of(int32_t threads, int64_t rows, int64_t columns, Function &&function) {
     const int64_t grain = std::max<int64_t>(1, kValuesAtOnce / std::max<int64_t>(1, columns));
@@ -78,11 +87,7 @@ extern "C" {
 EXPORT void kernels_gather_bits(const uint8_t *codes, int64_t rows, int64_t columns, int32_t bits, uint8_t *packed, int64_t stride,
                                 int32_t threads) {
     each_row_of(threads, rows, columns, [&](int64_t row) {
-        const uint8_t *from = codes + row * columns;
-        uint8_t *to = packed + row * stride;
-        if (bits == 2) gather_row<2>(from, to, columns);
-        else if (bits == 3) gather_row<3>(from, to, columns);
-        else gather_row<4>(from, to, columns);
+        of_bits(bits, [&](auto known) { gather_row<known>(codes + row * columns, packed + row * stride, columns); });
     });
 }
 
@@ -90,11 +95,7 @@ EXPORT void kernels_gather_bits(const uint8_t *codes, int64_t rows, int64_t colu
 EXPORT void kernels_spread_bits(const uint8_t *packed, int64_t stride, int64_t rows, int64_t columns, int32_t bits, uint8_t *codes,
                                 int32_t threads) {
     each_row_of(threads, rows, columns, [&](int64_t row) {
-        const uint8_t *from = packed + row * stride;
-        uint8_t *to = codes + row * columns;
-        if (bits == 2) spread_row<2>(from, to, columns);
-        else if (bits == 3) spread_row<3>(from, to, columns);
-        else spread_row<4>(from, to, columns);
+        of_bits(bits, [&](auto known) { spread_row<known>(packed + row * stride, codes + row * columns, columns); });
     });
 }
 
@@ -106,9 +107,7 @@ EXPORT void kernels_reorder_bits(const uint8_t *packed, int64_t stride, int64_t 
         room.resize(2 * columns);
         const uint8_t *from = packed + row * stride;
         uint8_t *at = to + row * to_stride, *codes = room.data(), *ordered = codes + columns;
-        if (bits == 2) reorder_row<2>(from, order, at, columns, codes, ordered);
-        else if (bits == 3) reorder_row<3>(from, order, at, columns, codes, ordered);
-        else if (bits == 4) reorder_row<4>(from, order, at, columns, codes, ordered);
+        if (bits < 8) of_bits(bits, [&](auto known) { reorder_row<known>(from, order, at, columns, codes, ordered); });
         else for (int64_t i = 0; i < columns; i++) at[i] = from[order[i]];
     });
 }
