@@ -186,7 +186,7 @@ def test_gpus_that_are_not_there_are_refused_before_anything_starts() -> None:
     assert code == 1, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: --device cuda: the NVIDIA driver ")
-    assert "serve with --device cpu" in line
+    assert "use --device cpu" in line
     assert "run directory" not in output
 
 

@@ -170,7 +170,7 @@ pub struct Args {
     /// sees it on a command line: prefer the environment, one key a line, or --api-key-file. Without any, anybody may call.
     #[arg(long, env, value_delimiter = '\n', hide_env_values = true, help_heading = HTTP)]
     pub api_key: Vec<String>,
-    /// A file of keys, one a line.
+    /// A file of keys, one a line; lines that begin with # are comments.
     #[arg(long, env, value_name = "FILE", help_heading = HTTP)]
     pub api_key_file: Option<String>,
     /// A chat template to use instead of the model's own: a file of Jinja, or JSON with `chat_template`.
@@ -353,7 +353,11 @@ const FOREIGN: &[Foreign] = &[
     noticed("master-addr", ANY, "the shards of one machine meet through the run directory, not over TCP"),
     noticed("master-port", ANY, "the shards of one machine meet through the run directory, no port is used"),
     noticed("prometheus-port", ANY, "metrics are on the main port, at /metrics"),
-    noticed("disable-custom-kernels", SWITCH, "there are none to disable"),
+    noticed(
+        "disable-custom-kernels",
+        SWITCH,
+        "ours cannot be replaced; `text-generation-server serve --instruction-set none` computes without them, slowly",
+    ),
     noticed_unless(&["off"], "usage-stats", &["on", "off", "no-stack"], "nothing is ever sent anywhere"),
     noticed_unless(&["0"], "speculate", ANY, "nothing is drafted yet; answers are the same without drafts"),
     noticed("enable-prefill-logprobs", SWITCH, "log-probabilities of prompts are always to be had"),

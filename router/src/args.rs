@@ -72,7 +72,7 @@ pub struct Args {
     #[arg(long, env, value_delimiter = '\n', hide_env_values = true, value_parser = api_key)]
     pub api_key: Vec<String>,
 
-    /// A file of further keys, one a line.
+    /// A file of further keys, one a line; lines that begin with # are comments.
     #[arg(long, env, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
 
@@ -192,6 +192,8 @@ pub struct BatchLimits {
 
 /// Tokens per block of the KV cache.
 pub const DEFAULT_BLOCK_SIZE: usize = 16;
+/// Of a file of keys.
+const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
 
 /// Two flags contradict each other.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -248,18 +250,27 @@ impl Args {
         let mut keys = self.api_key.clone();
         let Some(path) = &self.api_key_file else { return Ok(keys) };
         let error = |reason: String| KeyFileError { path: path.clone(), reason };
-        let expected = "expected a file of keys, one a line";
+        let expected = "expected a file of keys, one a line; lines that begin with # are comments";
         let unreadable = |cause: std::io::Error| error(format!("cannot be read: {cause}; {expected}"));
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
         // Every start of the router reads it; a pipe has it but once.
-        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        if !metadata.is_file() {
             return Err(error(format!("is no regular file; {expected}")));
         }
+        if metadata.len() > MAX_KEY_FILE_BYTES {
+            return Err(error(format!(
+                "has {} bytes, of which {MAX_KEY_FILE_BYTES} are allowed; {expected}",
+                metadata.len()
+            )));
+        }
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
-        let lines = text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty());
-        for (n, line) in lines {
+        // Some editors begin a file with a byte order mark.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        let lines = text.lines().map(str::trim).enumerate();
+        for (n, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
             keys.push(api_key(line).map_err(|expected| error(format!("line {}: {expected}", n + 1)))?);
         }
-        if keys.is_empty() { Err(error("has no key; expected one a line".into())) } else { Ok(keys) }
+        if keys.is_empty() { Err(error(format!("has no key; {expected}"))) } else { Ok(keys) }
     }
 
     /// Refuses flags that contradict each other.
@@ -375,12 +386,15 @@ mod tests {
     #[test]
     fn keys_come_from_flags_and_a_file() {
         let path = std::env::temp_dir().join(format!("api-keys-{}", std::process::id()));
-        std::fs::write(&path, "c\n\n d \n").unwrap();
+        std::fs::write(&path, "\u{feff}c\r\n# one that is gone: e\n\n d \n").unwrap();
         let args = parse(&format!("--api-key a --api-key b --api-key-file {}", path.display())).unwrap();
         assert_eq!(args.api_keys().unwrap(), ["a", "b", "c", "d"]);
         std::fs::write(&path, "\n").unwrap();
         let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
         assert!(error.contains("has no key"), "{error}");
+        std::fs::File::create(&path).unwrap().set_len(MAX_KEY_FILE_BYTES + 1).unwrap();
+        let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
+        assert!(error.contains("has 1048577 bytes"), "{error}");
         std::fs::write(&path, "a\nb\u{7}c\n").unwrap();
         let error = parse(&format!("--api-key-file {}", path.display())).unwrap().api_keys().unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");

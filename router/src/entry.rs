@@ -122,6 +122,8 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     let tokenizer = Arc::new(tokenizer);
     if template.is_empty() {
         warn!("the model has no chat template: requests to /v1/chat/completions will be refused");
+    } else if let Some(flaw) = template.flaw() {
+        warn!("the model's chat template {flaw}: requests to /v1/chat/completions will be refused");
     } else {
         info!(?template, "chat templates");
     }

@@ -223,10 +223,11 @@ def devices(
     """Tell which GPUs there are for ranks, as JSON, or why none can be used. Asks the driver alone."""
     from dataclasses import asdict
 
-    from .kernels.cuda.libcuda import visible_gpus
+    from .kernels.cuda.libcuda import check_torch, visible_gpus
 
     try:
         gpus = visible_gpus(num_shard)
+        check_torch()
     except ShardError as error:
         refuse(f"--device cuda: {error}")
     typer.echo(json.dumps([asdict(gpu) for gpu in gpus]))

@@ -95,7 +95,12 @@ pub fn read(folder: &Path, overrides: &Overrides) -> Result<ChatTemplate, FilesE
     let sources = sources(folder, overrides, (config_place, config.as_ref()))?;
     let legacy = json_file(Place::Model(&folder.join("special_tokens_map.json")))?;
     let tokens = tokens(&[config, legacy]);
-    Ok(ChatTemplate::new(sources, tokens)?)
+    let template = ChatTemplate::new(sources, tokens)?;
+    // One that a model has may be of no use; one that somebody names is meant.
+    match (&overrides.chat_template, template.flaw()) {
+        (Some(path), Some(flaw)) => Err(Place::chat_template(path).error(flaw)),
+        _ => Ok(template),
+    }
 }
 
 fn sources(

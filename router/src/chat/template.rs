@@ -178,6 +178,24 @@ impl ChatTemplate {
         RESERVED.contains(&name) || self.0.tokens.contains_key(name) || name.ends_with("_token")
     }
 
+    /// What keeps it from rendering even a chat of one word, or renders nothing of it. A template may refuse one in its own words.
+    pub fn flaw(&self) -> Option<String> {
+        let of = |content: Value| {
+            let messages = vec![serde_json::json!({"role": "user", "content": content})];
+            self.render(&Chat { messages, add_generation_prompt: true, ..Chat::default() })
+        };
+        let words = || of("Hello".into());
+        // Some take a message's text in parts alone.
+        let parts = || of(serde_json::json!([{"type": "text", "text": "Hello"}]));
+        let flaw_of = |rendered: Result<String, RenderError>| match rendered {
+            Ok(text) if text.trim().is_empty() => Some("renders nothing of a chat".to_owned()),
+            Ok(_) | Err(RenderError::Absent | RenderError::Refused(_)) => None,
+            Err(error) => Some(format!("cannot render a chat: {error}")),
+        };
+        let flaw = flaw_of(words())?;
+        flaw_of(parts()).map(|_| flaw)
+    }
+
     /// The prompt. Takes up to a tenth of a second of one core.
     pub fn render(&self, chat: &Chat) -> Result<String, RenderError> {
         self.render_in(&self.0.environment, chat)
@@ -313,6 +331,27 @@ mod tests {
             Source { name: DEFAULT.into(), text: "a\n{% if x %}\n{% endfor %}".into(), file: "f.jinja".into() };
         let error = ChatTemplate::new(vec![source], Map::new()).unwrap_err();
         assert_eq!((error.file.as_str(), error.line), ("f.jinja", 3), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_renders_no_chat_at_all_has_a_flaw() {
+        for (text, expected) in [
+            ("", "renders nothing of a chat"),
+            (" \n{{ nothing }}", "renders nothing of a chat"),
+            ("{{ messages[0].content | nosuchfilter }}", "unknown filter"),
+            ("{{ nosuchfunction(messages) }}", "cannot render a chat"),
+        ] {
+            let found = template(text).flaw();
+            assert!(found.as_ref().is_some_and(|flaw| flaw.contains(expected)), "{text:?}: {found:?}");
+        }
+        for text in [
+            "{{ messages[0].content }}",
+            "{{ raise_exception('first comes the system') }}",
+            "{% for part in messages[0].content %}{{ part.text.strip() }}{% endfor %}",
+        ] {
+            assert_eq!(template(text).flaw(), None, "{text:?}");
+        }
+        assert_eq!(ChatTemplate::new(vec![], Map::new()).unwrap().flaw(), None);
     }
 
     #[test]

@@ -62,6 +62,8 @@ def test_a_hub_that_does_not_answer_is_said(hub: Hub, tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_said(hub: Hub) -> None:
     line = refusal(download(hub, Path("/dev/null/cache")))
     assert "cache /dev/null/cache cannot be written: Not a directory" in line and "--huggingface-hub-cache" in line
+    # There a folder cannot be made, which the system says in other words.
+    assert "cannot be written: No such file or directory" in refusal(download(hub, Path("/proc/1/cache")))
     assert not hub.fetched
 
 

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 
 LETTERS = frozenset(ascii_letters + digits + "-_.")
 # The hub's cache, and not the hub, is at fault.
-OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+OF_THE_CACHE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 ANOTHER_CACHE = "name another folder: --huggingface-hub-cache (HUGGINGFACE_HUB_CACHE)"
 # What a server reads; never pickles, never code.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja")

@@ -100,7 +100,7 @@ def follow(matrices: Sequence[DenseRows]) -> DenseRows:
 class QuantizedWeight:
     """[out, in] in a few bits per element.
 
-    packed: codes by row, as `pack` lays them out.
+    packed: codes by row, as `pack` lays them out; bits behind the last of a row may be anything.
     scales: [out, groups] float32, float16 or bfloat16.
     zeros:  [out, groups] uint8, of `Integer` only; None: 2 ** (bits - 1).
     groups: features in each group (the last may have fewer), or int64 [in], the group of every place.

@@ -52,7 +52,7 @@ class Decoded(NamedTuple):
     """A cut of a quantized matrix. Rows and columns are those of the cut, and nothing else."""
 
     coding: Coding
-    codes: Tensor  # uint8, as `kernels.codes.pack` lays out [rows, columns]
+    codes: Tensor  # uint8, as `kernels.codes.pack` lays out [rows, columns], with any bits behind the last
     scales: Tensor  # [rows, groups], a floating dtype of at most 32 bits, finite
     zeros: Tensor | None  # uint8 [rows, groups], of `Integer` codes; None: 2 ** (bits - 1)
     group_of: Tensor  # int64 [columns]: which column of `scales` belongs to each IN feature

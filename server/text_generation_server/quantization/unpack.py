@@ -21,7 +21,10 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def codes_of_words(words: Tensor, bits: int, columns: range) -> Tensor:
-    """words as `unpack_words` takes them -> some columns as `kernels.codes.pack` lays them out."""
+    """words as `unpack_words` takes them -> some columns as `kernels.codes.pack` lays them out.
+
+    Bits behind the last column may be those of the next.
+    """
     begin, rest = divmod(columns.start * bits, 8)
     if rest:
         return pack(unpack_words(words, bits)[:, columns.start : columns.stop], bits)

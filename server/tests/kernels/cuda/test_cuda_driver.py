@@ -13,7 +13,7 @@ import torch
 from text_generation_server.errors import ConfigError
 from text_generation_server.kernels.cuda.driver import Gpu, GpuModule
 from text_generation_server.kernels.cuda.kernels import CudaKernels
-from text_generation_server.kernels.cuda.libcuda import Driver, DriverError, VisibleGpu, visible_gpus
+from text_generation_server.kernels.cuda.libcuda import Driver, DriverError, VisibleGpu, check_torch, visible_gpus
 from text_generation_server.kernels.select import compute_dtype, select_kernels
 
 
@@ -120,6 +120,45 @@ def test_a_driver_that_cannot_start_says_so_with_what_to_do(fake: Fake) -> None:
         Driver(fake.path)
 
 
+def test_another_library_of_that_name_is_no_driver(tmp_path: Path) -> None:
+    source, made = tmp_path / "other.c", tmp_path / "libcuda.so.1"
+    source.write_text("int cuInit(unsigned flags) { return (int) flags; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", made, source], check=True)
+    with pytest.raises(DriverError, match=r"libcuda\.so\.1 is no NVIDIA driver .*: it has no cuGetErrorName"):
+        Driver(str(made))
+
+
+def test_a_gpu_that_others_fill_is_named_with_what_to_do(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(fake.path)
+
+    def memory(device: int) -> tuple[int, int]:
+        raise DriverError("cuDevicePrimaryCtxRetain failed: CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(driver, "memory", memory)
+    with pytest.raises(DriverError, match=r"GPU 0 \(NVIDIA Paper 0\) cannot be used: .*; end what uses it"):
+        visible_gpus(1, driver)
+    for count in (0, -1):
+        with pytest.raises(DriverError, match=f"--num-shard {count}; expected at least 1"):
+            visible_gpus(count, driver)
+
+
+def test_a_torch_for_processors_alone_is_told_without_importing_it(tmp_path: Path) -> None:
+    version = tmp_path / "version.py"
+    version.write_text("__version__ = '2.13.0+cpu'\ncuda = None\n")
+    with pytest.raises(DriverError, match=r"torch 2\.13\.0\+cpu is built for processors alone; .*--device cpu"):
+        check_torch(version)
+    version.write_text("__version__ = '2.13.0+cu130'\ncuda = '13.0'\n")
+    check_torch(version)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_what_torch_cannot_use_is_refused_in_a_line_though_the_driver_is_there(fake: Fake, tmp_path: Path) -> None:
+    with pytest.raises(DriverError, match=r"torch .* cannot use cuda:0: .+; update NVIDIA's driver") as refused:
+        Gpu(0, Driver(fake.path), tmp_path).streams  # noqa: B018
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built for processors alone")
 def test_the_command_that_the_launcher_asks_answers_without_torch(library: Path) -> None:
     code = (
         "import sys\nfrom text_generation_server import cli\n"

@@ -6,7 +6,10 @@ Calls and constants as in the CUDA driver API manual. No GPU has run this file.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import ConfigError
 
@@ -14,7 +17,14 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_*
 _NAME_BYTES = 256
 LEAST_CAPABILITY = (7, 5)
 LIBRARY = "libcuda.so.1"
-ADVICE = "install NVIDIA's driver, give a container its GPUs (`--gpus all`), or serve with --device cpu"
+# Of the driver, by name: what is called here and in `driver.py`.
+FUNCTIONS = (
+    "cuInit", "cuGetErrorName", "cuDeviceGetCount", "cuDeviceGetName", "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2", "cuCtxSetCurrent", "cuMemGetInfo_v2",
+    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel",
+)  # fmt: skip
+OTHER_GPUS = "name others by CUDA_VISIBLE_DEVICES"
+ADVICE = "install NVIDIA's driver, give a container its GPUs (`--gpus all`), or use --device cpu"
 
 
 class DriverError(ConfigError):
@@ -33,6 +43,9 @@ class Driver:
             self._library = ctypes.CDLL(library or LIBRARY)
         except OSError as error:
             raise DriverError(f"the NVIDIA driver was not found ({error}); {ADVICE}") from None
+        if missing := [name for name in FUNCTIONS if not hasattr(self._library, name)]:
+            path = library or LIBRARY
+            raise DriverError(f"{path} is no NVIDIA driver that is served: it has no {missing[0]}; {ADVICE}")
         try:
             self.call("cuInit", 0)
             count = ctypes.c_int()
@@ -49,7 +62,7 @@ class Driver:
         if code:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(code, ctypes.byref(text))
-            raise DriverError(f"{name} failed: {(text.value or b'').decode() or code}")
+            raise DriverError(f"{name} failed: {(text.value or b'').decode() or f'error {code}'}")
 
     def attribute(self, device: int, which: int) -> int:
         value = ctypes.c_int()
@@ -76,6 +89,24 @@ class Driver:
         return free.value, total.value
 
 
+def check_torch(version: Path | None = None) -> None:
+    """Looks whether torch is built for CUDA, without importing it. version: its `version.py`, which holds facts alone.
+
+    Raises:
+        DriverError: it is built for processors alone.
+    """
+    if version is None:
+        spec = importlib.util.find_spec("torch")
+        assert spec is not None and spec.origin is not None, "torch is installed with the server"
+        version = Path(spec.origin).with_name("version.py")
+    facts = runpy.run_path(str(version))
+    if facts["cuda"] is None:
+        raise DriverError(
+            f"torch {facts['__version__']} is built for processors alone; install the default build of torch "
+            "(`make install` without TORCH_INDEX_URL), or use --device cpu"
+        )
+
+
 @dataclass(frozen=True)
 class VisibleGpu:
     """A GPU that a rank could have. Sizes in bytes."""
@@ -95,6 +126,8 @@ def visible_gpus(count: int | None = None, driver: Driver | None = None) -> list
         DriverError: there are not as many, or one is older than any that our kernels compile for.
     """
     driver = driver or Driver()
+    if count is not None and count < 1:
+        raise DriverError(f"--num-shard {count}; expected at least 1")
     if count is not None and count > driver.num_devices:
         seen = f"the NVIDIA driver shows {driver.num_devices} (see CUDA_VISIBLE_DEVICES)"
         raise DriverError(f"--num-shard {count} needs as many GPUs, {seen}; use --num-shard {driver.num_devices}")
@@ -103,7 +136,12 @@ def visible_gpus(count: int | None = None, driver: Driver | None = None) -> list
         name, capability = driver.name(index), driver.capability(index)
         if capability < LEAST_CAPABILITY:
             raise too_old(f"GPU {index} ({name})", capability)
-        free, total = driver.memory(index)
+        try:
+            free, total = driver.memory(index)
+        except DriverError as error:
+            raise DriverError(
+                f"GPU {index} ({name}) cannot be used: {error}; end what uses it, or {OTHER_GPUS}"
+            ) from None
         gpus.append(VisibleGpu(index, name, capability, free, total, multiplies_bfloat16(capability)))
     return gpus
 

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .libcuda import DriverError
+
 
 class Fetched(Protocol):
     """A copy to the host that was put into the stream."""
@@ -74,11 +76,23 @@ class _Copy:
 
 
 class TorchStreams:
-    """Implements `Streams`. Made on the thread that computes."""
+    """Implements `Streams`. Made on the thread that computes.
+
+    Raises:
+        DriverError: torch cannot use the device, though the driver can.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DriverError(
+                f"--device cuda: torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use {device}: "
+                f"{first_line}; update NVIDIA's driver, or use --device cpu"
+            ) from None
         self._pool: Any = None
 
     def upload(self, values: NDArray[np.int64], into: Tensor) -> None:

@@ -23,7 +23,7 @@ enum Float : int32_t { kNone, kF32, kF16, kBf16 };
 // Bytes of a step: 8 places x 32 columns.
 constexpr int64_t kStepBytes[kCodings] = {1024, 512, 64, 96, 128, 256, 128, 256, 256, 128};
 
-// Mirrored by `native/__init__.py`.
+// Mirrored by `native/linear.py`.
 struct Weight {
     int32_t coding;
     int32_t scale_type;         // kNone: one group, and its sum is the result
