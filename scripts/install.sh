@@ -78,8 +78,8 @@ if [ -n "$packages" ]; then wait "$packages" || fail "the Python packages could 
 for binary in "${binaries[@]}"; do
     # Not over the running file: a server may be in use.
     if ! cmp -s "target/release/$binary" ".venv/bin/$binary"; then
-        cp "target/release/$binary" ".venv/bin/.$binary.new"
-        mv ".venv/bin/.$binary.new" ".venv/bin/$binary"
+        cp "target/release/$binary" ".venv/bin/.$binary.$$"
+        mv ".venv/bin/.$binary.$$" ".venv/bin/$binary"
     fi
 done
 say "ready: .venv/bin/text-generation-launcher --help"

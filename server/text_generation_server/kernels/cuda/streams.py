@@ -86,7 +86,7 @@ class TorchStreams:
         self._device = device
         try:
             torch.cuda.set_device(device)
-            torch.empty(1, device=device)
+            torch.cuda.mem_get_info(device)
         except (RuntimeError, AssertionError) as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DriverError(
