@@ -47,6 +47,10 @@ def decode(batch: int, column: str, digits: int) -> str:
     return between([cell("quantized", table, "gptq 4 bits g128", column) for table in tables], digits)
 
 
+def loading(column: str) -> float:
+    return cell("quantized", "Loading and memory", "gptq 4 bits g128", column)
+
+
 def share(batch: int) -> str:
     """Of what memory allows, by length."""
     tables = [f"Decode, batch {batch}, {length} tokens before" for length in LENGTHS]
@@ -105,6 +109,7 @@ def layer(sequences: int, blocks: str) -> float:
 
 
 README: list[Callable[[], str]] = [
+    lambda: f"{loading('load s'):.1f} s, {loading('load ÷ the longer'):.2f} times the longer of reading the file",
     lambda: f"{beside_transformers('serve', 1)} times the tokens per second",
     lambda: f"{beside_transformers('generate', 0)} times |",
     lambda: f"(an unofficial build; not compiled, compiled) | {beside_vllm()} times",
