@@ -104,10 +104,8 @@ class RunnerAhead(Runner):
         super().admit(a)
         self.unknown[a.row], self.known_blocks[a.row] = -1, 0
         self.stopped.pop(a.row, None)
-        p, state = a.params, self.table.states[a.row]
-        changes = p.counts_ids or p.logit_bias or p.watermark or p.min_new_tokens > 0
-        limits = state.constraint is not None or p.typical_p < 1.0
-        if changes or limits or p.top_n > 0 or a.prompt_logprobs_from is not None or self.digests is not None:
+        # A row that the host need not draw for at first is none later on.
+        if self.is_kept(a.row) or a.prompt_logprobs_from is not None or self.digests is not None:
             self.special.add(a.row)
         else:
             self.special.discard(a.row)

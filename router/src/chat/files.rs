@@ -97,10 +97,12 @@ pub fn read(folder: &Path, overrides: &Overrides) -> Result<ChatTemplate, FilesE
     let tokens = tokens(&[config, legacy]);
     let template = ChatTemplate::new(sources, tokens)?;
     // One that a model has may be of no use; one that somebody names is meant.
-    match (&overrides.chat_template, template.flaw()) {
-        (Some(path), Some(flaw)) => Err(Place::chat_template(path).error(flaw)),
-        _ => Ok(template),
+    if let Some(path) = &overrides.chat_template
+        && let Some(flaw) = template.flaw()
+    {
+        return Err(Place::chat_template(path).error(flaw));
     }
+    Ok(template)
 }
 
 fn sources(

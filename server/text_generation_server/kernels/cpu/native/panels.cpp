@@ -14,16 +14,7 @@ namespace kernels {
 namespace {
 
 // Bits of an element of the data that a coding is made of.
-constexpr int element_bits(int32_t coding) {
-    switch (coding) {
-        case kFloat32: return 32;
-        case kBfloat16: return 16;
-        case kInt2: return 2;
-        case kInt3: return 3;
-        case kInt4: case kTable4: case kTable4Bytes: return 4;
-        default: return 8;
-    }
-}
+constexpr int element_bits(int32_t coding) { return int(kStepBytes[coding] * 8 / (kStepPlaces * kColumns)); }
 
 // Bytes that are read of a row at a time: a line of a cache.
 constexpr int64_t kLine = 64;
