@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....batch import StepBatch
 from ...interface import BlockParts, FusedBlock
-from .layer import TILE_KEYS, NativeLayer, slopes_address, step_rows
+from .layer import SCORED_KEYS, NativeLayer, slopes_address, step_rows
 from .library import FLOATS, Library
 from .linear import NativeLinear
 
@@ -178,7 +178,7 @@ def fuse(library: Library, parts: BlockParts) -> NativeBlock | None:
         weight is not None and (weight.dtype != native[0].dtype or not weight.is_contiguous()) for weight in weights
     ):
         return None
-    return NativeBlock(library, parts, native) if NativeLayer.attends(parts.head_dim, TILE_KEYS) else None
+    return NativeBlock(library, parts, native) if NativeLayer.attends(parts.head_dim, SCORED_KEYS) else None
 
 
 def join(library: Library, blocks: Sequence[FusedBlock]) -> NativeBlocks | None:

@@ -12,7 +12,9 @@ namespace kernels {
 
 // Keys that are weighed against each other at once; sums go over such tiles in ascending order, from the first that a
 // query sees, and tiles begin at multiples of this position.
-constexpr int64_t kTileKeys = 16;
+constexpr int64_t kTileKeys = 64;
+// Keys of a tile that are scored at once, and stand in one block of the cache.
+constexpr int64_t kScoredKeys = 16;
 // Query rows of one tile: tokens of a sequence times the query heads of a key head; more than these only if the heads alone
 // are more.
 constexpr int64_t kTileRows = 64;
@@ -37,7 +39,7 @@ struct Attention {
 struct AttentionTile { int64_t sequence, token, count, kv_head; };
 
 constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t rows) {
-    return rows * (2 * head_dim + kTileKeys + 2) + 2 * head_dim * kTileKeys + 64;
+    return rows * (2 * head_dim + kTileKeys + 2) + 2 * head_dim * kScoredKeys + 64;
 }
 
 // Columns that are rounded one after another at most, and outputs whose columns one thread goes through at a time.
@@ -65,8 +67,9 @@ struct LayerVariant {
                    int64_t stride, int64_t first, int64_t last);
     // x += y, elements [first, last), rounded to the type.
     void (*add)(void *x, const void *y, int32_t type, int64_t first, int64_t last);
-    // `scratch`: of `rows` rows, which are enough for every tile.
-    void (*attend)(const Attention &, const AttentionTile &, float *scratch, int64_t rows);
+    // `next`: what this thread attends to next, or null; its keys and values are read ahead. `scratch`: of `rows` rows, which
+    // are enough for every tile.
+    void (*attend)(const Attention &, const AttentionTile &, const AttentionTile *next, float *scratch, int64_t rows);
     // Outputs [first, last): what each column would have been, its codes, and its errors / upper[i][i].
     void (*round_columns)(const Columns &, int64_t first, int64_t last);
 };

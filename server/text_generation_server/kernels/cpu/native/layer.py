@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 from ....batch import StepBatch
 from ...interface import AttentionOptions, CacheSpec, KVCache
 from .library import FLOATS, Library
+from .pages import own_memory
 
 logger = logging.getLogger(__name__)
 
-TILE_KEYS = 16
+# `kScoredKeys` of layer.h.
+SCORED_KEYS = 16
 # Two vectors of the widest variant.
 HEAD_MULTIPLE = 32
 
@@ -88,14 +91,14 @@ class NativeLayer:
     @staticmethod
     def attends(head_dim: int, block_size: int) -> bool:
         """Whether heads and blocks of these sizes are whole vectors."""
-        return head_dim % HEAD_MULTIPLE == 0 and block_size % TILE_KEYS == 0
+        return head_dim % HEAD_MULTIPLE == 0 and block_size % SCORED_KEYS == 0
 
     def new_kv_cache(self, spec: CacheSpec, num_blocks: int, block_size: int) -> KVCache:
         """Of each layer: keys [blocks, heads, head_dim, block_size], values [blocks, heads, block_size, head_dim]."""
-        shape = (num_blocks, spec.num_kv_heads)
 
         def allocate(*block: int) -> Tensor:
-            return torch.empty(*shape, *block, dtype=spec.dtype)
+            shape = (num_blocks, spec.num_kv_heads, *block)
+            return own_memory(prod(shape) * spec.dtype.itemsize).view(spec.dtype).view(shape)
 
         size, dim = block_size, spec.head_dim
         layers = [(allocate(dim, size), allocate(size, dim)) for _ in range(spec.num_layers)]

@@ -294,7 +294,7 @@ EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threa
         static thread_local Buffer scratch;
         float *floats = scratch.floats(attention_scratch_floats(step->head_dim, tokens * group));
         for (int64_t tile = first; tile < last; tile++)
-            variant_of(variant).layer->attend(*step, tiles[tile], floats, tokens * group);
+            variant_of(variant).layer->attend(*step, tiles[tile], tile + 1 < last ? &tiles[tile + 1] : nullptr, floats, tokens * group);
     });
 }
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,11 +14,11 @@ from torch import Tensor
 from ...codes import pack
 from ...weights import Coding, DenseRows, Float8, Integer, QuantizedWeight, Table
 from .library import FLOATS, Library
+from .pages import own_memory
 
 logger = logging.getLogger(__name__)
 
 COLUMNS, STEP = 32, 8
-HUGE_PAGE = 2 << 20
 # Values of a dense weight that are read at a time.
 READ_VALUES = 1 << 20
 E4M3 = 7
@@ -200,7 +199,7 @@ def _linear(library: Library, form: _Form, parts: Iterable[Tensor], dtype: torch
     steps = int(ends[-1])
     panel_bytes = steps * library.step_bytes(form.coding)
     # A load may reach a little beyond the last step.
-    packed = _own_memory(-(-form.out_features // COLUMNS) * panel_bytes + 64)
+    packed = own_memory(-(-form.out_features // COLUMNS) * panel_bytes + 64)
     weight = _Weight(
         form.coding, 0, form.out_features, form.in_features, steps, len(ends), packed.data_ptr(), ends.data_ptr()
     )
@@ -247,16 +246,6 @@ def _places(order: Tensor, sizes: list[int]) -> Tensor:
     """int32: `order`, of which groups have `sizes`, each filled up to whole steps with -1."""
     parts = torch.split(order, sizes)
     return torch.cat([F.pad(part, (0, -len(part) % STEP), value=-1) for part in parts]).to(torch.int32)
-
-
-def _own_memory(num_bytes: int) -> Tensor:
-    """uint8 in pages of its own. Among what loading makes and drops, what stays would keep the heap from shrinking."""
-    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_PAGE
-    # Processors read ahead within a page. The end stays in small ones, so that no memory is held that nothing fills.
-    if whole := num_bytes // HUGE_PAGE * HUGE_PAGE:
-        pages.madvise(mmap.MADV_HUGEPAGE, begin, whole)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes, offset=begin)
 
 
 def _panels(values: Tensor) -> Tensor:
