@@ -12,8 +12,8 @@ from pathlib import Path
 
 SCRIPTS = [
     "load_ceiling", "scheduler_cost", "step_gap", "memory", "router_alone", "http_cost", "text_cost", "constrained",
-    "neighbours", "quantized", "quantize_quality", "quantize_speed", "products", "step_overhead", "sampling", "gpu_kernels",
-    "recovery", "shards", "side_by_side",
+    "neighbours", "quantized", "quantize_quality", "quantize_speed", "products", "step_overhead", "attention", "sampling",
+    "gpu_kernels", "recovery", "shards", "side_by_side",
 ]  # fmt: skip
 TIMEOUT_S = 3600
 

@@ -108,8 +108,8 @@ def serve(
         str | None,
         typer.Option(
             envvar="INSTRUCTION_SET",
-            help="Our own kernels on processors: avx2, avx512, avx512_bf16, amx, or none for torch's operators alone; "
-            "by default the best of the first three that the processor executes.",
+            help="Our own kernels on processors: avx2, avx512, avx512_vnni, avx512_bf16, amx, or none for torch's "
+            "operators alone; by default the best that the processor executes, but for amx.",
         ),
     ] = None,
     kernel_cache: KernelCache = None,

@@ -55,8 +55,6 @@ def test_a_whole_block_has_the_bits_of_its_operations(
 ) -> None:
     torch.set_num_threads(threads)
     kernels = kernels_of(instruction_set)
-    if name == "docs-llama-7m" and dtype == "bfloat16" and not kernels._library.dots:  # type: ignore[union-attr]
-        pytest.skip("oneDNN multiplies, and blocks are not fused")
     whole, single = (logits(decoder(MODELS / name, kernels, dtype, fused), 16) for fused in (True, False))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
@@ -136,7 +134,7 @@ def test_blocks_with_biases_and_norms_of_heads_have_the_bits_of_their_operations
     model.save_pretrained(tmp_path)
     kernels = CpuKernels()
     for path in (MODELS / "docs-qwen2-4m", tmp_path):
-        for dtype in ("float32", "bfloat16") if kernels._library.dots else ("float32",):  # type: ignore[union-attr]
+        for dtype in ("float32", "bfloat16"):
             whole, single = (logits(decoder(path, kernels, dtype, fused), 16) for fused in (True, False))
             assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
 

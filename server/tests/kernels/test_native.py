@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import product
@@ -34,7 +35,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 def tolerance(library: Library, coding: Coding, dtype: torch.dtype) -> float:
     """Where codes are multiplied by dot instructions, activations have 8 bits."""
-    return 1e-2 if library.dots and isinstance(coding, Integer) and dtype == torch.bfloat16 else TOLERANCE[dtype]
+    return (
+        1e-2 if library.dots_of_codes and isinstance(coding, Integer) and dtype == torch.bfloat16 else TOLERANCE[dtype]
+    )
 
 
 def rows(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,7 +148,7 @@ def test_values_at_the_edges_of_bfloat16_survive(library: Library) -> None:
     values = torch.tensor([finfo.max, -finfo.max, finfo.tiny, 2.0**-133, 1.0, 0.0]).bfloat16()
     one = torch.eye(6, dtype=torch.bfloat16)
     # Dot instructions take a subnormal for zero, as every library does that uses them.
-    kept = torch.where(values.abs() < finfo.tiny, 0, values) if library.dots else values
+    kept = torch.where(values.abs() < finfo.tiny, 0, values) if library.dots_of_numbers else values
     assert torch.equal(dense_linear(library, one)(values[None]), kept[None])
     x = torch.zeros(5, 6, dtype=torch.bfloat16)
     x[1, 0], x[3, 2] = float("inf"), float("nan")
@@ -312,6 +315,26 @@ def test_elements_have_the_same_bits_in_any_company(layer: NativeLayer) -> None:
             assert torch.equal(layer.rotate(x[part].view(count, 5, 20), cos[part], sin[part]), whole[2][part])
 
 
+def test_caches_lie_in_large_pages_as_far_as_they_fill_them() -> None:
+    layer = NativeLayer(LIBRARIES[0])
+
+    def advised(tensor: Tensor) -> bool:
+        """As Linux tells it of the mapping (proc(5): `hg` of VmFlags)."""
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if begin_end := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                begin, end = (int(number, 16) for number in begin_end.groups())
+                inside = begin <= tensor.data_ptr() < end
+            elif inside and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError("no mapping holds the tensor")
+
+    large = layer.new_kv_cache(CacheSpec(1, 2, 64, torch.bfloat16), 2048, 16).layers[0]  # 8 MiB each
+    small = layer.new_kv_cache(CacheSpec(1, 2, 64, torch.bfloat16), 4, 16).layers[0]
+    assert [advised(tensor) for tensor in (*large, *small)] == [True, True, False, False]
+    assert all(tensor.shape == (2048, 2, *shape) for tensor, shape in zip(large, ((64, 16), (16, 64)), strict=True))
+
+
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
@@ -336,6 +359,8 @@ def test_attention_has_the_same_bits_whole_in_chunks_and_step_by_step(
             count = len(positions)
             nothing = torch.zeros(0, dtype=torch.int64)
             batch = StepBatch(nothing, positions, [0, count], [begin + count], slots, table, nothing, cache)
+            for tensor in cache.layers[0] if window else ():
+                tensor[table[0, : max(0, begin - window + 1) // size]] = torch.nan  # nobody sees them any more
             layer.store_kv(k[positions], v[positions], 0, batch)
             found.append(layer.attention(q[positions], 0, batch, options))
         return torch.cat(found)

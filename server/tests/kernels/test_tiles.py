@@ -135,12 +135,17 @@ def test_a_processor_with_tiles_gives_the_bits_of_the_emulation(coding: Coding |
 
 
 def test_what_can_be_chosen_is_what_the_processor_says_that_it_has() -> None:
-    flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    dots = {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
-    tiles = dots | {"avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"}
+    information = Path("/proc/cpuinfo").read_text()
+    flags = set(re.findall(r"^flags\s*:(.*)$", information, re.MULTILINE)[0].split())
+    vendor = re.findall(r"^vendor_id\s*: *(.*)$", information, re.MULTILINE)[0]
+    codes = {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"}
+    tiles = codes | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}
     variants = Library().variants
     built = ["amx"] if build.knows(["c++"], build.TILES) else []
-    assert list(variants) == [NAME, "avx2", "avx512", "avx512_bf16", *built]
+    # The best last.
+    of_dots = ["avx512_bf16", "avx512_vnni"] if vendor == "GenuineIntel" else ["avx512_vnni", "avx512_bf16"]
+    assert list(variants) == [NAME, "avx2", "avx512", *of_dots, *built]
+    assert variants["avx512_vnni"] is (codes <= flags) and variants["avx512_bf16"] is (codes | {"avx512_bf16"} <= flags)
     usable = bool(built) and tiles <= flags
     assert variants.get("amx", False) is usable
     assert Library().name != "amx"

@@ -6,7 +6,7 @@
 //
 //   numbers  any number of rows goes through tiles: how the processor adds up within a tile is its own affair, but each row of a tile is
 //            by itself, so a row's bits are the same in any company
-//   codes    a run is a block of avx512_bf16.cpp. Sums within it are exact and everything after it is in the same order, so the bits are
+//   codes    a run is a block of avx512_vnni.cpp. Sums within it are exact and everything after it is in the same order, so the bits are
 //            those of that source, which computes few rows
 //
 // Of a tile of rows the sums of two times 16 rows and two times 16 columns are in tiles 0 to 3, the rows in 4 and 5, the weights in 6

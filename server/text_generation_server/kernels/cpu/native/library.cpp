@@ -18,23 +18,31 @@ constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kWorthThreads = 1 << 17;
 
 // Of AVX-512, but for what dot instructions and tiles do.
-Variant with_dots(const char *name, const Dots *tiles) {
+Variant with_dots(const char *name, const Dots *numbers, const Dots *tiles) {
     Variant variant = kAvx512;
-    variant.name = name, variant.dots = &kDotsAvx512, variant.tiles = tiles;
+    variant.name = name, variant.codes = &kDotsOfCodes, variant.numbers = numbers, variant.tiles = tiles;
     return variant;
 }
 
-const Variant kAvx512Bf16 = with_dots("avx512_bf16", nullptr);
+const Variant kAvx512Vnni = with_dots("avx512_vnni", nullptr, nullptr), kAvx512Bf16 = with_dots("avx512_bf16", &kDotsOfNumbers, nullptr);
 #ifdef KERNELS_AMX
-const Variant kAmx = with_dots("amx", &kTilesAmx);
+const Variant kAmx = with_dots("amx", &kDotsOfNumbers, &kTilesAmx);
 #endif
+
+// Intel's processors, which have tiles for it, take four times as long for a dot instruction of bfloat16 as for a multiplication in
+// float32, of half as many numbers; AMD's as long.
+bool slow_bfloat16() {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+}
 
 // The best last.
 std::vector<const Variant *> &variants() {
     static std::vector<const Variant *> all{
         &kAvx2,
         &kAvx512,
-        &kAvx512Bf16,
+        slow_bfloat16() ? &kAvx512Bf16 : &kAvx512Vnni,
+        slow_bfloat16() ? &kAvx512Vnni : &kAvx512Bf16,
 #ifdef KERNELS_AMX
         &kAmx,
 #endif
@@ -82,8 +90,9 @@ bool supported(const Variant &variant) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (&variant == &kAvx512) return avx512;
-    const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-                      __builtin_cpu_supports("avx512vbmi");
+    const bool codes = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    if (&variant == &kAvx512Vnni) return codes;
+    const bool dots = codes && __builtin_cpu_supports("avx512bf16");
 #ifdef KERNELS_AMX
     if (&variant == &kAmx) return dots && may_use_tiles();
 #endif
@@ -181,11 +190,13 @@ EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
 // One more variant, which is `avx512_bf16` with these tiles: for tests, before anything else is asked. The first, since it is the last
 // that anyone should choose.
 EXPORT void kernels_add_tiles(const char *name, const Dots *tiles) {
-    variants().insert(variants().begin(), new Variant(with_dots(strdup(name), tiles)));
+    variants().insert(variants().begin(), new Variant(with_dots(strdup(name), &kDotsOfNumbers, tiles)));
 }
 
-// Whether a variant has dot instructions for bfloat16 activations.
-EXPORT int32_t kernels_dots(int32_t variant) { return variants()[variant]->dots != nullptr; }
+// Whether a variant has dot instructions or tiles for bfloat16 activations and codes, which makes 8-bit integers of activations; and for
+// numbers.
+EXPORT int32_t kernels_dots_of_codes(int32_t variant) { return variants()[variant]->codes != nullptr; }
+EXPORT int32_t kernels_dots_of_numbers(int32_t variant) { return variants()[variant]->numbers != nullptr; }
 
 // The coding that a variant wants for codes of a table.
 EXPORT int32_t kernels_table_coding(int32_t variant) { return variants()[variant]->table; }
@@ -211,7 +222,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
         UnitCounts counts;
         const Dots *dots = nullptr;
         if (type == kBf16)
-            for (const Dots *each : {use.tiles, use.dots})
+            for (const Dots *each : {use.tiles, use.codes, use.numbers})
                 if (!dots && each && each->counts(*weight, count, &counts)) dots = each;
         if (dots) {
             multiply_by_dots(*weight, *dots, counts, reinterpret_cast<const uint16_t *>(from), count, reinterpret_cast<uint16_t *>(to),

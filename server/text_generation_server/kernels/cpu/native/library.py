@@ -74,9 +74,14 @@ class Library:
         return int(self._library.kernels_table_coding(self.variant))
 
     @property
-    def dots(self) -> bool:
-        """Whether bfloat16 goes through dot instructions or tiles, codes as 8-bit integers (see avx512_bf16.cpp)."""
-        return bool(self._library.kernels_dots(self.variant))
+    def dots_of_codes(self) -> bool:
+        """Whether bfloat16 activations become 8-bit integers for products with codes (see few_rows_variant.h)."""
+        return bool(self._library.kernels_dots_of_codes(self.variant))
+
+    @property
+    def dots_of_numbers(self) -> bool:
+        """Whether bfloat16 goes through dot instructions or tiles as it is."""
+        return bool(self._library.kernels_dots_of_numbers(self.variant))
 
     def step_bytes(self, coding: int) -> int:
         return int(self._library.kernels_step_bytes(coding))

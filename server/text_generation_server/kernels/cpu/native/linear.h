@@ -129,8 +129,8 @@ struct Variant {
                    float *x, float *sums);
     // Panels [first, last) of the product. `scratch` is this thread's own, of `scratch_floats(rows)`.
     void (*multiply)(const Weight &, const Rows &, int64_t first, int64_t last, float *scratch);
-    const Dots *dots;   // or null
-    const Dots *tiles;  // asked before `dots`; or null. Of codes both give the same bits
+    const Dots *codes, *numbers;  // of each kind of weights; or null
+    const Dots *tiles;            // asked before these; or null. Of codes both give the same bits
     const LayerVariant *layer;
     const SamplingVariant *sampling;
 };
@@ -145,6 +145,6 @@ constexpr int64_t scratch_floats(int64_t rows) {
 inline int64_t unit_scratch_floats(const Weight &weight) { return 2 * weight.steps * kStepPlaces + 256; }
 
 extern const Variant kAvx2, kAvx512;
-extern const Dots kDotsAvx512, kTilesAmx;
+extern const Dots kDotsOfCodes, kDotsOfNumbers, kTilesAmx;
 
 }  // namespace kernels

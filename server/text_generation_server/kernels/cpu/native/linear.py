@@ -82,7 +82,7 @@ def _error(library: Library, kind: Coding | torch.dtype) -> float:
     weight = QuantizedWeight(kind, in_, pack(codes, kind.bits), scales, zeros, group, None)
     numbers = weight.dequantize()
     error = _product_error(quantized_linear(library, weight, torch.float32), numbers, x, 0)
-    if library.dots:
+    if library.dots_of_codes if isinstance(kind, Integer) else library.dots_of_numbers:
         tolerated = _EIGHT_BITS if isinstance(kind, Integer) else _ROUNDING
         matmul = quantized_linear(library, weight, torch.bfloat16)
         error = max(error, _product_error(matmul, numbers, x.bfloat16(), tolerated))
@@ -129,8 +129,8 @@ def dense_why_not(library: Library, dtype: torch.dtype) -> str | None:
     """What speaks against our own product of dense weights."""
     if dtype not in _DENSE:
         return f"weights are {dtype}".replace("torch.", "")
-    if dtype == torch.bfloat16 and not library.dots and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "the processor multiplies bfloat16 itself"
+    if dtype == torch.bfloat16 and not library.dots_of_numbers and torch.cpu._is_amx_tile_supported():
+        return "oneDNN multiplies bfloat16 by tiles"
     return why_not(library, dtype)
 
 

@@ -18,8 +18,8 @@ def own_memory(num_bytes: int) -> Tensor:
     """
     pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_PAGE
-    # Processors read ahead within a page, and look up fewer. The end stays in small ones, so that no memory is held that nothing
-    # fills.
+    # Processors read ahead within a page, and have to look up fewer. The end stays in small ones, so that no memory is
+    # held that nothing fills.
     if whole := num_bytes // HUGE_PAGE * HUGE_PAGE:
         pages.madvise(mmap.MADV_HUGEPAGE, begin, whole)
     return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes, offset=begin)

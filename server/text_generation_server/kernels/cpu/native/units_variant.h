@@ -1,5 +1,5 @@
 // Units of 4 bytes, of weights and of activations, for products that add up units: included by each source that has such, after
-// linear_parts.h. See avx512_bf16.cpp.
+// linear_parts.h. See few_rows_variant.h.
 
 constexpr int64_t kBlockSteps = 8;
 
@@ -117,11 +117,13 @@ struct Float8 {
     static constexpr int place(int u, int k) { return 2 * u + k; }
 };
 
+#ifdef __AVX512BF16__
 // The 16 numbers of a table, twice.
 INLINE I load_table(const Weight &weight) {
     if (!weight.table) return all(0);
     return {_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(weight.table)))};
 }
+#endif
 
 // Of several rows, where those of one tile begin in x, scales, offsets and sums; see Units.
 struct Tile {
@@ -341,16 +343,28 @@ int64_t runs_of(const Weight &weight) {
 }
 
 template <class Function>
-bool with_units(int32_t coding, Function &&function) {
+bool with_codes(int32_t coding, Function &&function) {
     switch (coding) {
-        case kBfloat16: function(Brain{}); return true;
         case kInt2: function(Codes<2>{}); return true;
         case kInt3: function(Codes<3>{}); return true;
         case kInt4: function(Codes<4>{}); return true;
         case kInt8: function(Codes<8>{}); return true;
+        default: return false;
+    }
+}
+
+template <class Function>
+bool with_numbers(int32_t coding, Function &&function) {
+    switch (coding) {
+        case kBfloat16: function(Brain{}); return true;
         case kTable4: function(TableOfBrain{}); return true;
         case kE4m3: function(Float8<false>{}); return true;
         case kE5m2: function(Float8<true>{}); return true;
         default: return false;
     }
+}
+
+template <class Function>
+bool with_units(int32_t coding, Function &&function) {
+    return with_codes(coding, function) || with_numbers(coding, function);
 }
