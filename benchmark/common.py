@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import select
@@ -19,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -249,6 +252,10 @@ def write_result(name: str, title: str, head: str, body: str) -> Path:
     path = RESULTS / f"{name}.md"
     path.write_text(f"# {title}\n\n{head}\n\n{body}\n")
     print(f"\n{body}\n\nwritten to {path.relative_to(ROOT)}")
+    if importlib.util.find_spec("matplotlib"):
+        draw.draw_result(path)
+    else:
+        print(f"not drawn, as matplotlib is missing: python benchmark/draw.py {name}")
     return path
 
 

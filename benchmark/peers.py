@@ -413,6 +413,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--requests", type=int, default=4, help="of each client")
     parser.add_argument("--folder", type=Path, help="where models are made and kept; by default they are removed")
+    parser.add_argument("--name", default="peers", help="of the result's file (default: %(default)s)")
     parser.add_argument("--role", choices=["gguf", "openvino", "openvino-clients"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
@@ -434,7 +435,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         body = measure(arguments, folder.resolve())
-    common.write_result("peers", "Beside llama.cpp and OpenVINO GenAI, 4 bits", head, body)
+    common.write_result(arguments.name, "Beside llama.cpp and OpenVINO GenAI, 4 bits", head, body)
 
 
 if __name__ == "__main__":

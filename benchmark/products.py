@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", help="instruction sets; by default all that this processor executes")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, nargs="+", default=list(dict.fromkeys((1, cores))))
+    parser.add_argument("--name", default="products", help="of the result's file (default: %(default)s)")
     parser.add_argument("--print", action="store_true", help="do not write the result's file")
     arguments = parser.parse_args()
     prepare_environment()
@@ -153,7 +154,7 @@ def main() -> None:
     if arguments.print:
         print(body)
     else:
-        common.write_result("products", "Products, by instruction set", head, body)
+        common.write_result(arguments.name, "Products, by instruction set", head, body)
 
 
 if __name__ == "__main__":

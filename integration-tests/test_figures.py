@@ -1,6 +1,8 @@
 """The figures that the README and the documentation tell are those of the tables in benchmark/results, rounded."""
 
+import importlib.util
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -155,3 +157,18 @@ FIGURES = [
 def test_a_figure_that_is_told_was_measured(page: str, figure: Callable[[], str]) -> None:
     text = " ".join((ROOT / page).read_text().split())
     assert figure() in text, page
+
+
+def test_every_table_has_its_picture_and_no_picture_is_of_another_table() -> None:
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "benchmark" / "draw.py")
+    assert spec is not None and spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    sys.modules["draw"] = draw  # where its dataclasses look for themselves
+    spec.loader.exec_module(draw)
+    wanted = {}
+    for path in RESULTS.glob("*.md"):
+        wanted |= draw.pictures(path)
+    assert len(wanted) > 40
+    assert {picture.name for picture in wanted} == {path.name for path in RESULTS.glob("*.png")}
+    stale = [picture.name for picture, table in wanted.items() if draw.drawn_from(picture) != table.digest]
+    assert not stale, "python benchmark/draw.py draws them"
