@@ -22,7 +22,7 @@ from text_generation_server.kernels.cpu.native import library as native
 from text_generation_server.kernels.cpu.native import linear
 from text_generation_server.kernels.cpu.native.layer import NativeLayer
 from text_generation_server.kernels.cpu.native.library import Library, load_library
-from text_generation_server.kernels.cpu.native.linear import dense_linear, quantized_linear, why_not
+from text_generation_server.kernels.cpu.native.linear import dense_linear, dense_why_not, quantized_linear, why_not
 from text_generation_server.kernels.cpu.quantized import Native
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
 from text_generation_server.kernels.weights import Coding, Float8, Integer, QuantizedWeight
@@ -139,6 +139,17 @@ def test_weights_that_were_read_ahead_may_go() -> None:
             first(x)
         del second
     torch.set_num_threads(1)
+
+
+@each_library
+@pytest.mark.parametrize("tiles", [False, True])
+def test_tiles_of_onednn_serve_where_ours_are_not_asked_for(
+    library: Library, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    reason = dense_why_not(library, torch.bfloat16)
+    assert (reason is not None) is (tiles and not library.dots_of_numbers), reason
+    assert dense_why_not(library, torch.float32) is None
 
 
 @each_library
