@@ -29,6 +29,9 @@ BENCHMARK = ROOT / "target" / "release" / "text-generation-benchmark"
 ROUTER = ROOT / "target" / "release" / "text-generation-router"
 SHIPPED_MODEL = ROOT / "models" / "docs-llama-7m"
 
+# Where rustup puts cargo, which is on nobody's path until the next login.
+os.environ["PATH"] += f"{os.pathsep}{Path.home() / '.cargo' / 'bin'}"
+
 Report = dict[str, Any]
 
 

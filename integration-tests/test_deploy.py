@@ -192,6 +192,24 @@ def test_the_lists_of_what_is_shipped_hold_that_alone() -> None:
     assert made_with and not made_with & rust.keys()
 
 
+def test_cargo_is_found_where_rustup_puts_it_and_else_named(tmp_path: Path) -> None:
+    def run(home: Path, path: str) -> subprocess.CompletedProcess[str]:
+        command = [BINARIES / "python", ROOT / "scripts" / "sbom.py", "rust"]
+        environment = os.environ | {"HOME": str(home), "PATH": path}
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    (tmp_path / "bin").mkdir()
+    done = run(tmp_path, str(tmp_path / "bin"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("cargo was not found, on the PATH or in ~/.cargo/bin: `make install` sets it up")
+    # A user's shell does not look into ~/.cargo/bin before the next login.
+    cargo = shutil.which("cargo", path=f"{Path.home()}/.cargo/bin:{os.environ['PATH']}")
+    assert cargo is not None
+    if Path(cargo).parent.name == "bin" and Path(cargo).parent.parent.name == ".cargo":
+        done = run(Path(cargo).parent.parent.parent, "/usr/bin:/bin")
+        assert done.returncode == 0 and "bomFormat" in done.stdout, done.stderr
+
+
 def test_the_notices_name_every_crate_that_is_linked_with_the_text_of_its_licence() -> None:
     command = [BINARIES / "python", ROOT / "scripts" / "notices.py"]
     notices = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

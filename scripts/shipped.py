@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,17 @@ PROGRAMS = {"text-generation-launcher", "text-generation-router", "text-generati
 PACKAGE = "text-generation-server"
 
 
+def cargo() -> str:
+    """Where it is: on the path, or where rustup puts it, which is on the path of nobody until the next login."""
+    found = shutil.which("cargo") or shutil.which("cargo", path=os.fspath(Path.home() / ".cargo" / "bin"))
+    return found or sys.exit("cargo was not found, on the PATH or in ~/.cargo/bin: `make install` sets it up")
+
+
 def crates() -> list[dict[str, Any]]:
     """Cargo's metadata of each crate that is linked into a program, by name; ours are among them."""
     platform = "x86_64-unknown-linux-gnu"
-    command = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", platform]
-    metadata = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    command = [cargo(), "metadata", "--locked", "--format-version", "1", "--filter-platform", platform]
+    metadata = json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     packages = {package["id"]: package for package in metadata["packages"]}
     waiting = [key for key, package in packages.items() if package["name"] in PROGRAMS]
