@@ -59,10 +59,10 @@ def share(batch: int) -> str:
     return between([cell("quantized", table, "gptq 4 bits g128", "of what it allows") for table in tables], 2)
 
 
-def llama_cpp(section: str, digits: int) -> str:
+def llama_cpp(section: str, digits: int, result: str = "peers") -> str:
     rows = ("llama.cpp Q4_0, head as ours", "llama.cpp Q4_0")
     column = "ours ÷ this" if section == CLIENTS else "ours ÷ this, turn by turn"
-    return between([cell("peers", section, row, column) for row in rows], digits)
+    return between([cell(result, section, row, column) for row in rows], digits)
 
 
 def openvino(section: str, column: str = "ours ÷ this, turn by turn") -> str:
@@ -124,6 +124,10 @@ README: list[Callable[[], str]] = [
         f"{openvino('Decode of one sequence, after 32 tokens')} times, {openvino('Prefill of 2048 tokens')} times and"
     ),
     lambda: f"in its own process, {openvino(CLIENTS, 'ours ÷ this')} times |",
+    lambda: (
+        f"an Intel Xeon without AMX | {llama_cpp('Decode of one sequence, after 32 tokens', 1, 'peers_intel')} times,"
+        f" {llama_cpp('Prefill of 2048 tokens', 1, 'peers_intel')} and {llama_cpp(CLIENTS, 1, 'peers_intel')} times |"
+    ),
     lambda: f"({cell('peers', CLIENTS, 'ours', 'tokens/s'):.0f} tokens/s; {at_the_peak():.0f} if",
     lambda: f"{quantizing('times as fast', 1)} times as fast, awq {awq('times as fast'):.0f} times",
     lambda: f"grows by {quantizing(PEERS, 2)} (awq {awq(PEERS):.2f})",
