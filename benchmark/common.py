@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import select
@@ -255,10 +254,7 @@ def write_result(name: str, title: str, head: str, body: str) -> Path:
     path = RESULTS / f"{name}.md"
     path.write_text(f"# {title}\n\n{head}\n\n{body}\n")
     print(f"\n{body}\n\nwritten to {path.relative_to(ROOT)}")
-    if importlib.util.find_spec("matplotlib"):
-        draw.draw_result(path)
-    else:
-        print(f"not drawn, as matplotlib is missing: python benchmark/draw.py {name}")
+    draw.draw_result(path)
     return path
 
 

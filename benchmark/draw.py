@@ -1,7 +1,7 @@
 """Draw the tables of `results/`: a picture of each, `<name>-<number>.png`, with a bar for each row and a panel for each column.
 
 A bar is the median, its whisker the range. Where a column is a share of a roof, or a ratio, a line stands at one. Each picture
-remembers of which table it is, so only tables that changed are drawn again. Needs matplotlib (see README.md).
+remembers of which table it is, so only tables that changed are drawn again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import argparse
 import hashlib
 import re
 import struct
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # How the table in front of all others begins: the machine, the versions.
@@ -117,11 +121,6 @@ def panels(table: Table) -> tuple[list[str], list[tuple[str, list[Bar | None]]]]
 
 def draw(table: Table, to: Path) -> None:
     """Writes the picture."""
-    import matplotlib as mpl  # type: ignore[import-not-found,unused-ignore]
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     labels, parts = panels(table)
     across = min(PANELS_IN_A_LINE, len(parts))
     down = -(-len(parts) // across)
@@ -176,10 +175,7 @@ def main() -> None:
     for path in paths:
         if not path.exists():
             parser.error(f"found no {path.name} in {path.parent}, expected a name without .md")
-    try:
-        print(f"{sum(map(draw_result, paths))} pictures drawn")
-    except ImportError:
-        sys.exit("matplotlib is missing: `pip install matplotlib`, then the same again")
+    print(f"{sum(map(draw_result, paths))} pictures drawn")
 
 
 if __name__ == "__main__":
