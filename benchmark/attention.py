@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from text_generation_server.batch import StepBatch
 from text_generation_server.config import prepare_environment
 from text_generation_server.kernels.cpu.kernels import CpuKernels
-from text_generation_server.kernels.cpu.native.library import ON_DEMAND, Library
+from text_generation_server.kernels.cpu.native.library import Library
 from text_generation_server.kernels.interface import AttentionOptions, CacheSpec
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def ours(kernels: CpuKernels, step: Step) -> Callable[[], list[Tensor]]:
 
 
 def torchs(step: Step) -> Callable[[], list[Tensor]]:
-    """The same by torch, in our order of tokens and heads."""
+    """The same by torch, [sequences, HEADS, tokens, size] of each layer."""
     tokens = step.queries.shape[2]
 
     def run() -> list[Tensor]:
@@ -129,9 +129,8 @@ def seconds(call: Callable[[], object]) -> float:
 def measure(shape: str, layers: int, rounds: int, roof: roofs.Roofs) -> str:
     """The table of one shape."""
     kv_heads, size = SHAPES[shape]
-    libraries = [name for name, runs in Library().variants.items() if runs and name not in ON_DEMAND]
-    # Those that differ in products alone attend with the same instructions.
-    kernels = {name: CpuKernels(name) for name in libraries if name in ("avx2", "avx512")}
+    # The others differ from these in products alone.
+    kernels = {name: CpuKernels(name) for name in ("avx2", "avx512") if Library().variants[name]}
     lines = []
     for label, (sequences, tokens, length) in STEPS.items():
         step = make_step(sequences, tokens, length, kv_heads, size, layers)
@@ -149,7 +148,7 @@ def measure(shape: str, layers: int, rounds: int, roof: roofs.Roofs) -> str:
         line: list[object] = [label]
         line += [common.spread([1e3 * each for each in found[name]], 1) for name in calls]
         line += [f"{ratio:.2f}", f"{step.bytes_read / spent / roof.read:.2f}"]
-        line.append(f"{step.operations / spent / roof.operations['avx512' if best == 'avx512' else 'avx2']:.2f}")
+        line.append(f"{step.operations / spent / roof.operations[best]:.2f}")
         lines.append(line)
     head = [f"{shape}, {layers} layers", *(f"{name}, ms" for name in (*kernels, "torch"))]
     return common.table([*head, "torch ÷ ours", "of the bandwidth", "of float32's multiplications"], lines)

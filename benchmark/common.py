@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import draw
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 BENCHMARK = ROOT / "target" / "release" / "text-generation-benchmark"
@@ -254,6 +252,8 @@ def write_result(name: str, title: str, head: str, body: str) -> Path:
     path = RESULTS / f"{name}.md"
     path.write_text(f"# {title}\n\n{head}\n\n{body}\n")
     print(f"\n{body}\n\nwritten to {path.relative_to(ROOT)}")
+    import draw  # here, as matplotlib would weigh on the time and the memory of processes that are measured
+
     draw.draw_result(path)
     return path
 

@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # How the table in front of all others begins: the machine, the versions.
@@ -107,7 +104,7 @@ def drawn_from(picture: Path) -> str | None:
 def panels(table: Table) -> tuple[list[str], list[tuple[str, list[Bar | None]]]]:
     """What the rows are called, and of each panel the title and a bar for each row."""
     columns = [[bars(row[i]) if i < len(row) else {} for row in table.rows] for i in range(len(table.head))]
-    names = [i for i, column in enumerate(columns) if not any(column) or (i == 0 and not table.head[0].startswith("÷"))]
+    names = [i for i, column in enumerate(columns) if i == 0 or not any(column)]
     labels = [" | ".join(row[i] for i in names if row[i]) for row in table.rows]
     found = []
     for i, column in enumerate(columns):
@@ -125,7 +122,8 @@ def draw(table: Table, to: Path) -> None:
     across = min(PANELS_IN_A_LINE, len(parts))
     down = -(-len(parts) // across)
     size = (2.5 + 2.3 * across, down * (1.3 + 0.24 * len(labels)))
-    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharey=True)
     for i, axis in enumerate(axes.flat):
         if i < len(parts):
             _panel(axis, labels, *parts[i])
@@ -133,7 +131,6 @@ def draw(table: Table, to: Path) -> None:
             axis.set_axis_off()
     figure.suptitle("\n".join(textwrap.wrap(table.title, 40 * across)), fontsize=10)
     figure.savefig(to, dpi=70, metadata={KEYWORD.decode(): table.digest, "Software": None})
-    plt.close(figure)
 
 
 def _panel(axis: Any, labels: list[str], title: str, values: list[Bar | None]) -> None:

@@ -82,8 +82,9 @@ def _error(library: Library, kind: Coding | torch.dtype) -> float:
     weight = QuantizedWeight(kind, in_, pack(codes, kind.bits), scales, zeros, group, None)
     numbers = weight.dequantize()
     error = _product_error(quantized_linear(library, weight, torch.float32), numbers, x, 0)
-    if library.dots_of_codes if isinstance(kind, Integer) else library.dots_of_numbers:
-        tolerated = _EIGHT_BITS if isinstance(kind, Integer) else _ROUNDING
+    eight = isinstance(kind, Integer)
+    dots, tolerated = (library.dots_of_codes, _EIGHT_BITS) if eight else (library.dots_of_numbers, _ROUNDING)
+    if dots:
         matmul = quantized_linear(library, weight, torch.bfloat16)
         error = max(error, _product_error(matmul, numbers, x.bfloat16(), tolerated))
     return error
