@@ -189,10 +189,10 @@ def test_ten_times_as_many_clients_as_permits_leave_the_server_to_its_work(serve
     As many clients as permits and ten times as many take turns, so that both meet the same machine; the clients work on
     it too. In full it is a minute of overload.
     """
-    at_peak = Load(PERMITS, 1.0, 0)
-    at_peak.run(server)
-    pause_s = statistics.median(at_peak.served)
-    seconds = 10.0 if FULL else max(2.5, min(4.0, 6 * pause_s))
+    # A machine that works on other things, too, may give nobody an answer within a second.
+    probes = (Load(PERMITS, seconds, 0) for seconds in (1.0, 4.0, 16.0))
+    pause_s = statistics.median(next(probe.served for probe in probes if probe.run(server)))
+    seconds = 10.0 if FULL else max(2.5, 6 * pause_s)
     at_peak = Load(PERMITS, seconds, 0)
     over = Load(10 * PERMITS, seconds, pause_s)
     ratios = []
@@ -213,19 +213,28 @@ def test_beyond_the_permits_a_refusal_takes_10_ms_and_none_is_lost(server: Serve
     def hold() -> None:
         server.stream("In the beginning", max_new_tokens=240, ignore_eos_token=True)
 
-    threads = [threading.Thread(target=hold) for _ in range(PERMITS)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
-    times = []
-    for path in ("/generate", "/generate_stream", "/tokenize", "/generate"):
-        begun = time.monotonic()
-        status, answer = server.post(path, {"inputs": "a"})
-        times.append(time.monotonic() - begun)
-        assert (status, answer["error_type"]) == (429, "overloaded"), (path, answer)
-    for thread in threads:
-        thread.join(60)
-    # Other work on the machine may hold up some of them.
+    def ask() -> tuple[bool, list[float]]:
+        """Whether all permits were held to the end, and the times of what was refused."""
+        threads = [threading.Thread(target=hold) for _ in range(PERMITS)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.state()["permits"]["free"] == 0, 10, "all permits are taken")
+        times, others = [], []
+        for path in ("/generate", "/generate_stream", "/tokenize", "/generate"):
+            begun = time.monotonic()
+            status, answer = server.post(path, {"inputs": "a"})
+            times.append(time.monotonic() - begun)
+            if (status, answer.get("error_type")) != (429, "overloaded"):
+                others.append((path, status, answer))
+        are_held = all(thread.is_alive() for thread in threads)
+        assert not (are_held and others), others
+        for thread in threads:
+            thread.join(60)
+        return are_held, times
+
+    # On a machine that works on other things, too, an answer may end before all of them have been asked.
+    times = next(times for are_held, times in (ask() for _ in range(5)) if are_held)
+    # Such work may hold up some of them.
     assert min(times) <= 0.010, times
     assert server.wait_clean()["permits"] == {"free": PERMITS, "total": PERMITS}
 
