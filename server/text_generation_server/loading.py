@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -78,13 +77,6 @@ class TensorParallel:
         return range(min(self.rank * part, total), min((self.rank + 1) * part, total))
 
 
-def give_back_memory() -> None:
-    """Returns what the C library keeps of freed memory: loading makes and drops many large tensors."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
-
-
 @dataclass(frozen=True)
 class Loader:
     """The place of one module in the checkpoint, and everything its layers are made with."""
@@ -138,9 +130,6 @@ class Loader:
             else:
                 label = self.prefix + "+".join(part.name for part in parts)
                 matmuls.append(self.kernels.quantized_linear(weight.to(self.kernels.device), self.dtype, label))
-        weights.clear()
-        # What reading left: with pieces of all sizes the heap would grow to several times what is in use.
-        give_back_memory()
         return matmuls[0] if len(matmuls) == 1 else SideBySide(matmuls)
 
 

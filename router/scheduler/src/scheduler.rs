@@ -247,8 +247,9 @@ impl Scheduler {
         expired
     }
 
-    /// From now on, while more than twice as many sequences go on as have a prompt to be read, a step reads so many tokens of
-    /// prompts: at least one. However a prompt is cut, what follows it is the same.
+    /// From now on, while at least twice as many sequences go on as have a prompt to be read, a step reads so many tokens of
+    /// prompts, at least one, and up to twice as many while at least as many go on. However a prompt is cut, what follows it is
+    /// the same.
     pub fn set_prompt_tokens(&mut self, prompt_tokens: usize) {
         self.prompt_tokens = prompt_tokens.max(1);
     }

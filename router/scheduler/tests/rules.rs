@@ -123,17 +123,21 @@ fn while_many_sequences_go_on_and_few_read_prompts_are_read_in_small_parts() {
     add(&mut scheduler, 4);
     assert_eq!(tokens(&mut scheduler), [4], "nobody goes on yet");
     add(&mut scheduler, 7);
-    assert_eq!(tokens(&mut scheduler), [1, 7], "as many are to be read as go on");
+    assert_eq!(tokens(&mut scheduler), [1, 6], "as many are to be read as go on: twice as much is read");
     add(&mut scheduler, 7);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 7], "two go on, and one is to be read");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 7], "more are to be read than go on: all of it");
     add(&mut scheduler, 8);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 3], "three go on");
-    add(&mut scheduler, 5);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 5, 5], "two are to be read");
+    add(&mut scheduler, 8);
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 4], "three go on, and two are to be read: four thirds");
+    add(&mut scheduler, 9);
+    scheduler.abort(SequenceId(4));
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 4], "what is left of one is still to be read, and another");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 3], "one is to be read");
+    scheduler.abort(SequenceId(5));
     scheduler.set_prompt_tokens(0);
     add(&mut scheduler, 2);
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1, 1], "never nothing");
-    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1, 1], "the last of a prompt is as short as the others");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "never nothing");
+    assert_eq!(tokens(&mut scheduler), [1, 1, 1, 1, 1], "the last of a prompt is as short as the others");
 }
 
 #[test]

@@ -125,6 +125,30 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
         assert all(torch.equal(result, results[0]) for result in results)
 
 
+# Threads stay, and wake for every product: not in this process.
+MANY_THREADS = """
+import torch
+from text_generation_server.kernels.cpu.native.library import Library
+from text_generation_server.kernels.cpu.native.linear import dense_linear
+
+torch.manual_seed(0)
+matmul, x = dense_linear(Library(), torch.randn(5120, 296)), torch.randn(8, 296)
+results = []
+for threads in (1, 2, 63, 64, 65, 70):
+    torch.set_num_threads(threads)
+    results += [matmul(x) for _ in range(20)]
+print(all(torch.equal(result, results[0]) for result in results))
+"""
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="our own kernels are not built here")
+def test_more_threads_than_cores_compute_the_same() -> None:
+    """Of the first 64, each begins with what it has read ahead; whoever comes late finds it taken."""
+    command = [sys.executable, "-c", MANY_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True"]
+
+
 def test_weights_that_were_read_ahead_may_go() -> None:
     """What follows a product is known by its address alone: nothing is looked at there, whoever has it."""
     torch.set_num_threads(2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .heap import end_of_reading, give_back_memory, keep_freed_memory
 from .index import TensorInfo
 
 # By the names that safetensors headers use.
@@ -23,6 +24,9 @@ DTYPES = {
 # Of the files' pages, what is in memory at a time beside the copies.
 COPIED_BYTES = 16 << 20
 
+# Read before what is free of the heap goes back to the system.
+HEAP_BYTES = 1 << 30
+
 
 class Checkpoint:
     """Every tensor of a model folder by its full name. Files are mapped into memory while this object is open.
@@ -35,6 +39,8 @@ class Checkpoint:
         self._files: dict[Path, mmap.mmap] = {}
         self.bytes_read = 0
         self._touched = 0  # bytes since pages were given back
+        self._trimmed_at = 0  # of `bytes_read`
+        keep_freed_memory()
 
     def __contains__(self, name: str) -> bool:
         return name in self._index
@@ -49,12 +55,16 @@ class Checkpoint:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        end_of_reading()
 
     def read(self, info: TensorInfo, ranges: Mapping[int, range]) -> Tensor:
         """A copy of the tensor, or of `ranges` of its dimensions. Touches the pages of these only."""
         tensor = self._copy(info, ranges) if info.num_bytes else torch.empty(info.shape, dtype=DTYPES[info.dtype])
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
+        if self.bytes_read - self._trimmed_at >= HEAP_BYTES:
+            self._trimmed_at = self.bytes_read
+            give_back_memory()
         self._on_read(num_bytes)
         return tensor
 

@@ -9,7 +9,7 @@ from ..checkpoint.model_config import ModelSettings
 from ..checkpoint.tensors import Checkpoint
 from ..errors import ConfigError
 from ..kernels.interface import Kernels
-from ..loading import Loader, TensorParallel, give_back_memory
+from ..loading import Loader, TensorParallel
 from ..planning import ModelPlan
 from .decoder import Decoder
 
@@ -45,4 +45,3 @@ def load_model(
         return build(loader, plan.settings)
     finally:
         checkpoint.close()
-        give_back_memory()

@@ -29,13 +29,16 @@ impl Scheduler {
         }
     }
 
-    /// Tokens of prompts that the next step may read. Where many are to be read, they would wait for longer than what they
-    /// read holds up the others.
+    /// Tokens of prompts that the next step may read. Where more are to be read than go on, they would wait for longer than what
+    /// they read holds up the others; where at least half as many, up to twice as much is read as for the sake of a few.
     pub(super) fn prompt_budget(&self) -> usize {
         let going_on = self.running.iter().filter(|sequence| !sequence.has_prompt()).count();
         let admissible = self.waiting.len().min(self.limits.max_running - self.running.len());
         let reading = self.running.len() - going_on + admissible;
-        if going_on > 2 * reading { self.prompt_tokens } else { usize::MAX }
+        if reading > going_on {
+            return usize::MAX;
+        }
+        if 2 * reading <= going_on { self.prompt_tokens } else { self.prompt_tokens.saturating_mul(2 * reading) / going_on }
     }
 
     /// Returns whether there were blocks for all. Once somebody must wait for blocks, nobody younger may take any.

@@ -24,6 +24,7 @@ template <class C, int R, int Panels>
 __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &tile, I table, int64_t panel) {
     const int64_t panel_bytes = weight.steps * C::kStep;
     const uint8_t *codes = weight.codes + panel * panel_bytes;
+    const int64_t near_end = weight.steps - kAhead / C::kStep;
     auto each = [](auto &&function) {
         repeat<R>([&](auto m) { repeat<Panels>([&](auto p) { repeat<kVectors>([&](auto v) { function(m, p, v); }); }); });
     };
@@ -50,9 +51,13 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
                 repeat<Panels>([&](auto p) {
                     const uint8_t *at = codes + p * panel_bytes + step * C::kStep;
                     // Of few rows, memory is all that a step waits for.
-                    if constexpr (R <= 2) prefetch_page<C::kStep>(at);
-                    else
-                        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(at + line);
+                    if (R > 2 || kAsksForLines) {
+                        // Behind the end of this panel comes that of the next tile of panels.
+                        const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
+                        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(ahead + line);
+                    } else {
+                        prefetch_page<C::kStep>(at);
+                    }
                     typename C::Words words[kVectors];
                     repeat<kVectors>([&](auto v) { words[v] = C::load(at, v, table); });
                     repeat<C::kUnits>([&](auto u) {
@@ -90,8 +95,8 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
     });
 }
 
-// Bytes of a panel from which on two of them are streams that are long enough for a processor to read ahead; shorter ones
-// are read one after the other, which is one stream.
+// Bytes of a panel from which on two of them are streams that are long enough for a processor to read ahead by itself; shorter
+// ones are read one after the other, which is one stream.
 constexpr int64_t kLongPanel = 40 << 10;
 
 // A panel stays in a core's second cache while each tile goes through it. Tiles of at most `Rows` rows.
@@ -106,7 +111,7 @@ void multiply_few_rows(const Weight &weight, const Units &units, I table, int64_
                 constexpr int kPanels = m < 2 ? 2 : 1;
                 int64_t at = panel;
                 const int64_t end = std::min(panel + 2, last);
-                const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel;
+                const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel && !kAsksForLines;
                 for (; !alone && at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
                 for (; at < end; at++) multiply_few<C, m + 1, 1>(weight, tile, table, at);
             });

@@ -29,12 +29,14 @@ const Variant kAvx512Vnni = with_dots("avx512_vnni", nullptr, nullptr), kAvx512B
 const Variant kAmx = with_dots("amx", &kDotsOfNumbers, &kTilesAmx);
 #endif
 
-// Intel's processors, which have tiles for it, take four times as long for a dot instruction of bfloat16 as for a multiplication in
-// float32, of half as many numbers; AMD's as long.
-bool slow_bfloat16() {
+bool is_intel() {
     __builtin_cpu_init();
     return __builtin_cpu_is("intel");
 }
+
+// Intel's processors, which have tiles for it, take four times as long for a dot instruction of bfloat16 as for a multiplication in
+// float32, of half as many numbers; AMD's as long.
+bool slow_bfloat16() { return is_intel(); }
 
 // The best last.
 std::vector<const Variant *> &variants() {
@@ -117,17 +119,17 @@ constexpr int64_t kReadAheadRows = 16;
 // Weights are known by their addresses, at which nobody looks; one may push another out.
 class Order {
 public:
-    // Notes that `weight` is read now, and says what to read after it.
-    void next(const Weight &weight) {
+    // Notes that `weight` is read now for so many rows, and says what to read after it.
+    void next(const Weight &weight, int64_t rows, int threads) {
         Codes &after = entries_[place_of(previous_)];
-        after = {previous_, weight.codes, panels_of(weight) * weight.steps * kStepBytes[weight.coding]};
+        after = {previous_, weight.codes, weight.steps * kStepBytes[weight.coding], panels_of(weight), panels_at_once(weight, rows)};
         previous_ = &weight;
         const Codes &next = entries_[place_of(&weight)];
-        if (next.after == &weight) Pool::shared().reads_next(next.begin, next.bytes);
+        if (next.after == &weight) Pool::shared().reads_next(next.begin, next.panel_bytes, threads, next.panels, next.at_once);
     }
 
 private:
-    struct Codes { const void *after; const uint8_t *begin; int64_t bytes; };
+    struct Codes { const void *after; const uint8_t *begin; int64_t panel_bytes, panels, at_once; };
     static constexpr int kBits = 12;
     static size_t place_of(const void *weight) {
         return size_t(uint64_t(reinterpret_cast<uintptr_t>(weight)) * 0x9E3779B97F4A7C15u >> (64 - kBits));
@@ -135,6 +137,12 @@ private:
     std::vector<Codes> entries_ = std::vector<Codes>(1 << kBits);
     const void *previous_ = nullptr;
 };
+
+// To be called before each product, after all that is computed for it: who waits in between would read too early.
+void read_ahead(const Weight &weight, int64_t rows, int threads) {
+    static thread_local Order order;
+    if (rows <= kReadAheadRows && threads > 1) order.next(weight, rows, threads);
+}
 
 // y = x W^T by dot instructions or tiles. x: [count][in_features], y: [count][out_features], of bfloat16.
 void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &counts, const uint16_t *x, int64_t count,
@@ -161,6 +169,7 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
             dots.prepare(weight, x, tiles[tile].first, tiles[tile].count, own, to);
     });
     const Units units{count, counts.tile, to.units, to.blocks, to.groups, to.x, to.scales, to.offsets, to.sums, to.outliers, y};
+    read_ahead(weight, count, threads);
     Pool::shared().run(threads, panels_of(weight), panels_at_once(weight, count), [&](int64_t first, int64_t last) {
         static thread_local Buffer scratch;
         dots.multiply(weight, units, first, last, scratch.floats(dots.scratch_floats(count)));
@@ -168,6 +177,8 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
 }
 
 }  // namespace
+
+const bool kAsksForLines = is_intel();
 
 const Variant &variant_of(int32_t index) { return *variants()[index]; }
 
@@ -211,10 +222,6 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
     // Rows one after another at a power of two would share few places of a cache.
     const int64_t stride = weight->steps * kStepPlaces + 16;
     const bool has_sums = weight->coding >= kInt2 && weight->coding <= kInt4;
-    if (rows <= kReadAheadRows && threads > 1) {
-        static thread_local Order order;
-        order.next(*weight);
-    }
     for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
         const int64_t count = std::min(kRowsAtOnce, rows - begin);
         const char *from = static_cast<const char *>(x) + begin * weight->in_features * x_bytes;
@@ -237,6 +244,7 @@ EXPORT void kernels_multiply(const Weight *weight, int32_t variant, const void *
         });
         const Rows activations{count, stride, spread, sums, type == kF32 ? reinterpret_cast<float *>(to) : nullptr,
                                type == kF32 ? nullptr : reinterpret_cast<uint16_t *>(to)};
+        read_ahead(*weight, count, threads);
         Pool::shared().run(threads, panels_of(*weight), panels_at_once(*weight, count), [&](int64_t first, int64_t last) {
             static thread_local Buffer scratch;
             use.multiply(*weight, activations, first, last, scratch.floats(scratch_floats(count)));

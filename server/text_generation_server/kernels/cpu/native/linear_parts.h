@@ -4,8 +4,11 @@
 constexpr int kVectors = kColumns / kWidth;
 constexpr int kMicroColumns = 2 * kWidth;
 
+// Bytes from what is read to what is asked for.
+constexpr int64_t kAhead = 2048;
+
 // Of every instruction set alike.
-INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + 2048, _MM_HINT_T0); }
+INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + kAhead, _MM_HINT_T0); }
 
 // A processor reads a stream ahead by itself, but not from one page into the next, and asking for every line keeps it from doing
 // so: of a step of so many bytes that begins in a page, only the beginning of the next page is asked for.

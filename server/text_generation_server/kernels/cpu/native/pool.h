@@ -26,32 +26,44 @@ public:
         });
     }
 
-    // Names what is read after the present job: a thread that waits brings it into a cache meanwhile, since memory that
-    // rests is time lost. Nothing may be there any more: nobody looks at it.
-    void reads_next(const uint8_t *begin, int64_t bytes);
+    // Names what the job after the present one reads, `bytes` for each of its tasks: a thread that waits brings there what it
+    // will begin with into its own cache meanwhile, since memory that rests is time lost. Nothing may be there any more: nobody
+    // looks at it.
+    void reads_next(const uint8_t *begin, int64_t bytes, int threads, int64_t tasks, int64_t grain);
 
 private:
     using Call = void (*)(void *, int64_t, int64_t);
 
+    // What a thread has yet to read ahead.
+    struct Reader {
+        uint32_t seen = 0;
+        const uint8_t *at = nullptr, *end = nullptr;
+    };
+
     void run_parts(int threads, int64_t tasks, int64_t grain, void *context, Call call);
-    void work(uint32_t seen);
-    void take_parts();
-    bool read_ahead();
+    void work(int thread, uint32_t seen);
+    void take_parts(int thread);
+    bool take_first(int thread);
+    bool read_ahead(int thread, Reader &reader);
     template <class Condition>
-    bool look_for(Condition &&holds);
+    bool look_for(int thread, Condition &&holds);
 
     std::mutex running_;
     std::vector<std::thread> workers_;
     // The job. Written while nobody is inside; a worker goes inside first and looks whether it is open afterwards.
     Call call_ = nullptr;
     void *context_ = nullptr;
-    int64_t tasks_ = 0, grain_ = 1, threads_ = 1;
+    int64_t tasks_ = 0, grain_ = 1, threads_ = 1, first_share_ = 0;
+    // Threads, as bits, whose first part nobody has taken.
+    std::atomic<uint64_t> first_parts_{0};
     std::atomic<int64_t> next_{0};
     std::atomic<int> inside_{0}, wanted_{0};
     std::atomic<bool> open_{false};
     std::atomic<uint32_t> generation_{0};
-    // What may be read ahead still.
-    std::atomic<const uint8_t *> ahead_{nullptr}, ahead_end_{nullptr};
+    // What to read ahead: the bytes of a first part, one for each thread.
+    std::atomic<const uint8_t *> ahead_{nullptr};
+    std::atomic<int64_t> ahead_share_{0};
+    std::atomic<uint32_t> ahead_turn_{0};
 };
 
 }  // namespace kernels
