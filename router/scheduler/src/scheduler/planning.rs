@@ -38,7 +38,11 @@ impl Scheduler {
         if reading > going_on {
             return usize::MAX;
         }
-        if 2 * reading <= going_on { self.prompt_tokens } else { self.prompt_tokens.saturating_mul(2 * reading) / going_on }
+        if 2 * reading <= going_on {
+            self.prompt_tokens
+        } else {
+            self.prompt_tokens.saturating_mul(2 * reading) / going_on
+        }
     }
 
     /// Returns whether there were blocks for all. Once somebody must wait for blocks, nobody younger may take any.
