@@ -66,6 +66,7 @@ bool Pool::look_for(int thread, Condition &&holds) {
 void Pool::reads_next(const uint8_t *begin, int64_t bytes, int threads, int64_t tasks, int64_t grain) {
     // Who sees a part of this and a part of the former reads for nothing, at worst.
     ahead_.store(begin, std::memory_order_relaxed);
+    ahead_end_.store(begin + tasks * bytes, std::memory_order_relaxed);
     ahead_share_.store(share_of(tasks, threads, grain) * bytes, std::memory_order_relaxed);
     ahead_turn_.fetch_add(1, std::memory_order_release);
 }
@@ -76,7 +77,7 @@ bool Pool::read_ahead(int thread, Reader &reader) {
     if (const uint32_t turn = ahead_turn_.load(std::memory_order_acquire); turn != reader.seen) {
         const int64_t share = ahead_share_.load(std::memory_order_relaxed);
         reader = {turn, ahead_.load(std::memory_order_relaxed) + thread * share, nullptr};
-        reader.end = reader.at + std::min(share, most);
+        reader.end = std::min(reader.at + std::min(share, most), ahead_end_.load(std::memory_order_relaxed));
     }
     if (reader.at >= reader.end) return false;
     for (int64_t line = 0; line < kAheadAtOnce; line += 64) __builtin_prefetch(reader.at + line, 0, 2);

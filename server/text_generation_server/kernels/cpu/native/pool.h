@@ -60,8 +60,8 @@ private:
     std::atomic<int> inside_{0}, wanted_{0};
     std::atomic<bool> open_{false};
     std::atomic<uint32_t> generation_{0};
-    // What to read ahead: the bytes of a first part, one for each thread.
-    std::atomic<const uint8_t *> ahead_{nullptr};
+    // What to read ahead: the bytes of a first part, one for each thread, as far as there are any.
+    std::atomic<const uint8_t *> ahead_{nullptr}, ahead_end_{nullptr};
     std::atomic<int64_t> ahead_share_{0};
     std::atomic<uint32_t> ahead_turn_{0};
 };
