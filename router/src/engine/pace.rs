@@ -3,7 +3,8 @@
 use scheduler::{Extent, StepPlan};
 
 /// What reading prompts may add to a step, as a part of what the step takes without: the time between two tokens is to stay
-/// below twice the usual one, with something to spare for a machine that does other things, too.
+/// below twice the usual one, with something to spare for a machine that does other things, too. Of this the scheduler makes up
+/// to twice as much where many wait to be read.
 const SHARE: f64 = 0.5;
 
 /// The weight of the latest step in what is expected of the next one.

@@ -12,24 +12,22 @@ KEPT_WHILE_READING, KEPT = 256 << 20, 2 * LARGEST_IN_HEAP
 
 def keep_freed_memory() -> None:
     """From now on what is freed is used again. The system would give it anew, page by page, filled with zeros."""
-    _set(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
-    _set(M_TRIM_THRESHOLD, KEPT_WHILE_READING)
+    _call("mallopt", M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
+    _call("mallopt", M_TRIM_THRESHOLD, KEPT_WHILE_READING)
 
 
 def give_back_memory() -> None:
     """Returns to the system what is free: with pieces of all sizes a heap grows to several times what is in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
+    _call("malloc_trim", 0)
 
 
 def end_of_reading() -> None:
     """Returns what reading has left, and keeps less from now on."""
-    _set(M_TRIM_THRESHOLD, KEPT)
+    _call("mallopt", M_TRIM_THRESHOLD, KEPT)
     give_back_memory()
 
 
-def _set(what: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(what, value)
+def _call(name: str, *values: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)  # glibc alone has them
+    if function is not None:
+        function(*values)

@@ -140,8 +140,9 @@ private:
 
 // To be called before each product, after all that is computed for it: who waits in between would read too early.
 void read_ahead(const Weight &weight, int64_t rows, int threads) {
+    if (rows > kReadAheadRows || threads <= 1) return;
     static thread_local Order order;
-    if (rows <= kReadAheadRows && threads > 1) order.next(weight, rows, threads);
+    order.next(weight, rows, threads);
 }
 
 // y = x W^T by dot instructions or tiles. x: [count][in_features], y: [count][out_features], of bfloat16.

@@ -123,11 +123,9 @@ void Pool::work(int thread, uint32_t seen) {
 }
 
 // The first part that was meant for `thread`, unless somebody took it.
-bool Pool::take_first(int thread) {
+void Pool::take_first(int thread) {
     const uint64_t bit = thread < kFirstParts ? uint64_t(1) << thread : 0;
-    if (!(first_parts_.fetch_and(~bit) & bit)) return false;
-    call_(context_, thread * first_share_, (thread + 1) * first_share_);
-    return true;
+    if (first_parts_.fetch_and(~bit) & bit) call_(context_, thread * first_share_, (thread + 1) * first_share_);
 }
 
 void Pool::take_parts(int thread) {

@@ -43,7 +43,7 @@ private:
     void run_parts(int threads, int64_t tasks, int64_t grain, void *context, Call call);
     void work(int thread, uint32_t seen);
     void take_parts(int thread);
-    bool take_first(int thread);
+    void take_first(int thread);
     bool read_ahead(int thread, Reader &reader);
     template <class Condition>
     bool look_for(int thread, Condition &&holds);
