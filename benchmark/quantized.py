@@ -382,6 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made and kept; by default they are removed")
+    parser.add_argument("--name", default="quantized", help="of the result's file (default: %(default)s)")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--quantize", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -394,7 +395,7 @@ def main() -> None:
     head = common.environment()
     with tempfile.TemporaryDirectory() as temporary:
         body, held = measure(arguments, arguments.folder or Path(temporary))
-    common.write_result("quantized", "Quantized checkpoints beside bfloat16", head, body)
+    common.write_result(arguments.name, "Quantized checkpoints beside bfloat16", head, body)
     if not held:
         sys.exit(1)
 
