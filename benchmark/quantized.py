@@ -15,6 +15,7 @@ the cache, only what these tokens take counts.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -49,12 +50,14 @@ class Side:
     checkpoint: str
     quantize: str | None = None
     dtype: str = "bfloat16"
+    small_pages: bool = False  # no page of 2 MiB, as on a machine whose free memory lies in pieces
 
 
 SIDES = {
     "bf16": Side("bf16"),
     "float32": Side("bf16", dtype="float32"),
     "gptq 4 bits g128": Side("gptq-4-128"),
+    "gptq 4 bits g128, small pages": Side("gptq-4-128", small_pages=True),
     "gptq 4 bits g128 act-order": Side("gptq-4-128-order"),
     "awq 4 bits g128": Side("awq-4-128"),
     "gptq 2 bits g128": Side("gptq-2-128"),
@@ -150,6 +153,13 @@ def read_files(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def refuse_large_pages() -> None:
+    """From now on the system gives this process small pages alone, whatever it asks for (prctl(2), PR_SET_THP_DISABLE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(41, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_THP_DISABLE) failed")
 
 
 def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
@@ -280,6 +290,7 @@ def take_turns(arguments: argparse.Namespace, sides: dict[str, Side], folder: Pa
         for name, side in sides.items():
             command = [sys.executable, __file__, "--work", str(folder / side.checkpoint)]
             command += ["--threads", str(arguments.threads), "--quantize", side.quantize or "", "--dtype", side.dtype]
+            command += ["--small-pages"] * side.small_pages
             servers[name] = common.Server(command, log=folder / "log")
             figures.loaded[name] = json.loads(servers[name].read_line(LOAD_TIMEOUT_S))
             print(f"{name}: {figures.loaded[name]}", file=sys.stderr, flush=True)
@@ -386,8 +397,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--quantize", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--small-pages", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
+        if arguments.small_pages:
+            refuse_large_pages()
         work(arguments.work, arguments.quantize or None, arguments.dtype, arguments.threads)
         return
     if "bf16" not in arguments.sides:
