@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where the model is made and kept; by default it is removed")
+    parser.add_argument("--name", default="shards", help="of the result's file (default: %(default)s)")
     arguments = parser.parse_args()
     common.build("text-generation-benchmark")
     head = common.environment()
@@ -73,7 +74,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         body, ratio = measure(arguments, folder.resolve())
-    common.write_result("shards", "Shards on one machine beside one process", head, body)
+    common.write_result(arguments.name, "Shards on one machine beside one process", head, body)
     if ratio < 0.9:
         sys.exit(1)
 
