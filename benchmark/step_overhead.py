@@ -2,7 +2,7 @@
 
 The model has the layers of one of 1.1 billion parameters (22) but widths so small that nothing is left to compute. Two depths
 are measured, so that what a step does once drops out: a layer's part is the difference. `single` is the same model with every
-operation called on its own, as it is computed when it is split over ranks.
+operation called on its own, as it is computed where a product is not one of ours.
 """
 
 from __future__ import annotations

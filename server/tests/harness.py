@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from text_generation_server.batch import StepBatch
-from text_generation_server.kernels.interface import Kernels
+from text_generation_server.kernels.interface import Exchange, Kernels
 from text_generation_server.loading import Alone, Collectives, TensorParallel
 from text_generation_server.models.decoder import Decoder
 from text_generation_server.models.registry import load_model
@@ -52,6 +52,9 @@ class ThreadCollectives:
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self.group.exchange(self.rank, x), dim)
+
+    def exchange(self) -> Exchange | None:
+        return None
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         y = self.all_gather(x)

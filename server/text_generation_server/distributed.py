@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import shared_memory
 from .faults import Faults
-from .shared_memory import Segment
+from .shared_memory import Segment, SegmentExchange
 
 # A peer that dies or leaves is noticed, and one that hangs is killed by the launcher; this is the last resort.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -37,6 +37,15 @@ class Transport(Protocol):
 
     def most_elements(self, dtype: torch.dtype) -> int:
         """How large x may be."""
+        ...
+
+    def exchange(self, contributed: Callable[[], object] | None) -> SegmentExchange | None:
+        """For native code, which calls `contributed` as others do; None: there is no way for it."""
+        ...
+
+    @property
+    def native_waits(self) -> bool:
+        """Whether native code can only go on when others have done their part. Read by any thread."""
         ...
 
     def close(self) -> None:
@@ -65,6 +74,13 @@ class SharedMemory:
     def most_elements(self, dtype: torch.dtype) -> int:
         return self._segment.slot_elements(dtype)
 
+    def exchange(self, contributed: Callable[[], object] | None) -> SegmentExchange | None:
+        return self._segment.exchange(contributed)
+
+    @property
+    def native_waits(self) -> bool:
+        return self._segment.native_waits
+
     def close(self) -> None:
         self._segment.close()
 
@@ -84,6 +100,13 @@ class Gloo:
     def most_elements(self, dtype: torch.dtype) -> int:
         return 1 << 62
 
+    def exchange(self, contributed: Callable[[], object] | None) -> SegmentExchange | None:
+        return None
+
+    @property
+    def native_waits(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
@@ -100,8 +123,17 @@ class Group:
         self.rank, self.size = rank, size
         self._faults = faults
         self._transport: Transport | None = None
-        # Whether this rank can only go on when others have done their part. Read by any thread.
-        self.waits = False
+        self._waits = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether this rank can only go on when others have done their part. Read by any thread."""
+        transport = self._transport
+        return self._waits or (transport is not None and transport.native_waits)
+
+    @waits.setter
+    def waits(self, waits: bool) -> None:
+        self._waits = waits
 
     def form(self, rendezvous: str, timeout_s: float) -> None:
         """Meets the other ranks through a file that does not exist yet. Raises if they do not come in time."""
@@ -138,6 +170,12 @@ class Group:
             add_up(self._exchange(piece, receives=True), piece)
         return here.to(x.device)
 
+    def exchange(self) -> SegmentExchange | None:
+        """The same for native code; None: a group of one, or one that does not share memory. For one step."""
+        if self.size == 1:
+            return None
+        return self._formed.exchange(self._reach_fault if self._faults.armed else None)
+
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks concatenated along `dim`, on every rank."""
         return x if self.size == 1 else torch.cat(self._gather(x.cpu(), receives=True), dim).to(x.device)
@@ -153,11 +191,11 @@ class Group:
         """Overwrites `x`, which is contiguous, with that of rank 0."""
         if self.size > 1:
             for piece in self._pieces(x):
-                self.waits = True
+                self._waits = True
                 try:
                     self._formed.broadcast(piece, self._contributed)
                 finally:
-                    self.waits = False
+                    self._waits = False
 
     @property
     def _formed(self) -> Transport:
@@ -186,17 +224,20 @@ class Group:
 
     def _exchange(self, x: Tensor, receives: bool) -> list[Tensor]:
         """One operation of the transport."""
-        self.waits = True
+        self._waits = True
         try:
             return self._formed.gather(x, receives, self._contributed)
         finally:
-            self.waits = False
+            self._waits = False
 
     def _contributed(self) -> None:
         # Between contributing and receiving: the worst moment to die. Who hangs here waits for nobody.
-        self.waits = False
+        self._waits = False
+        self._reach_fault()
+        self._waits = True
+
+    def _reach_fault(self) -> None:
         self._faults.reach("all_reduce")
-        self.waits = True
 
 
 def add_up(parts: list[Tensor], out: Tensor) -> None:

@@ -32,6 +32,11 @@ class Faults:
         self._path, self._rank = path, rank
         self._armed: Fault | None = None
 
+    @property
+    def armed(self) -> bool:
+        """Whether one is to happen."""
+        return self._armed is not None
+
     def look(self) -> None:
         """Takes the fault out of the file, if there is one for this rank."""
         if self._path is None or self._armed is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kernels.interface import Kernels, Matmul
+from .kernels.interface import Exchange, Kernels, Matmul, Sums
 from .kernels.weights import DenseRows
 from .quantization.read import open_weight
 
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from .quantization.format import LinearOf, Part
 
 
-class Collectives(Protocol):
+class Collectives(Sums, Protocol):
     """What ranks may ask of each other. Every rank makes the same calls in the same order.
 
     The object lives as long as the model; the group behind it is a new one for each epoch. An operation on a group
     that broke raises. Sums are added in rank order, so that their bits do not depend on the number of rows.
     """
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, on every rank. May overwrite and return `x`."""
-        ...
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks concatenated along `dim`, on every rank. All have the same shape."""
@@ -44,6 +40,9 @@ class Alone:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def exchange(self) -> Exchange | None:
+        return None
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return x

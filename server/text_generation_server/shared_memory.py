@@ -15,6 +15,7 @@ import os
 import platform
 import select
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -76,6 +77,67 @@ class Futex:
         self._syscall(SYS_FUTEX, self._address + 8 * word, FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
 
 
+# What native code calls: with a rank and a number of collectives; with nothing.
+_WAIT = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_uint64)
+_CONTRIBUTED = ctypes.CFUNCTYPE(None)
+
+
+class _Exchange(ctypes.Structure):
+    """`Exchange` of native/exchange.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("line_words", ctypes.c_int64),
+        ("slot_bytes", ctypes.c_int64),
+        ("number", ctypes.c_uint64),
+        ("wait", _WAIT),
+        ("contributed", _CONTRIBUTED),
+        ("rank", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("waits", ctypes.c_int32),
+        ("goes_on", ctypes.c_int32),
+    )
+
+
+class SegmentExchange:
+    """How native code takes part in the collectives of a segment. Implements `kernels.interface.Exchange`."""
+
+    def __init__(self, segment: "Segment", address: int) -> None:
+        """address: of the segment's memory."""
+        self._failure: Exception | None = None
+        self.fields = _Exchange(
+            words=address, slots=address + _header_bytes(segment.size), line_words=LINE_WORDS, slot_bytes=SLOT_BYTES,
+            wait=_WAIT(lambda rank, number: self._tell(lambda: segment.wait(rank, number))),
+            rank=segment.rank, size=segment.size,
+        )  # fmt: skip
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.fields)
+
+    def failure(self) -> Exception:
+        return self._failure or RuntimeError(f"rank {self.fields.rank} could not end a sum over ranks; see above")
+
+    def call(self, contributed: Callable[[], object] | None) -> None:
+        """contributed: called in each collective when this rank has given its part, and not yet received."""
+        called = _CONTRIBUTED() if contributed is None else _CONTRIBUTED(lambda: self._tell(contributed))
+        self.fields.contributed = called
+
+    def close(self) -> None:
+        """To be used no more: lets go of the segment."""
+        self.fields.wait, self.fields.contributed = _WAIT(), _CONTRIBUTED()
+
+    def _tell(self, function: Callable[[], object]) -> None:
+        """Exceptions do not go through native code: what is not expected is printed, and ends it too."""
+        try:
+            function()
+        except (RuntimeError, OSError) as error:
+            self._failure = error
+        else:
+            self.fields.goes_on = 1
+
+
 class Segment:
     """One rank's view of the shared memory of an epoch."""
 
@@ -91,7 +153,7 @@ class Segment:
         for descriptor in peers.values():
             self._poll.register(descriptor, select.POLLIN)
         self._timeout_s = timeout.total_seconds()
-        self._number = 0
+        self._native = SegmentExchange(self, self._bytes.data_ptr())
 
     @classmethod
     def meet(cls, store: Store, rank: int, size: int, timeout: timedelta) -> Self | None:
@@ -123,22 +185,33 @@ class Segment:
 
     def contribute(self, x: Tensor | None) -> None:
         """Begins a collective. x: at most a slot; None: this rank only takes part."""
-        self._number += 1
+        self._native.fields.number += 1
         for peer in self._peers:
-            self._wait(peer, self._number - 1)
+            self.wait(peer, self._native.fields.number - 1)
         if x is not None:
             self._slots_like(x)[self.rank].copy_(x)
-        self._words[self.rank * LINE_WORDS + NUMBER] = self._number
+        self._words[self.rank * LINE_WORDS + NUMBER] = self._native.fields.number
         self._futex.wake(self.rank * LINE_WORDS + NUMBER)
+
+    def exchange(self, contributed: Callable[[], object] | None) -> SegmentExchange:
+        """For native code: sums with the bits of those over `take`. contributed: see `SegmentExchange.call`."""
+        self._native.call(contributed)
+        return self._native
+
+    @property
+    def native_waits(self) -> bool:
+        """Whether native code can only go on when others have done their part. Read by any thread."""
+        return bool(self._native.fields.waits)
 
     def take(self, rank: int, like: Tensor) -> Tensor:
         """What `rank` contributed, of the dtype and shape of `like`. Valid until the next `contribute`."""
         if rank != self.rank:
-            self._wait(rank, self._number)
+            self.wait(rank, self._native.fields.number)
         return self._slots_like(like)[rank]
 
     def close(self) -> None:
         """Leaves: whoever waits for this rank gets an error. The memory goes with the last one that uses it."""
+        self._native.close()
         self._words[self.rank * LINE_WORDS + LEFT] = 1
         self._futex.wake(self.rank * LINE_WORDS + NUMBER)
         for pidfd in self._peers.values():
@@ -157,9 +230,9 @@ class Segment:
             slots = self._slots[x.dtype, x.shape] = [
                 [slot.view(x.dtype).view(x.shape) for slot in half] for half in raw
             ]
-        return slots[self._number & 1]
+        return slots[self._native.fields.number & 1]
 
-    def _wait(self, rank: int, number: int) -> None:
+    def wait(self, rank: int, number: int) -> None:
         """Returns once `rank` has contributed to collective `number`."""
         words, at = self._words, rank * LINE_WORDS + NUMBER
         if words[at] >= number:

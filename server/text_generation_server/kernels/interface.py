@@ -154,12 +154,46 @@ class Norm:
     eps: float
 
 
+class Exchange(Protocol):
+    """How native code takes part in sums over ranks."""
+
+    @property
+    def address(self) -> int:
+        """Of the `Exchange` of native/exchange.h."""
+        ...
+
+    def failure(self) -> Exception:
+        """What kept native code from ending a sum."""
+        ...
+
+
+class Sums(Protocol):
+    """Sums over ranks."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, on every rank. May overwrite and return `x`."""
+        ...
+
+    def exchange(self) -> Exchange | None:
+        """The same for native code, with the same bits; None: these ranks share no memory."""
+        ...
+
+
+@runtime_checkable
+class EmbedsShares(Protocol):
+    """Kernels that look up an embedding that is split over ranks, and sum it up, at once."""
+
+    def embed_share(self, weight: Tensor, owned: range, ids: Tensor, sums: Sums) -> Tensor | None:
+        """weight: of the ids `owned`. ids: [tokens] int64. Returns [tokens, hidden]; None: not with these ranks."""
+        ...
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """x + attention(norm(x)), then x + mlp(norm(x)): rotated heads, silu(gate) * up.
 
     qkv_bias: of q, k and v one after another. head_norm: of queries and keys, weight [heads + kv_heads, head_dim].
-    all_reduce: the sum over ranks of what each adds to x, of the heads and features that it has; None: it has all.
+    collectives: sum up what each rank adds to x, of the heads and features that it has; None: it has all.
     """
 
     layer: int
@@ -175,7 +209,7 @@ class BlockParts:
     num_kv_heads: int
     head_dim: int
     options: AttentionOptions
-    all_reduce: Callable[[Tensor], Tensor] | None
+    collectives: Sums | None
 
 
 class FusedBlock(Protocol):

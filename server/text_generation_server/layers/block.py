@@ -91,6 +91,6 @@ def fused_block(attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm
         num_kv_heads=attention.num_kv,
         head_dim=attention.dim,
         options=attention.options,
-        all_reduce=tp.collectives.all_reduce if tp.size > 1 else None,
+        collectives=tp.collectives if tp.size > 1 else None,
     ))  # fmt: skip
     return None if block is None else Fused(block, attention.positions.rotary)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.interface import Matmul
+from ..kernels.interface import EmbedsShares, Matmul
 from ..loading import Loader
 from ..quantization.format import Part
 from .linear import load_columns
@@ -15,6 +15,7 @@ class VocabEmbedding:
 
     def __init__(self, load: Loader, vocab_size: int):
         self.kernels, self.tp = load.kernels, load.tp
+        self.sums_at_once = load.kernels if isinstance(load.kernels, EmbedsShares) else None
         self.owned = load.tp.share_unevenly(vocab_size)
         # A rank that owns nothing keeps one row, so that there is something to look up and mask.
         self.weight = load.tensor("weight", self.owned if self.owned else range(1))
@@ -23,10 +24,14 @@ class VocabEmbedding:
         """token_ids: [tokens] int64. Returns [tokens, hidden]."""
         if self.tp.size == 1:
             return self.kernels.embedding(self.weight, token_ids)
+        if self.sums_at_once is not None:
+            summed = self.sums_at_once.embed_share(self.weight, self.owned, token_ids, self.tp.collectives)
+            if summed is not None:
+                return summed
         local = token_ids - self.owned.start
         mine = (local >= 0) & (local < len(self.owned))
         y = self.kernels.embedding(self.weight, local * mine)
-        return self.tp.collectives.all_reduce(y * mine[:, None])
+        return self.tp.collectives.all_reduce(y.masked_fill_(~mine[:, None], 0))
 
 
 class Head:
@@ -42,7 +47,9 @@ class Head:
         if self.tp.size == 1:
             return self.matmul(x).float()
         # Ranks exchange tensors of one shape.
-        local = x.new_zeros(len(x), self.padding) if self.owns_none else F.pad(self.matmul(x), (0, self.padding))
+        local = x.new_zeros(len(x), 0) if self.owns_none else self.matmul(x)
+        if self.padding:
+            local = F.pad(local, (0, self.padding))
         logits = self.tp.collectives.gather_to_first(local)
         return None if logits is None else logits[:, : self.vocab_size].to(torch.float32, copy=False).contiguous()
 

@@ -19,6 +19,7 @@ from ..interface import (
     KVCache,
     Matmul,
     Penalties,
+    Sums,
 )
 from ..weights import DenseRows, QuantizedWeight
 from .linear import LinearFactory
@@ -93,6 +94,9 @@ class CpuKernels:
 
     def embedding(self, weight: Tensor, ids: Tensor) -> Tensor:
         return weight.index_select(0, ids)
+
+    def embed_share(self, weight: Tensor, owned: range, ids: Tensor, sums: Sums) -> Tensor | None:
+        return None if self._native is None else self._native.embed_share(weight, owned, ids, sums)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._elements.rms_norm(x, weight, eps)

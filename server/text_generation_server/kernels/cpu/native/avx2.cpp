@@ -151,7 +151,7 @@ INLINE float highest_of(F value) {
 }  // namespace
 
 const Variant kAvx2{"avx2", kTable4Bytes, spread, multiply, nullptr, nullptr, nullptr, &kLayerAvx2, &kSamplingAvx2};
-const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, add, attend, round_columns};
+const LayerVariant kLayerAvx2{rms_norm, silu_and_mul, rotate, sum, add, attend, round_columns};
 const SamplingVariant kSamplingAvx2{row_statistics, weigh_row, leave_allowed, not_below, largest_of, penalize_row};
 
 }  // namespace kernels

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "exchange.h"
 #include "pool.h"
 
 namespace kernels {
@@ -90,22 +91,39 @@ using namespace kernels;
 
 extern "C" {
 
-EXPORT void kernels_block(const Block *block, const BlockStep *step, int32_t variant, int32_t threads) {
+// Blocks one after another, which have keys and values of their own. exchange: of blocks that are split over ranks, else null.
+// Not 0: the ranks could not sum up, and x is void.
+EXPORT int32_t kernels_blocks(const Block *const *blocks, void *const *keys, void *const *values, int64_t count, const BlockStep *step,
+                              Exchange *exchange, int32_t variant, int32_t threads) {
     static thread_local Buffer delta_buffer;
-    char *delta = elements(delta_buffer, step->rows * block->hidden, element_size(step->type));
-    attend(*block, *step, delta, variant, threads);
-    feed_forward(*block, *step, delta, variant, threads);
-    add_up(*block, *step, delta, variant, threads);
-}
-
-// The same of blocks one after another, which have keys and values of their own.
-EXPORT void kernels_blocks(const Block *const *blocks, void *const *keys, void *const *values, int64_t count, const BlockStep *step,
-                           int32_t variant, int32_t threads) {
+    const int64_t elements_of_step = step->rows * blocks[0]->hidden;
+    char *delta = elements(delta_buffer, elements_of_step, element_size(step->type));
+    const auto sum = [&] {
+        return exchange == nullptr || sum_over_ranks(*exchange, delta, elements_of_step, step->type, variant, threads);
+    };
     BlockStep own = *step;
     for (int64_t i = 0; i < count; i++) {
         own.keys = keys[i], own.values = values[i];
-        kernels_block(blocks[i], &own, variant, threads);
+        attend(*blocks[i], own, delta, variant, threads);
+        if (!sum()) return 1;
+        feed_forward(*blocks[i], own, delta, variant, threads);
+        if (!sum()) return 1;
+        add_up(*blocks[i], own, delta, variant, threads);
     }
+    return 0;
+}
+
+// y: [rows][hidden] of `weight`, whose `owned` rows from `first` on this rank has. Not 0: the ranks could not sum up.
+EXPORT int32_t kernels_embed_share(Exchange *exchange, const void *weight, int32_t type, int64_t first, int64_t owned, int64_t hidden,
+                                   const int64_t *ids, int64_t rows, void *y, int32_t variant, int32_t threads) {
+    const int64_t bytes = hidden * element_size(type);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t local = ids[row] - first;
+        char *to = static_cast<char *>(y) + row * bytes;
+        if (local >= 0 && local < owned) std::memcpy(to, static_cast<const char *>(weight) + local * bytes, bytes);
+        else std::memset(to, 0, bytes);
+    }
+    return sum_over_ranks(*exchange, y, rows * hidden, type, variant, threads) ? 0 : 1;
 }
 
 // Of a block that is split over ranks: what this rank adds, [rows][hidden], for the ranks to sum up in between.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....batch import StepBatch
-from ...interface import BlockParts, FusedBlock
+from ...interface import BlockParts, Exchange, FusedBlock
 from .layer import SCORED_KEYS, NativeLayer, slopes_address, step_rows
 from .library import FLOATS, Library
 from .linear import NativeLinear
@@ -62,6 +62,32 @@ class _BlockStep(ctypes.Structure):
     )
 
 
+class _Run:
+    """Blocks one after another in one call."""
+
+    def __init__(self, library: Library, addresses: Sequence[int], layers: Sequence[int]):
+        self._library, self._layers = library, layers
+        self._call = library.function("blocks", "ppplppii", ctypes.c_int32)
+        self._pointers = ctypes.c_void_p * len(addresses)
+        self._addresses = self._pointers(*addresses)
+
+    def __call__(self, x: Tensor, step: _BlockStep, batch: StepBatch, exchange: Exchange | None) -> Tensor:
+        """exchange: of blocks that are split over ranks."""
+        x = x.contiguous()
+        caches = [batch.kv_cache.layers[layer] for layer in self._layers]
+        keys = self._pointers(*(cache[0].data_ptr() for cache in caches))
+        values = self._pointers(*(cache[1].data_ptr() for cache in caches))
+        step.x = x.data_ptr()
+        failed = self._call(
+            ctypes.addressof(self._addresses), ctypes.addressof(keys), ctypes.addressof(values), len(caches),
+            ctypes.addressof(step), None if exchange is None else exchange.address, self._library.variant,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed and exchange is not None:
+            raise exchange.failure()
+        return x
+
+
 class NativeBlock:
     """A `FusedBlock`: the bits are those of the single operations."""
 
@@ -69,7 +95,6 @@ class NativeBlock:
         """matmuls: of `parts`: qkv, output, gate and up, down."""
         self._library, self._parts, self._matmuls = library, parts, matmuls
         self._dtype = matmuls[0].dtype
-        self._whole = library.function("block", "ppii")
         self._attention, self._feed_forward, self._add = (
             library.function(f"block_{part}", "pppii") for part in ("attention", "feed_forward", "add")
         )
@@ -83,6 +108,7 @@ class NativeBlock:
             parts.options.scale, parts.options.cap or 0,
         )  # fmt: skip
         self._address, self._hidden = ctypes.addressof(self._block), hidden
+        self._run = _Run(library, [self._address], [parts.layer])
 
     @property
     def parts(self) -> BlockParts:
@@ -116,46 +142,37 @@ class NativeBlock:
         step = self.step(x, cos, sin, batch)
         if step is None:
             return None
+        collectives = self._parts.collectives
+        exchange = None if collectives is None else collectives.exchange()
+        if collectives is None or exchange is not None:
+            return self._run(x, step, batch, exchange)
         x = x.contiguous()
         keys, values = batch.kv_cache.layers[self._parts.layer]
         step.x, step.keys, step.values = x.data_ptr(), keys.data_ptr(), values.data_ptr()
         where, how = (self._address, ctypes.addressof(step)), (self._library.variant, torch.get_num_threads())
-        all_reduce = self._parts.all_reduce
-        if all_reduce is None:
-            self._whole(*where, *how)
-            return x
         delta = torch.empty_like(x)
         self._attention(*where, delta.data_ptr(), *how)
-        delta = all_reduce(delta)
+        delta = collectives.all_reduce(delta)
         self._feed_forward(*where, delta.data_ptr(), *how)
-        delta = all_reduce(delta)
+        delta = collectives.all_reduce(delta)
         self._add(*where, delta.data_ptr(), *how)
         return x
 
 
 class NativeBlocks:
-    """A `FusedBlock` that is several whole ones, each after the other."""
+    """A `FusedBlock` that is several, each after the other."""
 
     def __init__(self, library: Library, blocks: Sequence[NativeBlock]):
-        self._library, self._blocks = library, blocks
-        self._call = library.function("blocks", "ppplpii")
-        self._pointers = ctypes.c_void_p * len(blocks)
-        self._addresses = self._pointers(*(block.address for block in blocks))
+        """blocks: with the same collectives."""
+        self._blocks, self._collectives = blocks, blocks[0].parts.collectives
+        self._run = _Run(library, [block.address for block in blocks], [block.parts.layer for block in blocks])
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
         step = self._blocks[0].step(x, cos, sin, batch)
-        if step is None:
+        exchange = None if self._collectives is None else self._collectives.exchange()
+        if step is None or (self._collectives is not None and exchange is None):
             return None
-        x = x.contiguous()
-        layers = [batch.kv_cache.layers[block.parts.layer] for block in self._blocks]
-        keys = self._pointers(*(layer[0].data_ptr() for layer in layers))
-        values = self._pointers(*(layer[1].data_ptr() for layer in layers))
-        step.x = x.data_ptr()
-        self._call(
-            ctypes.addressof(self._addresses), ctypes.addressof(keys), ctypes.addressof(values), len(layers),
-            ctypes.addressof(step), self._library.variant, torch.get_num_threads(),
-        )  # fmt: skip
-        return x
+        return self._run(x, step, batch, exchange)
 
 
 def _step(cos: Tensor, sin: Tensor, dtype: torch.dtype, batch: StepBatch) -> _BlockStep:
@@ -182,9 +199,12 @@ def fuse(library: Library, parts: BlockParts) -> NativeBlock | None:
 
 
 def join(library: Library, blocks: Sequence[FusedBlock]) -> NativeBlocks | None:
-    """Blocks in one call, if they are ours, not split over ranks, and alike in what the first of them checks."""
+    """Blocks in one call, if they are ours, split over the same ranks, and alike in what the first of them checks."""
     native = [block for block in blocks if isinstance(block, NativeBlock)]
-    alike = {(block.parts.head_dim, len(block.parts.attention_norm.weight), block.dtype) for block in native}
-    if len(native) < len(blocks) or len(alike) > 1 or any(block.parts.all_reduce is not None for block in native):
+    alike = {
+        (block.parts.head_dim, len(block.parts.attention_norm.weight), block.dtype, id(block.parts.collectives))
+        for block in native
+    }
+    if len(native) < len(blocks) or len(alike) > 1:
         return None
     return NativeBlocks(library, native)

@@ -48,6 +48,7 @@ SOURCES = {
     "amx.cpp": (*AVX512_BF16, *TILES),
     "library.cpp": (),
     "block.cpp": (),
+    "exchange.cpp": (),
     "pool.cpp": (),
     "sampling.cpp": (),
     "guidance.cpp": (),

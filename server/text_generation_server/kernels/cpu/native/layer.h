@@ -65,6 +65,8 @@ struct LayerVariant {
     // Tokens [first, last) of [tokens][heads][dim], `stride` elements from one token to the next; y is dense.
     void (*rotate)(const void *x, const float *cos, const float *sin, void *y, int32_t type, int64_t heads, int64_t dim,
                    int64_t stride, int64_t first, int64_t last);
+    // to = parts[0] + ... + parts[count - 1] in that order, elements [first, last), rounded to the type at the end.
+    void (*sum)(const void *const *parts, int64_t count, void *to, int32_t type, int64_t first, int64_t last);
     // x += y, elements [first, last), rounded to the type.
     void (*add)(void *x, const void *y, int32_t type, int64_t first, int64_t last);
     // `next`: what this thread attends to next, or null; its keys and values are read ahead. `scratch`: of `rows` rows, which

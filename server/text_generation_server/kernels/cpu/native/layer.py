@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....batch import StepBatch
-from ...interface import AttentionOptions, CacheSpec, KVCache
+from ...interface import AttentionOptions, CacheSpec, KVCache, Sums
 from .library import FLOATS, Library
 from .pages import own_memory
 
@@ -59,6 +59,21 @@ class NativeLayer:
         self._rotate = library.function("rotate", "ippppilllli")
         self._store_kv = library.function("store_kv", "pppppillllll")
         self._attend = library.function("attend", "ipi")
+        self._embed_share = library.function("embed_share", "ppilllplpii", ctypes.c_int32)
+
+    def embed_share(self, weight: Tensor, owned: range, ids: Tensor, sums: Sums) -> Tensor | None:
+        exchange = sums.exchange()
+        if exchange is None:
+            return None
+        weight, ids = weight.contiguous(), ids.contiguous()
+        y = weight.new_empty(len(ids), weight.shape[1])
+        failed = self._embed_share(
+            exchange.address, weight.data_ptr(), FLOATS[y.dtype], owned.start, len(owned), y.shape[1], ids.data_ptr(),
+            len(ids), y.data_ptr(), self._variant, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise exchange.failure()
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()

@@ -104,6 +104,14 @@ void silu_and_mul(const void *x, void *y, int32_t type, int64_t size, int64_t fi
         });
 }
 
+void sum(const void *const *parts, int64_t count, void *to, int32_t type, int64_t first, int64_t last) {
+    each_vector(last - first, [&](int64_t at, auto load, auto store) {
+        F total = load(parts[0], type, first + at);
+        for (int64_t part = 1; part < count; part++) total = total + load(parts[part], type, first + at);
+        store(to, type, first + at, total);
+    });
+}
+
 void add(void *x, const void *y, int32_t type, int64_t first, int64_t last) {
     each_vector(last - first, [&](int64_t at, auto load, auto store) {
         store(x, type, first + at, load(x, type, first + at) + load(y, type, first + at));

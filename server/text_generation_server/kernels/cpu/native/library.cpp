@@ -140,7 +140,7 @@ private:
 
 // To be called before each product, after all that is computed for it: who waits in between would read too early.
 void read_ahead(const Weight &weight, int64_t rows, int threads) {
-    if (rows > kReadAheadRows || threads <= 1) return;
+    if (rows > kReadAheadRows) return;
     static thread_local Order order;
     order.next(weight, rows, threads);
 }

@@ -61,11 +61,11 @@ class Library:
             found[name.decode()] = bool(runs.value)
         return found
 
-    def function(self, name: str, arguments: str) -> Callable[..., Any]:
+    def function(self, name: str, arguments: str, result: type | None = None) -> Callable[..., Any]:
         """`kernels_<name>`. arguments: a letter for each: p(ointer), i(nt32), l (int64), f(loat)."""
         function = getattr(self._library, f"kernels_{name}")
         function.argtypes = [_TYPES[letter] for letter in arguments]
-        function.restype = None
+        function.restype = result
         return function  # type: ignore[no-any-return]
 
     @property

@@ -163,16 +163,18 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
     });
 }
 
-// `Count` rows with 2 vectors of columns of numbers that lie in memory. `sums` and `partials`: [Count][kColumns].
+// `Count` rows with 2 vectors of columns of numbers that lie in memory. `sums` and `partials`: [Count][kColumns]. Meanwhile the core
+// reads `ahead` into its second cache, so many bytes for each place.
 template <int Count>
 __attribute__((noinline)) void multiply_numbers(const float *numbers, int64_t places, const float *x, int64_t stride, float *partials,
-                             bool begins) {
+                             bool begins, const uint8_t *ahead, int64_t ahead_bytes) {
     F partial[Count][2];
     repeat<Count>([&](auto m) {
         repeat<2>([&](auto v) { partial[m][v] = begins ? zeros() : load_floats(partials + m * kColumns + v * kWidth); });
     });
     for (int64_t place = 0; place < places; place++) {
         F a = load_floats(numbers + place * kColumns), b = load_floats(numbers + place * kColumns + kWidth);
+        _mm_prefetch((const char *)ahead + place * ahead_bytes, _MM_HINT_T1);
         repeat<Count>([&](auto m) {
             F value = broadcast(x + m * stride + place);
             partial[m][0] = add_product(a, value, partial[m][0]);
@@ -207,6 +209,11 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                 each_number<C, 0, kVectors>(at, weight.table, minus,
                                [&](auto j, auto v, F number) { store_floats(to + j * kColumns + v * kWidth, number); });
             }
+            // As many bytes come next, here or in the next panel, and are read while the processor multiplies, a share in each call.
+            const bool is_last = last == weight.steps && (panel + 1) * kColumns >= weight.out_features;
+            const int64_t calls = (rows.count + kRows - 1) / kRows * (kColumns / kMicroColumns), places = (last - first) * kStepPlaces;
+            const int64_t ahead_bytes = is_last ? 0 : (step_bytes / kStepPlaces + calls - 1) / calls;
+            const uint8_t *ahead = codes + last * step_bytes;
             for (int64_t row = 0; row < rows.count; row += kRows) {
                 const float *x = rows.x + row * rows.stride + first * kStepPlaces;
                 const int count = int(std::min<int64_t>(kRows, rows.count - row));
@@ -215,9 +222,10 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                     const float *from = numbers + column;
                     repeat<kRows>([&](auto m) {
                         if (count == m + 1) {
-                            multiply_numbers<m + 1>(from, (last - first) * kStepPlaces, x, rows.stride, to, first == begin);
+                            multiply_numbers<m + 1>(from, places, x, rows.stride, to, first == begin, ahead, ahead_bytes);
                         }
                     });
+                    ahead += places * ahead_bytes;
                 }
             }
         }

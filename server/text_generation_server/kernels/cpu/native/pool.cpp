@@ -52,12 +52,11 @@ int64_t most_ahead() {
 // Whether `holds()` became true before the time was over.
 template <class Condition>
 bool Pool::look_for(int thread, Condition &&holds) {
-    static thread_local Reader reader;
     const auto end = std::chrono::steady_clock::now() + kLook;
     do {
         for (int i = 0; i < 32; i++) {
             if (holds()) return true;
-            if (!read_ahead(thread, reader)) pause();
+            idle(thread);
         }
     } while (std::chrono::steady_clock::now() < end);
     return false;
@@ -71,8 +70,13 @@ void Pool::reads_next(const uint8_t *begin, int64_t bytes, int threads, int64_t 
     ahead_turn_.fetch_add(1, std::memory_order_release);
 }
 
+void Pool::idle(int thread) {
+    if (!read_ahead(thread)) pause();
+}
+
 // Whether there was something to read.
-bool Pool::read_ahead(int thread, Reader &reader) {
+bool Pool::read_ahead(int thread) {
+    static thread_local Reader reader;
     static const int64_t most = most_ahead();
     if (const uint32_t turn = ahead_turn_.load(std::memory_order_acquire); turn != reader.seen) {
         const int64_t share = ahead_share_.load(std::memory_order_relaxed);
@@ -122,7 +126,7 @@ void Pool::work(int thread, uint32_t seen) {
     }
 }
 
-// The first part that was meant for `thread`, unless somebody took it.
+// Takes the first part that was meant for `thread`, unless somebody took it.
 void Pool::take_first(int thread) {
     const uint64_t bit = thread < kFirstParts ? uint64_t(1) << thread : 0;
     if (first_parts_.fetch_and(~bit) & bit) call_(context_, thread * first_share_, (thread + 1) * first_share_);

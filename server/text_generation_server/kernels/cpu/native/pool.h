@@ -31,6 +31,9 @@ public:
     // looks at it.
     void reads_next(const uint8_t *begin, int64_t bytes, int threads, int64_t tasks, int64_t grain);
 
+    // A moment of waiting: `thread` reads a little of that, or rests. The caller of jobs is thread 0.
+    void idle(int thread);
+
 private:
     using Call = void (*)(void *, int64_t, int64_t);
 
@@ -44,7 +47,7 @@ private:
     void work(int thread, uint32_t seen);
     void take_parts(int thread);
     void take_first(int thread);
-    bool read_ahead(int thread, Reader &reader);
+    bool read_ahead(int thread);
     template <class Condition>
     bool look_for(int thread, Condition &&holds);
 
