@@ -3,7 +3,8 @@
 The model has TinyLlama's dimensions (1.1 billion parameters) and random weights, made here from a fixed seed; speed does
 not depend on what the numbers are. Each side is a process of its own that keeps its model; sides take turns, so that a
 machine that slows down in between favours none. Few sides stand in memory at once, and bfloat16 is one of them each time:
-a side is compared with the bfloat16 that took turns with it. Activations are bfloat16, but those of `float32`.
+a side is compared with the bfloat16 that took turns with it. Activations are bfloat16, but those of `float32`. Before a side
+loads, it uses as much memory once: of a virtual machine the host may have taken it.
 
 Decode steps run against a cache of the stated length whose content is zeros, which costs what any content costs. Beside
 the figures stands what the memory allows: a step reads every weight that the side holds once, but for the embedding, of
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -34,6 +36,7 @@ LOAD_TIMEOUT_S = 600.0
 ROUND_TIMEOUT_S = 600.0
 # What is read to see how fast memory is at the moment, and how often before and after a turn.
 READ_BYTES, READS = 256 << 20, 3
+PR_SET_THP_DISABLE = 41  # linux/prctl.h
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
     "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
@@ -155,10 +158,21 @@ def read_files(folder: Path) -> None:
                 pass
 
 
+def get_memory_back(num_bytes: int) -> None:
+    """Use so much memory once. A virtual machine's host may have taken what nobody used for seconds, and gives it back many
+    times more slowly than the system hands it out: that is not what loading costs."""
+    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        block = bytes(8 << 20)
+        while pages.tell() + len(block) <= num_bytes:
+            pages.write(block)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+
 def refuse_large_pages() -> None:
-    """From now on the system gives this process small pages alone, whatever it asks for (prctl(2), PR_SET_THP_DISABLE)."""
+    """From now on the system gives this process small pages alone, whatever it asks for (prctl(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(41, 1, 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_THP_DISABLE) failed")
 
 
@@ -185,6 +199,7 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
     read_files(folder)
     read_s = time.perf_counter() - start
     before_loading = memory_of_process("VmRSS")
+    get_memory_back(sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 5 // 4)
     start = time.perf_counter()
     plan = plan_model(folder, world_size=1, dtype=dtype, quantize=quantize)
     model = load_model(plan, TensorParallel(0, 1, Alone()), kernels)

@@ -119,10 +119,12 @@ class SegmentExchange:
     def failure(self) -> Exception:
         return self._failure or RuntimeError(f"rank {self.fields.rank} could not end a sum over ranks; see above")
 
-    def call(self, contributed: Callable[[], object] | None) -> None:
+    def tell_when_contributed(self, contributed: Callable[[], object] | None) -> None:
         """contributed: called in each collective when this rank has given its part, and not yet received."""
-        called = _CONTRIBUTED() if contributed is None else _CONTRIBUTED(lambda: self._tell(contributed))
-        self.fields.contributed = called
+        if contributed is not None:
+            self.fields.contributed = _CONTRIBUTED(lambda: self._tell(contributed))
+        elif self.fields.contributed:
+            self.fields.contributed = _CONTRIBUTED()
 
     def close(self) -> None:
         """To be used no more: lets go of the segment."""
@@ -194,8 +196,8 @@ class Segment:
         self._futex.wake(self.rank * LINE_WORDS + NUMBER)
 
     def exchange(self, contributed: Callable[[], object] | None) -> SegmentExchange:
-        """For native code: sums with the bits of those over `take`. contributed: see `SegmentExchange.call`."""
-        self._native.call(contributed)
+        """For native code: sums with the bits of those over `take`. contributed: see `tell_when_contributed`."""
+        self._native.tell_when_contributed(contributed)
         return self._native
 
     @property

@@ -125,6 +125,20 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_number_of_threads(
         assert all(torch.equal(result, results[0]) for result in results)
 
 
+@each_library
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+@pytest.mark.parametrize("group", [40, 1304])
+def test_long_rows_have_the_same_bits_in_any_company(coding: Coding, group: int, library: Library) -> None:
+    """What many rows share is made piece by piece, and a piece may end within a group."""
+    in_, out = 1304, 72
+    weight, exact = make(coding, out, in_, group, isinstance(coding, Integer), False, torch.float16)
+    matmul, x = quantized_linear(library, weight, torch.bfloat16), rows(100, in_, torch.bfloat16)
+    alone = torch.cat([matmul(row) for row in x.split(1)])
+    close(alone, x, exact, tolerance(library, coding, torch.bfloat16))
+    for count in (3, 6, 7, 12, 18, 19, 24, 25, 37, 100):
+        assert torch.equal(matmul(x[:count]), alone[:count]), count
+
+
 # Threads stay, and wake for every product: not in this process.
 MANY_THREADS = """
 import torch
@@ -134,7 +148,7 @@ from text_generation_server.kernels.cpu.native.linear import dense_linear
 torch.manual_seed(0)
 matmul, x = dense_linear(Library(), torch.randn(5120, 296)), torch.randn(8, 296)
 results = []
-for threads in (1, 2, 63, 64, 65, 70):
+for threads in (1, 2, 63, 257, 300):
     torch.set_num_threads(threads)
     results += [matmul(x) for _ in range(20)]
 print(all(torch.equal(result, results[0]) for result in results))
@@ -143,7 +157,7 @@ print(all(torch.equal(result, results[0]) for result in results))
 
 @pytest.mark.skipif(not LIBRARIES, reason="our own kernels are not built here")
 def test_more_threads_than_cores_compute_the_same() -> None:
-    """Of the first 64, each begins with what it has read ahead; whoever comes late finds it taken."""
+    """Of the first 256, each begins with a range of its own, if there are so many; the others take what these leave."""
     command = [sys.executable, "-c", MANY_THREADS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["True"]
@@ -293,16 +307,17 @@ def test_the_library_is_built_once_and_without_a_compiler_says_so(
 
 
 @each_library
-def test_groups_without_features_change_nothing(library: Library) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_without_features_change_nothing(dtype: torch.dtype, library: Library) -> None:
     index = torch.tensor([0] * 5 + [2] * 11)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (9, 16), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(9, 3, generator=generator)
+    scales = torch.rand(9, 4, generator=generator)
     weight = QuantizedWeight(Integer(4), 16, pack(codes, 4), scales, None, index, None)
-    x = rows(2, 16)
-    close(
-        quantized_linear(library, weight, torch.float32)(x), x, (codes.double() - 8) * scales.double()[:, index], 1e-5
-    )
+    x, matmul = rows(25, 16, dtype), quantized_linear(library, weight, dtype)
+    for count in (2, 5, 25):
+        y, matrix = matmul(x[:count]), (codes.double() - 8) * scales.double()[:, index]
+        close(y, x[:count], matrix, tolerance(library, Integer(4), dtype))
 
 
 # What a layer computes besides its products --------------------------------------------------------------------------

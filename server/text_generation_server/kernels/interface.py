@@ -215,7 +215,7 @@ class BlockParts:
 class FusedBlock(Protocol):
     """A block as one operation. x: [tokens, hidden], which may be overwritten; cos, sin: as for `rotate`.
 
-    None: the step's cache is laid out otherwise, and nothing was computed.
+    None: the step's cache is laid out otherwise, or its ranks share no memory, and nothing was computed.
     """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None: ...

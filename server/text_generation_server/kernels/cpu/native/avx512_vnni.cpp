@@ -18,6 +18,15 @@ INLINE I add_dot_in_place(I sum, I weights, I x) {
 
 // Rows of codes from which on each tile has `multiply_codes`.
 constexpr int kManyCodes = 3;
+// Of few rows, each tile makes units in registers, which costs little beside products and leaves memory time to come; of more, they are
+// made once for all tiles, whose sums have the registers for themselves: then none of them waits for itself.
+constexpr int kTileInRegisters = 6;
+constexpr int64_t kRowsInRegisters = 3 * kTileInRegisters;
+
+// Steps of a panel that every tile goes through before the next ones: their units stay in a core's first cache meanwhile.
+constexpr int64_t kChunkOfCodes = 64;
+struct Made : Codes<8> {};  // units in memory lie as codes of 8 bits do
+static_assert(kChunkOfCodes * Made::kStep <= kChunkSteps * kStepPlaces * kColumns * int64_t(sizeof(float)));
 
 // A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
 struct Ahead {
@@ -25,111 +34,160 @@ struct Ahead {
     int64_t stride;
 };
 
-// Exact kinds. The next steps of a block, until `end`.
-template <class C, int R>
-INLINE void add_steps(const uint8_t *codes, const uint8_t *end, I table, const uint32_t *x, Ahead &ahead, I (&sum)[R][kVectors]) {
-    do {
-        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(codes + line);
+// Steps [first, last) of a panel, which are `blocks` whole blocks; `group` and `block` of a row are those of the first.
+struct Chunk {
+    int64_t first, last, group, block, blocks;
+};
+
+// What comes after `former`: no more than kChunkOfCodes.
+inline Chunk next_chunk(const Weight &weight, const Chunk &former) {
+    Chunk chunk{former.last, former.last, former.group, former.block + former.blocks, 0};
+    while (weight.group_ends[chunk.group] <= chunk.first) chunk.group++;
+    for (int64_t group = chunk.group; chunk.last < weight.steps && chunk.last - chunk.first + kBlockSteps <= kChunkOfCodes; chunk.blocks++) {
+        while (weight.group_ends[group] <= chunk.last) group++;
+        chunk.last = std::min<int64_t>(chunk.last + kBlockSteps, weight.group_ends[group]);
+    }
+    return chunk;
+}
+
+// Exact kinds. Adds the products of the units from `at` to `end`, which lie as those of `U` do, with activations `x`.
+template <class C, class U, int R>
+INLINE void add_steps(const uint8_t *at, const uint8_t *end, const uint32_t *x, Ahead &ahead, I (&sum)[R][kVectors]) {
+    auto add = [&](const I (&unit)[kVectors], auto u) {
+        repeat<R>([&](auto m) {
+            const I value = broadcast_unit(x + u * R + m);
+            repeat<kVectors>([&](auto v) { sum[m][v] = add_dot_in_place(sum[m][v], unit[v], value); });
+        });
+    };
+    auto ask = [&] {
         for (int64_t line = 0; line < C::kStep / 2; line += 64) _mm_prefetch((const char *)ahead.at + line, _MM_HINT_T1);
         ahead.at += ahead.stride;
-        typename C::Words words[kVectors];
-        repeat<kVectors>([&](auto v) { words[v] = C::load(codes, v, table); });
-        repeat<C::kUnits>([&](auto u) {
+    };
+    if constexpr (std::is_same_v<U, Made>) {
+        // Unit by unit: of more than one in a round, gcc 12 has each sum in two registers, and for many sums there are not so many.
+        for (; at != end; at += kColumns * 4, x += R) {
+            ask();
             I unit[kVectors];
-            repeat<kVectors>([&](auto v) { unit[v] = C::template unit<u>(words[v]); });
-            repeat<R>([&](auto m) {
-                const I value = broadcast_unit(x + u * R + m);
-                repeat<kVectors>([&](auto v) { sum[m][v] = add_dot_in_place(sum[m][v], unit[v], value); });
+            repeat<kVectors>([&](auto v) { unit[v] = load_integers(at + v * kWidth * 4); });
+            add(unit, std::integral_constant<int, 0>{});
+        }
+    } else {
+        do {
+            for (int64_t line = 0; line < U::kStep; line += 64) prefetch(at + line);
+            ask();
+            typename U::Words words[kVectors];
+            repeat<kVectors>([&](auto v) { words[v] = U::load(at, v, I{}); });
+            repeat<U::kUnits>([&](auto u) {
+                I unit[kVectors];
+                repeat<kVectors>([&](auto v) { unit[v] = U::template unit<u>(words[v]); });
+                add(unit, u);
             });
-        });
-        codes += C::kStep, x += C::kUnits * R;
-    } while (codes != end);
+            at += U::kStep, x += U::kUnits * R;
+        } while (at != end);
+    }
 }
 
-// Exact kinds: the `R` rows of a tile with one panel. Making units anew for each tile costs nothing, as a processor does so beside the
-// products; so all that matters is that the sums of both kinds stay in registers.
-template <class C, int R>
-__attribute__((noinline)) void multiply_codes(const Weight &weight, const Tile &tile, I table, int64_t panel, Ahead ahead) {
-    const uint8_t *codes = weight.codes + panel * weight.steps * C::kStep;
+// Exact kinds: the `R` rows of a tile with a chunk of one panel, whose units begin at `at`. Sums within a block stay in registers, of which
+// there are enough for none to wait for itself; those over the blocks of a group, and over groups, lie in memory.
+template <class C, class U, int R>
+__attribute__((noinline)) void multiply_codes(const Weight &weight, const Tile &tile, const Chunk &chunk, int64_t panel,
+                                              const uint8_t *at, Ahead ahead, float *partials, float *totals) {
+    alignas(64) static constexpr float kNothing[R * kColumns] = {};
     auto each = [](auto &&function) {
-        repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v); }); });
+        repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v, m * kColumns + v * kWidth); }); });
     };
-    alignas(64) float memory[R * kColumns];
-    float *totals = memory;
-    asm("" : "+r"(totals) : : "memory");  // else gcc has them in registers, and others in memory
-    each([&](auto m, auto v) { store_floats(totals + m * kColumns + v * kWidth, zeros()); });
-    const uint32_t *x = tile.x(0);
-    const int32_t *offsets = tile.offsets(0);
-    const float *scales = tile.scales(0);
-    int64_t step = 0;
-    for (int64_t group = 0; group < weight.groups; group++) {
-        F partial[R][kVectors];
-        each([&](auto m, auto v) { partial[m][v] = zeros(); });
-        const int64_t end = weight.group_ends[group];
-        while (step < end) {
+    const uint32_t *x = tile.x(chunk.first * U::kUnits);
+    const int32_t *offsets = tile.offsets(chunk.block);
+    const float *scales = tile.scales(chunk.block);
+    int64_t step = chunk.first;
+    for (int64_t group = chunk.group; step < chunk.last; group++) {
+        const int64_t group_end = weight.group_ends[group], end = std::min(group_end, chunk.last);
+        if (step == group_end) continue;  // a group without features
+        const float *before = step == (group ? weight.group_ends[group - 1] : 0) ? kNothing : partials;
+        I sum[R][kVectors];
+        auto add_block = [&] {
             const int64_t steps = std::min(kBlockSteps, end - step);
-            I sum[R][kVectors];
-            each([&](auto m, auto v) { sum[m][v] = begin_sum<C>(offsets + m); });
-            add_steps<C, R>(codes, codes + steps * C::kStep, table, x, ahead, sum);
-            each([&](auto m, auto v) { partial[m][v] = add_product(to_float(sum[m][v]), all_floats(scales[m]), partial[m][v]); });
-            step += steps, codes += steps * C::kStep, x += steps * C::kUnits * R;
-            offsets += R, scales += R;
+            each([&](auto m, auto v, auto) { sum[m][v] = begin_sum<C>(offsets + m); });
+            add_steps<C, U, R>(at, at + steps * U::kStep, x, ahead, sum);
+            step += steps, at += steps * U::kStep, x += steps * U::kUnits * R;
+        };
+        auto scaled = [&](auto m, auto v, auto i) { return add_product(to_float(sum[m][v]), all_floats(scales[m]), load_floats(before + i)); };
+        while (true) {
+            add_block();
+            if (step == group_end) break;
+            each([&](auto m, auto v, auto i) { store_floats(partials + i, scaled(m, v, i)); });
+            before = partials, offsets += R, scales += R;
+            if (step == end) return;
         }
         const Group here{weight, (panel * weight.groups + group) * kColumns};
-        if (const float *x_sums = tile.sums(group))
-            repeat<kVectors>([&](auto v) {
-                const F zero = here.zero(v * kWidth);
-                repeat<R>([&](auto m) { partial[m][v] = subtract_product(zero, all_floats(x_sums[m]), partial[m][v]); });
-            });
-        repeat<kVectors>([&](auto v) {
-            const F scale = here.scale(v * kWidth);
-            repeat<R>([&](auto m) {
-                float *total = totals + m * kColumns + v * kWidth;
-                store_floats(total, add_product(scale, partial[m][v], load_floats(total)));
-            });
-        });
+        F scale[kVectors];
+        repeat<kVectors>([&](auto v) { scale[v] = here.scale(v * kWidth); });
+        auto finish = [&](auto m, auto v, auto i, F partial) {
+            store_floats(totals + i, add_product(scale[v], partial, load_floats(totals + i)));
+        };
+        if (const float *x_sums = tile.sums(group)) {
+            F zero[kVectors];
+            repeat<kVectors>([&](auto v) { zero[v] = here.zero(v * kWidth); });
+            each([&](auto m, auto v, auto i) { finish(m, v, i, subtract_product(zero[v], all_floats(x_sums[m]), scaled(m, v, i))); });
+        } else {
+            each([&](auto m, auto v, auto i) { finish(m, v, i, scaled(m, v, i)); });
+        }
+        offsets += R, scales += R;
     }
-    const Rows rows{R, 0, nullptr, nullptr, nullptr, tile.units.y};
-    for (int64_t m = 0; m < R; m++)
-        repeat<kVectors>([&](auto v) {
-            const F total = finished<C>(weight, tile.units, tile.row + m, panel, v, load_floats(totals + m * kColumns + v * kWidth));
-            put(rows, weight, tile.row + m, panel * kColumns + v * kWidth, total);
-        });
 }
 
-// Rows of a tile. Five have all they need in registers, but the fewer tiles, the less often codes of 2 or 3 bits, which take longest,
-// become units. Six rows are one tile in any case, since what they wait for is memory.
+// A panel with each tile.
 template <class C>
-constexpr int64_t tile_for(int64_t rows) {
-    return C::kBits >= 4 && rows > kTileOfEight ? kTileOfEight - 1 : kTileOfEight;
-}
-
-template <class C>
-void multiply_units_of(const Weight &weight, const Units &units, int64_t first, int64_t last) {
-    const I table = all(0);
-    if (units.count < kManyCodes) {
-        multiply_few_rows<C, kManyCodes - 1>(weight, units, table, first, last);
-        return;
-    }
-    // A panel stays in a core's second cache while each tile goes through it, and the next one comes there meanwhile.
-    const int64_t tiles = (units.count + units.tile - 1) / units.tile, bytes = weight.steps * C::kStep;
-    for (int64_t panel = first; panel < last; panel++)
+void multiply_panel(const Weight &weight, const Units &units, int64_t panel, float *scratch) {
+    uint8_t *made = reinterpret_cast<uint8_t *>(scratch);
+    float *totals = scratch + kChunkSteps * kStepPlaces * kColumns, *partials = totals + units.count * kColumns;
+    std::fill(totals, partials, 0.0f);
+    const uint8_t *codes = weight.codes + panel * weight.steps * C::kStep;
+    const int64_t tiles = (units.count + units.tile - 1) / units.tile;
+    auto multiply = [&](const Chunk &chunk, auto kind, const uint8_t *at) {
+        using U = decltype(kind);
+        constexpr bool kMade = std::is_same_v<U, Made>;
+        // As many bytes come next, here or in the next panel, and each tile asks for a share of them.
+        const bool more = tiles > 1 && (chunk.last < weight.steps || (panel + 1) * kColumns < weight.out_features);
+        const int64_t bytes = more ? (chunk.last - chunk.first) * C::kStep : 0, asks = kMade ? tiles * C::kUnits : tiles;
         units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
-            const uint8_t *at = weight.codes + panel * bytes;
-            Ahead ahead{at, 0};
-            if (tiles > 1 && panel + 1 < last) ahead = {at + bytes + bytes * tile / tiles, (C::kStep + tiles - 1) / tiles};
+            const Ahead ahead{codes + chunk.last * C::kStep * more + bytes * tile / tiles, more ? (C::kStep + asks - 1) / asks : 0};
             tile++;
             repeat<kTileOfEight>([&](auto m) {
-                if constexpr (m + 1 >= kManyCodes)
-                    if (count == m + 1) multiply_codes<C, m + 1>(weight, Tile{units, row, count}, table, panel, ahead);
+                if constexpr (kMade ? m + 1 >= kTileOfEight / 2 : m + 1 >= kManyCodes && m + 1 <= kTileInRegisters)
+                    if (count == m + 1)
+                        multiply_codes<C, U, m + 1>(weight, Tile{units, row, count}, chunk, panel, at, ahead, partials + row * kColumns,
+                                                    totals + row * kColumns);
             });
         });
+    };
+    if (units.tile == kTileInRegisters) {
+        multiply(Chunk{0, weight.steps, 0, 0, 0}, C{}, codes);
+    } else {
+        for (Chunk chunk{}; chunk.last < weight.steps;) {
+            chunk = next_chunk(weight, chunk);
+            multiply(chunk, Made{}, make_units<C>(codes, I{}, chunk.first, chunk.last, made));
+        }
+    }
+    const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
+    for (int64_t row = 0; row < units.count; row++)
+        repeat<kVectors>([&](auto v) {
+            const F total = finished<C>(weight, units, row, panel, v, load_floats(totals + row * kColumns + v * kWidth));
+            put(rows, weight, row, panel * kColumns + v * kWidth, total);
+        });
+}
+
+template <class C>
+void multiply_units_of(const Weight &weight, const Units &units, int64_t first, int64_t last, float *scratch) {
+    if (units.count < kManyCodes) multiply_few_rows<C, kManyCodes - 1>(weight, units, all(0), first, last);
+    else
+        for (int64_t panel = first; panel < last; panel++) multiply_panel<C>(weight, units, panel, scratch);
 }
 
 bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_codes(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        *counts = {weight.steps * C::kUnits, 0, runs_of<C>(weight), true, tile_for<C>(rows)};
+        *counts = {weight.steps * C::kUnits, 0, runs_of<C>(weight), true, rows <= kRowsInRegisters ? kTileInRegisters : kTileOfEight};
     });
 }
 
@@ -138,8 +196,8 @@ void prepare_units(const Weight &weight, const void *activations, int64_t row, i
     with_codes(weight.coding, [&](auto coding) { prepare_tile<decltype(coding)>(weight, activations, row, count, scratch, to); });
 }
 
-void multiply_units(const Weight &weight, const Units &units, int64_t first, int64_t last, float *) {
-    with_codes(weight.coding, [&](auto coding) { multiply_units_of<decltype(coding)>(weight, units, first, last); });
+void multiply_units(const Weight &weight, const Units &units, int64_t first, int64_t last, float *scratch) {
+    with_codes(weight.coding, [&](auto coding) { multiply_units_of<decltype(coding)>(weight, units, first, last, scratch); });
 }
 
 }  // namespace

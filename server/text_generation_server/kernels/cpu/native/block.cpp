@@ -125,19 +125,4 @@ EXPORT int32_t kernels_embed_share(Exchange *exchange, const void *weight, int32
     }
     return sum_over_ranks(*exchange, y, rows * hidden, type, variant, threads) ? 0 : 1;
 }
-
-// Of a block that is split over ranks: what this rank adds, [rows][hidden], for the ranks to sum up in between.
-EXPORT void kernels_block_attention(const Block *block, const BlockStep *step, void *delta, int32_t variant, int32_t threads) {
-    attend(*block, *step, static_cast<char *>(delta), variant, threads);
-}
-
-// delta: the sum of the former over all ranks, and then what this rank adds.
-EXPORT void kernels_block_feed_forward(const Block *block, const BlockStep *step, void *delta, int32_t variant, int32_t threads) {
-    feed_forward(*block, *step, static_cast<char *>(delta), variant, threads);
-}
-
-// delta: the sum of the former over all ranks.
-EXPORT void kernels_block_add(const Block *block, const BlockStep *step, const void *delta, int32_t variant, int32_t threads) {
-    add_up(*block, *step, static_cast<const char *>(delta), variant, threads);
-}
 }

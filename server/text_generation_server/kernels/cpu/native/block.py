@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....batch import StepBatch
-from ...interface import BlockParts, Exchange, FusedBlock
+from ...interface import BlockParts, FusedBlock, Sums
 from .layer import SCORED_KEYS, NativeLayer, slopes_address, step_rows
 from .library import FLOATS, Library
 from .linear import NativeLinear
@@ -65,14 +65,18 @@ class _BlockStep(ctypes.Structure):
 class _Run:
     """Blocks one after another in one call."""
 
-    def __init__(self, library: Library, addresses: Sequence[int], layers: Sequence[int]):
-        self._library, self._layers = library, layers
+    def __init__(self, library: Library, blocks: Sequence[tuple[int, int]], collectives: Sums | None):
+        """blocks: the address and the layer of each. collectives: of ranks that they are split over."""
+        self._library, self._layers, self._collectives = library, [layer for _, layer in blocks], collectives
         self._call = library.function("blocks", "ppplppii", ctypes.c_int32)
-        self._pointers = ctypes.c_void_p * len(addresses)
-        self._addresses = self._pointers(*addresses)
+        self._pointers = ctypes.c_void_p * len(blocks)
+        self._addresses = self._pointers(*(address for address, _ in blocks))
 
-    def __call__(self, x: Tensor, step: _BlockStep, batch: StepBatch, exchange: Exchange | None) -> Tensor:
-        """exchange: of blocks that are split over ranks."""
+    def __call__(self, x: Tensor, step: _BlockStep | None, batch: StepBatch) -> Tensor | None:
+        """None: there is no step, or the ranks share no memory."""
+        exchange = None if self._collectives is None else self._collectives.exchange()
+        if step is None or (self._collectives is not None and exchange is None):
+            return None
         x = x.contiguous()
         caches = [batch.kv_cache.layers[layer] for layer in self._layers]
         keys = self._pointers(*(cache[0].data_ptr() for cache in caches))
@@ -93,11 +97,8 @@ class NativeBlock:
 
     def __init__(self, library: Library, parts: BlockParts, matmuls: tuple[NativeLinear, ...]):
         """matmuls: of `parts`: qkv, output, gate and up, down."""
-        self._library, self._parts, self._matmuls = library, parts, matmuls
+        self._parts, self._matmuls = parts, matmuls
         self._dtype = matmuls[0].dtype
-        self._attention, self._feed_forward, self._add = (
-            library.function(f"block_{part}", "pppii") for part in ("attention", "feed_forward", "add")
-        )
         norms, hidden = (parts.attention_norm, parts.mlp_norm), len(parts.attention_norm.weight)
         bias, heads = parts.qkv_bias, parts.head_norm
         self._block = _Block(
@@ -108,7 +109,7 @@ class NativeBlock:
             parts.options.scale, parts.options.cap or 0,
         )  # fmt: skip
         self._address, self._hidden = ctypes.addressof(self._block), hidden
-        self._run = _Run(library, [self._address], [parts.layer])
+        self._run = _Run(library, [(self._address, parts.layer)], parts.collectives)
 
     @property
     def parts(self) -> BlockParts:
@@ -139,24 +140,7 @@ class NativeBlock:
         return step
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
-        step = self.step(x, cos, sin, batch)
-        if step is None:
-            return None
-        collectives = self._parts.collectives
-        exchange = None if collectives is None else collectives.exchange()
-        if collectives is None or exchange is not None:
-            return self._run(x, step, batch, exchange)
-        x = x.contiguous()
-        keys, values = batch.kv_cache.layers[self._parts.layer]
-        step.x, step.keys, step.values = x.data_ptr(), keys.data_ptr(), values.data_ptr()
-        where, how = (self._address, ctypes.addressof(step)), (self._library.variant, torch.get_num_threads())
-        delta = torch.empty_like(x)
-        self._attention(*where, delta.data_ptr(), *how)
-        delta = collectives.all_reduce(delta)
-        self._feed_forward(*where, delta.data_ptr(), *how)
-        delta = collectives.all_reduce(delta)
-        self._add(*where, delta.data_ptr(), *how)
-        return x
+        return self._run(x, self.step(x, cos, sin, batch), batch)
 
 
 class NativeBlocks:
@@ -164,15 +148,12 @@ class NativeBlocks:
 
     def __init__(self, library: Library, blocks: Sequence[NativeBlock]):
         """blocks: with the same collectives."""
-        self._blocks, self._collectives = blocks, blocks[0].parts.collectives
-        self._run = _Run(library, [block.address for block in blocks], [block.parts.layer for block in blocks])
+        self._blocks = blocks
+        places = [(block.address, block.parts.layer) for block in blocks]
+        self._run = _Run(library, places, blocks[0].parts.collectives)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch) -> Tensor | None:
-        step = self._blocks[0].step(x, cos, sin, batch)
-        exchange = None if self._collectives is None else self._collectives.exchange()
-        if step is None or (self._collectives is not None and exchange is None):
-            return None
-        return self._run(x, step, batch, exchange)
+        return self._run(x, self._blocks[0].step(x, cos, sin, batch), batch)
 
 
 def _step(cos: Tensor, sin: Tensor, dtype: torch.dtype, batch: StepBatch) -> _BlockStep:

@@ -61,7 +61,7 @@ struct UnitCounts {
     int64_t tile;    // rows of a tile, at most
 };
 
-constexpr int kTileOfEight = 6, kTileOfBrain = 12;
+constexpr int kTileOfEight = 12, kTileOfBrain = 12;
 
 // Rows of a step are cut into tiles of nearly the same size.
 template <class Function>

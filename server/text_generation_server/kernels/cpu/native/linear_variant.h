@@ -126,6 +126,7 @@ template <class C, int Count, int Panels, int First, int Vectors>
 void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
     const int64_t panel_bytes = weight.steps * kStepBytes[weight.coding], step_bytes = kStepBytes[weight.coding];
     const uint8_t *codes = weight.codes + panel * panel_bytes;
+    const int64_t asked_bytes = kAsksForLines ? step_bytes : 64, near_end = weight.steps - kAhead / step_bytes;
     auto each = [](auto &&function) {
         repeat<Panels>([&](auto p) { repeat<Count>([&](auto m) { repeat<Vectors>([&](auto v) { function(p, m, v); }); }); });
     };
@@ -142,7 +143,8 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
             const float *x = rows.x + step * kStepPlaces;
             repeat<Panels>([&](auto p) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
-                prefetch(at);
+                const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
+                for (int64_t line = 0; line < asked_bytes; line += 64) prefetch(ahead + line);
                 each_number<C, First, Vectors>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
                     repeat<Count>([&](auto m) {
                         F &sum = partial[p][m][v - First];
@@ -197,6 +199,7 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
     int64_t step = 0;
     for (int64_t group = 0; group < weight.groups; group++) {
         const int64_t begin = step, end = weight.group_ends[group];
+        if (step == end) continue;  // a group without features
         Group here{weight, (panel * weight.groups + group) * kColumns};
         I minus[kVectors];
         if constexpr (C::kSubtracts) here.zeros_of(minus);

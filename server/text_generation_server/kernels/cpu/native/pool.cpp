@@ -23,17 +23,16 @@ inline void pause() {
 #endif
 }
 
-// A thread takes what is left, divided by this and the number of threads. Few: each part begins with memory that nobody
-// has asked for yet.
-constexpr int64_t kShares = 4;
+// A thread takes this share of its own range at once: the rest can be taken by those who are done.
+constexpr uint32_t kShare = 4;
 
-// Tasks of the next part, where so many are left.
-int64_t share_of(int64_t tasks, int64_t threads, int64_t grain) {
-    return std::max(grain, tasks / (kShares * threads) / grain * grain);
-}
+uint64_t span(uint32_t begin, uint32_t end) { return uint64_t(end) << 32 | begin; }
+uint32_t begin_of(uint64_t span) { return uint32_t(span); }
+uint32_t end_of(uint64_t span) { return uint32_t(span >> 32); }
+uint32_t left_of(uint64_t span) { return end_of(span) - begin_of(span); }
 
-// Threads that have a first part of their own, at most: bits of a word.
-constexpr int64_t kFirstParts = 64;
+// Grains before the range of `thread`.
+uint32_t begin_of_thread(int64_t grains, int threads, int thread) { return uint32_t(grains * thread / threads); }
 
 // Bytes that are read ahead at a glance.
 constexpr int64_t kAheadAtOnce = 512;
@@ -66,7 +65,9 @@ void Pool::reads_next(const uint8_t *begin, int64_t bytes, int threads, int64_t 
     // Who sees a part of this and a part of the former reads for nothing, at worst.
     ahead_.store(begin, std::memory_order_relaxed);
     ahead_end_.store(begin + tasks * bytes, std::memory_order_relaxed);
-    ahead_share_.store(share_of(tasks, threads, grain) * bytes, std::memory_order_relaxed);
+    ahead_bytes_.store(grain * bytes, std::memory_order_relaxed);
+    ahead_grains_.store((tasks + grain - 1) / grain, std::memory_order_relaxed);
+    ahead_threads_.store(std::min(threads, kMostThreads), std::memory_order_relaxed);
     ahead_turn_.fetch_add(1, std::memory_order_release);
 }
 
@@ -79,9 +80,15 @@ bool Pool::read_ahead(int thread) {
     static thread_local Reader reader;
     static const int64_t most = most_ahead();
     if (const uint32_t turn = ahead_turn_.load(std::memory_order_acquire); turn != reader.seen) {
-        const int64_t share = ahead_share_.load(std::memory_order_relaxed);
-        reader = {turn, ahead_.load(std::memory_order_relaxed) + thread * share, nullptr};
-        reader.end = std::min(reader.at + std::min(share, most), ahead_end_.load(std::memory_order_relaxed));
+        const int64_t bytes = ahead_bytes_.load(std::memory_order_relaxed), grains = ahead_grains_.load(std::memory_order_relaxed);
+        const int threads = ahead_threads_.load(std::memory_order_relaxed);
+        const uint8_t *begin = ahead_.load(std::memory_order_relaxed), *end = ahead_end_.load(std::memory_order_relaxed);
+        reader = {turn, nullptr, nullptr};
+        if (thread < threads) {
+            reader.at = begin + begin_of_thread(grains, threads, thread) * bytes;
+            const int64_t own = begin_of_thread(grains, threads, thread + 1) * bytes;
+            reader.end = std::min({reader.at + most, begin + own, end});
+        }
     }
     if (reader.at >= reader.end) return false;
     for (int64_t line = 0; line < kAheadAtOnce; line += 64) __builtin_prefetch(reader.at + line, 0, 2);
@@ -101,12 +108,12 @@ void Pool::run_parts(int threads, int64_t tasks, int64_t grain, void *context, C
         workers_.emplace_back(&Pool::work, this, int(workers_.size()) + 1, generation_.load());
         workers_.back().detach();
     }
-    call_ = call, context_ = context, tasks_ = tasks, grain_ = grain, threads_ = threads;
-    first_share_ = share_of(tasks, threads, grain);
-    const int64_t firsts = std::min({int64_t(threads), kFirstParts, tasks / first_share_});
-    first_parts_.store(firsts == kFirstParts ? ~uint64_t(0) : (uint64_t(1) << firsts) - 1);
-    next_.store(firsts * first_share_);
-    wanted_.store(int(std::min<int64_t>(threads - 1, (tasks + grain - 1) / grain - 1)));
+    call_ = call, context_ = context, tasks_ = tasks, grain_ = grain, num_ranges_ = std::min(threads, kMostThreads);
+    const int64_t grains = (tasks + grain - 1) / grain;
+    for (int thread = 0; thread < num_ranges_; thread++)
+        ranges_[thread].span.store(
+            span(begin_of_thread(grains, num_ranges_, thread), begin_of_thread(grains, num_ranges_, thread + 1)));
+    wanted_.store(int(std::min<int64_t>(num_ranges_, grains) - 1));
     open_.store(true);
     generation_.fetch_add(1);
     generation_.notify_all();
@@ -126,25 +133,38 @@ void Pool::work(int thread, uint32_t seen) {
     }
 }
 
-// Takes the first part that was meant for `thread`, unless somebody took it.
-void Pool::take_first(int thread) {
-    const uint64_t bit = thread < kFirstParts ? uint64_t(1) << thread : 0;
-    if (first_parts_.fetch_and(~bit) & bit) call_(context_, thread * first_share_, (thread + 1) * first_share_);
-}
+void Pool::compute(uint32_t begin, uint32_t end) { call_(context_, begin * grain_, std::min(end * grain_, tasks_)); }
 
 void Pool::take_parts(int thread) {
-    take_first(thread);
+    do {
+        if (thread >= num_ranges_) continue;
+        std::atomic<uint64_t> &own = ranges_[thread].span;
+        uint64_t seen = own.load();
+        while (const uint32_t left = left_of(seen)) {
+            const uint32_t begin = begin_of(seen), end = begin + std::max(left / kShare, 1u);
+            if (own.compare_exchange_weak(seen, span(end, end_of(seen)))) {
+                compute(begin, end);
+                seen = own.load();
+            }
+        }
+    } while (steal(thread));
+}
+
+// Takes the rear half of what a thread has left, whoever has most; false: nobody has any.
+bool Pool::steal(int thread) {
     while (true) {
-        int64_t first = next_.load(), last;
-        do {
-            if (first >= tasks_) break;
-            last = std::min(first + share_of(tasks_ - first, threads_, grain_), tasks_);
-        } while (!next_.compare_exchange_weak(first, last));
-        if (first >= tasks_) break;
-        call_(context_, first, last);
+        int from = 0;
+        uint64_t most = 0;
+        for (int other = 0; other < num_ranges_; other++)
+            if (const uint64_t seen = ranges_[other].span.load(); left_of(seen) > left_of(most)) from = other, most = seen;
+        if (left_of(most) == 0) return false;
+        const uint32_t end = end_of(most), begin = end - (left_of(most) + 1) / 2;
+        if (!ranges_[from].span.compare_exchange_strong(most, span(begin_of(most), begin))) continue;
+        // Who has no range computes at once what others can no longer take.
+        if (thread < num_ranges_) ranges_[thread].span.store(span(begin, end));
+        else compute(begin, end);
+        return true;
     }
-    // Of those who are late.
-    while (const uint64_t left = first_parts_.load()) take_first(std::countr_zero(left));
 }
 
 }  // namespace kernels
