@@ -77,12 +77,7 @@ void multiply_many(const Weight &weight, const Units &units, I table, int64_t pa
             });
         });
     }
-    const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
-    for (int64_t row = 0; row < units.count; row++)
-        repeat<kVectors>([&](auto v) {
-            const F total = finished<C>(weight, units, row, panel, v, load_floats(totals + row * kColumns + v * kWidth));
-            put(rows, weight, row, panel * kColumns + v * kWidth, total);
-        });
+    put_panel<C>(weight, units, panel, totals);
 }
 
 template <class C>

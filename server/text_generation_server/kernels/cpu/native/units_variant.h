@@ -173,6 +173,17 @@ INLINE F finished(const Weight &weight, const Units &units, int64_t row, int64_t
     return total;
 }
 
+// The results of one panel. totals: [rows][kColumns].
+template <class C>
+INLINE void put_panel(const Weight &weight, const Units &units, int64_t panel, const float *totals) {
+    const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
+    for (int64_t row = 0; row < units.count; row++)
+        repeat<kVectors>([&](auto v) {
+            const F total = finished<C>(weight, units, row, panel, v, load_floats(totals + row * kColumns + v * kWidth));
+            put(rows, weight, row, panel * kColumns + v * kWidth, total);
+        });
+}
+
 // Units of the steps [first, last), at `made` or where they lie already.
 template <class C>
 INLINE const uint8_t *make_units(const uint8_t *codes, I table, int64_t first, int64_t last, uint8_t *made) {
