@@ -36,7 +36,8 @@ def cell(result: str, section: str, row: str, column: str) -> float:
 
 
 def between(values: list[float], digits: int = 1, join: str = "to") -> str:
-    return f"{min(values):.{digits}f} {join} {max(values):.{digits}f}"
+    lowest, highest = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return lowest if lowest == highest else f"{lowest} {join} {highest}"
 
 
 def beside_transformers(side: str, digits: int) -> str:
