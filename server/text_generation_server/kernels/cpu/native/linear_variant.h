@@ -13,9 +13,9 @@
 // goes into the activations, which is exact.
 
 // Calls `function(place, vector, numbers)` for the numbers of a step in `Vectors` vectors of columns from `First` on, the
-// places of a vector in ascending order. `minus`: what is taken away from the codes of each vector, where the coding does
-// that.
-template <class C, int First, int Vectors, class Function>
+// places of a vector in ascending order. `ByPlace`: place by place, for rows that share activations; else vector by vector. `minus`: what
+// is taken away from the codes of each vector, where the coding does that.
+template <class C, int First, int Vectors, bool ByPlace, class Function>
 INLINE void each_number(const uint8_t *step, const float *table, const I *minus, Function &&function) {
     if constexpr (C::kByPlace) {
         const auto numbers = C::prepare(table);
@@ -30,8 +30,7 @@ INLINE void each_number(const uint8_t *step, const float *table, const I *minus,
             if constexpr (C::kSubtracts) function(j, v, C::template get<j>(words, minus[v]));
             else function(j, v, C::template get<j>(words));
         };
-        // Place by place where many rows need each activation, vector by vector where there is one row.
-        if constexpr (Vectors < kVectors)
+        if constexpr (ByPlace)
             repeat<kStepPlaces>([&](auto j) {
                 repeat<Vectors>([&](auto v) { all_of(j, std::integral_constant<int, First + v>{}); });
             });
@@ -145,7 +144,7 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
                 const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
                 for (int64_t line = 0; line < asked_bytes; line += 64) prefetch(ahead + line);
-                each_number<C, First, Vectors>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
+                each_number<C, First, Vectors, (Count > 1)>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
                     repeat<Count>([&](auto m) {
                         F &sum = partial[p][m][v - First];
                         sum = add_product(number, broadcast(x + m * rows.stride + j), sum);
@@ -209,7 +208,7 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                 const uint8_t *at = codes + step * step_bytes;
                 float *to = numbers + (step - first) * kStepPlaces * kColumns;
                 prefetch(at);
-                each_number<C, 0, kVectors>(at, weight.table, minus,
+                each_number<C, 0, kVectors, false>(at, weight.table, minus,
                                [&](auto j, auto v, F number) { store_floats(to + j * kColumns + v * kWidth, number); });
             }
             // As many bytes come next, here or in the next panel, and are read while the processor multiplies, a share in each call.
@@ -217,9 +216,8 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
             const int64_t calls = (rows.count + kRows - 1) / kRows * (kColumns / kMicroColumns), places = (last - first) * kStepPlaces;
             const int64_t ahead_bytes = is_last ? 0 : (step_bytes / kStepPlaces + calls - 1) / calls;
             const uint8_t *ahead = codes + last * step_bytes;
-            for (int64_t row = 0; row < rows.count; row += kRows) {
+            each_tile_of(rows.count, kRows, [&](int64_t row, int64_t count) {
                 const float *x = rows.x + row * rows.stride + first * kStepPlaces;
-                const int count = int(std::min<int64_t>(kRows, rows.count - row));
                 for (int column = 0; column < kColumns; column += kMicroColumns) {
                     float *to = partials + row * kColumns + column;
                     const float *from = numbers + column;
@@ -230,7 +228,7 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
                     });
                     ahead += places * ahead_bytes;
                 }
-            }
+            });
         }
         for (int64_t row = 0; row < rows.count; row++) {
             float *sum = sums + row * kColumns;
@@ -250,8 +248,8 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
         });
 }
 
-// Rows up to which numbers are made in registers: with more, making them once in memory is cheaper.
-constexpr int kFewRows = 6;
+// Rows up to which numbers are made in registers, beside whose sums there is room for them: with more, they are made once, in memory.
+constexpr int kFewRows = kVectors == 2 ? 8 : 6;
 // Bytes of a panel that is gone through once for each half of it: it must stay in a core's second cache meanwhile.
 constexpr int64_t kPanelBytes = 160 << 10;
 
@@ -260,7 +258,7 @@ void multiply_coded(const Weight &weight, const Rows &rows, int64_t first, int64
     int64_t panel = first;
     if (rows.count == 1)
         for (; panel + kBlocks <= last; panel += kBlocks) multiply_few<C, 1, kBlocks, 0, kVectors>(weight, rows, panel);
-    const bool stays = weight.steps * kStepBytes[weight.coding] <= kPanelBytes;
+    const bool stays = kVectors == 2 || weight.steps * kStepBytes[weight.coding] <= kPanelBytes;
     for (; panel < last; panel++) {
         if (rows.count > (stays ? kFewRows : 2)) {
             multiply_many<C>(weight, rows, panel, scratch);
