@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -77,7 +78,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.process.stdin:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of one that is gone
+                self.process.stdin.close()
         self.process.terminate()
         try:
             self.process.wait(timeout=20)
@@ -97,10 +99,14 @@ class Server:
         return line.strip()
 
     def write_line(self, line: str) -> None:
-        """Write a line to its standard input."""
+        """Write a line to its standard input; raise `MeasureError` if it is gone."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            status = self.process.wait(timeout=20)
+            raise MeasureError(f"{self.command[0]} is gone, exit status {status}{self.last_words()}") from None
 
     def last_words(self) -> str:
         """Return the last lines of its log, for an error message."""

@@ -56,17 +56,18 @@ class Side:
     small_pages: bool = False  # no page of 2 MiB, as on a machine whose free memory lies in pieces
 
 
+# Those that follow each other take turns.
 SIDES = {
     "bf16": Side("bf16"),
-    "float32": Side("bf16", dtype="float32"),
     "gptq 4 bits g128": Side("gptq-4-128"),
-    "gptq 4 bits g128, small pages": Side("gptq-4-128", small_pages=True),
-    "gptq 4 bits g128 act-order": Side("gptq-4-128-order"),
+    "nf4 on the fly": Side("bf16", "bitsandbytes-nf4"),
     "awq 4 bits g128": Side("awq-4-128"),
+    "gptq 4 bits g128 act-order": Side("gptq-4-128-order"),
+    "gptq 4 bits g128, small pages": Side("gptq-4-128", small_pages=True),
     "gptq 2 bits g128": Side("gptq-2-128"),
     "gptq 3 bits g128": Side("gptq-3-128"),
     "gptq 8 bits g128": Side("gptq-8-128"),
-    "nf4 on the fly": Side("bf16", "bitsandbytes-nf4"),
+    "float32": Side("bf16", dtype="float32"),
     "int8 on the fly": Side("bf16", "bitsandbytes"),
     "fp8 on the fly": Side("bf16", "fp8"),
 }
