@@ -10,7 +10,7 @@
 //            the blocks of a group, in float32.
 //
 // After that a chain over the groups, as everywhere. One row goes through many columns in registers; several rows share
-// units, which are made in registers for each tile or, of numbers and many rows, once in memory. All walk the same chains.
+// units, which are made in registers for each tile or, of many rows, once in memory. All walk the same chains.
 
 // The sum of products of codes begins with what the middle of the codes takes away from it.
 template <class C>
