@@ -144,11 +144,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--turns", type=int, default=300)
+    parser.add_argument("--name", default="step_overhead", help="of the result's file (default: %(default)s)")
     arguments = parser.parse_args()
     prepare_environment()
     head = common.environment()
     body, held = measure(arguments.rows, arguments.threads, arguments.turns)
-    common.write_result("step_overhead", "What a layer costs besides its products", head, body)
+    common.write_result(arguments.name, "What a layer costs besides its products", head, body)
     if not held:
         sys.exit(1)
 
