@@ -150,6 +150,11 @@ def memory_of_process(field: str) -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:"))) * 1024
 
 
+def forget_peak() -> None:
+    """The peak of this process's memory begins anew (proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def read_files(folder: Path) -> None:
     """Read all weights once, as fast as the machine gives them."""
     buffer = bytearray(8 << 20)
@@ -167,7 +172,7 @@ def get_memory_back(num_bytes: int) -> None:
         block = bytes(8 << 20)
         while pages.tell() + len(block) <= num_bytes:
             pages.write(block)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    forget_peak()
 
 
 def refuse_large_pages() -> None:
@@ -246,7 +251,7 @@ def work(folder: Path, quantize: str | None, dtype: str, threads: int) -> None:
         batch, length = map(int, numbers)
         rows = [(length, 1)] * batch if command == "decode" else [(0, length)] * batch
         step(rows if command == "decode" else [(0, 32)])  # to be warm
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        forget_peak()
         reads = [roof.read() for _ in range(READS)]
         steps, start = 0, time.perf_counter()
         # At least half a second, but one step of whatever length.

@@ -73,7 +73,7 @@ INLINE void add_steps(const uint8_t *at, const uint8_t *end, const uint32_t *x, 
         }
     } else {
         do {
-            for (int64_t line = 0; line < U::kStep; line += 64) prefetch(at + line);
+            prefetch(at, U::kStep);
             ask();
             typename U::Words words[kVectors];
             repeat<kVectors>([&](auto v) { words[v] = U::load(at, v, I{}); });

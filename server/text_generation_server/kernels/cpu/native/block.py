@@ -74,8 +74,10 @@ class _Run:
 
     def __call__(self, x: Tensor, step: _BlockStep | None, batch: StepBatch) -> Tensor | None:
         """None: there is no step, or the ranks share no memory."""
+        if step is None:
+            return None
         exchange = None if self._collectives is None else self._collectives.exchange()
-        if step is None or (self._collectives is not None and exchange is None):
+        if self._collectives is not None and exchange is None:
             return None
         x = x.contiguous()
         caches = [batch.kv_cache.layers[layer] for layer in self._layers]

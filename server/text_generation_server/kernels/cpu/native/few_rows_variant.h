@@ -54,7 +54,7 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
                     if (R > 2 || kAsksForLines) {
                         // Behind the end of this panel comes that of the next tile of panels.
                         const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
-                        for (int64_t line = 0; line < C::kStep; line += 64) prefetch(ahead + line);
+                        prefetch(ahead, C::kStep);
                     } else {
                         prefetch_page<C::kStep>(at);
                     }

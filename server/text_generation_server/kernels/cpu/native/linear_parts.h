@@ -9,6 +9,9 @@ constexpr int64_t kAhead = 2048;
 
 // Of every instruction set alike.
 INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at + kAhead, _MM_HINT_T0); }
+INLINE void prefetch(const uint8_t *at, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(at + line);
+}
 
 // A processor reads a stream ahead by itself, but not from one page into the next, and asking for every line keeps it from doing
 // so: of a step of so many bytes that begins in a page, only the beginning of the next page is asked for.

@@ -143,7 +143,7 @@ void multiply_few(const Weight &weight, const Rows &rows, int64_t panel) {
             repeat<Panels>([&](auto p) {
                 const uint8_t *at = codes + p * panel_bytes + step * step_bytes;
                 const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
-                for (int64_t line = 0; line < asked_bytes; line += 64) prefetch(ahead + line);
+                prefetch(ahead, asked_bytes);
                 each_number<C, First, Vectors, (Count > 1)>(at, weight.table, minus[p], [&](auto j, auto v, F number) {
                     repeat<Count>([&](auto m) {
                         F &sum = partial[p][m][v - First];
@@ -249,7 +249,7 @@ void multiply_many(const Weight &weight, const Rows &rows, int64_t panel, float 
 }
 
 // Rows up to which numbers are made in registers, beside whose sums there is room for them: with more, they are made once, in memory.
-constexpr int kFewRows = kVectors == 2 ? 8 : 6;
+constexpr int kHalves = kVectors / 2, kFewRows = kHalves == 1 ? 8 : 6;
 // Bytes of a panel that is gone through once for each half of it: it must stay in a core's second cache meanwhile.
 constexpr int64_t kPanelBytes = 160 << 10;
 
@@ -258,7 +258,7 @@ void multiply_coded(const Weight &weight, const Rows &rows, int64_t first, int64
     int64_t panel = first;
     if (rows.count == 1)
         for (; panel + kBlocks <= last; panel += kBlocks) multiply_few<C, 1, kBlocks, 0, kVectors>(weight, rows, panel);
-    const bool stays = kVectors == 2 || weight.steps * kStepBytes[weight.coding] <= kPanelBytes;
+    const bool stays = kHalves == 1 || weight.steps * kStepBytes[weight.coding] <= kPanelBytes;
     for (; panel < last; panel++) {
         if (rows.count > (stays ? kFewRows : 2)) {
             multiply_many<C>(weight, rows, panel, scratch);
@@ -267,7 +267,7 @@ void multiply_coded(const Weight &weight, const Rows &rows, int64_t first, int64
         repeat<kFewRows>([&](auto m) {
             if (rows.count != m + 1) return;
             if constexpr (m < 2) multiply_few<C, m + 1, 1, 0, kVectors>(weight, rows, panel);
-            else repeat<kVectors / 2>([&](auto half) { multiply_few<C, m + 1, 1, 2 * half, 2>(weight, rows, panel); });
+            else repeat<kHalves>([&](auto half) { multiply_few<C, m + 1, 1, 2 * half, 2>(weight, rows, panel); });
         });
     }
 }

@@ -259,7 +259,6 @@ INLINE float quantize_block(const float *x, int64_t size, float threshold, int8_
     });
     const float largest = highest_of(most);
     const F inverse = all_floats(largest > 0 ? 127.0f / largest : 0.0f);
-    // Of four places each, by one instruction: their sum.
     __m512i bytes = _mm512_setzero_si512();
     repeat<kParts>([&](auto i) {
         bytes = _mm512_inserti32x4(bytes, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value[i] * inverse)), i);
@@ -271,6 +270,7 @@ INLINE float quantize_block(const float *x, int64_t size, float threshold, int8_
     });
     // Whole, since what is loaded in larger pieces than it was stored in has to wait.
     _mm512_storeu_si512(to, bytes);
+    // An instruction adds up four bytes.
     *sum = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes));
     return odd ? NAN : largest / 127.0f;
 }
