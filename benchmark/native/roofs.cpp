@@ -9,8 +9,8 @@
 
 namespace {
 
-// Independent chains, enough to hide the latency of each instruction.
-constexpr int kChains = 16;
+// Independent chains: enough to hide the latency of each instruction, and no more than AVX2 has registers for.
+constexpr int kChains = 12;
 constexpr int64_t kPage = 4096;
 
 template <class Function>
@@ -51,10 +51,10 @@ EXPORT __attribute__((target("avx2"))) double roof_read(const char *data, int64_
     EXPORT __attribute__((target(features))) double roof_##name(int64_t rounds, int threads) { \
         return seconds(threads, [=](int) __attribute__((target(features))) {                \
             type sum[kChains] = {}, a = {}, b = {};                                         \
-            _Pragma("GCC unroll 16") for (int j = 0; j < kChains; j++) keep(sum[j]);        \
+            _Pragma("GCC unroll 12") for (int j = 0; j < kChains; j++) keep(sum[j]);        \
             keep(a), keep(b);                                                               \
             for (int64_t i = 0; i < rounds; i++) {                                          \
-                _Pragma("GCC unroll 16") for (int j = 0; j < kChains; j++) {                \
+                _Pragma("GCC unroll 12") for (int j = 0; j < kChains; j++) {                \
                     sum[j] = step;                                                          \
                     keep(sum[j]);                                                           \
                 }                                                                           \

@@ -1,13 +1,18 @@
 """What a rank measures of itself, and what it does with a device that fails."""
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import LLAMA
+from text_generation_server.config import ServeConfig
 from text_generation_server.errors import ShardError
 from text_generation_server.health import Health
+from text_generation_server.planning import plan_model
 from text_generation_server.service import StepThread, Stream
-from text_generation_server.shard import forget_peak, peak_rss_bytes
+from text_generation_server.shard import Limits, Shard, forget_peak, peak_rss_bytes
 
 
 def test_a_peak_before_the_measurement_is_forgotten():
@@ -16,6 +21,23 @@ def test_a_peak_before_the_measurement_is_forgotten():
     assert peak_rss_bytes() - before < 50 << 20
     torch.ones(200 << 20, dtype=torch.uint8)
     assert 190 << 20 <= peak_rss_bytes() - before <= 250 << 20
+
+
+def test_a_step_need_not_wait_until_everything_was_looked_through(tmp_path: Path):
+    config = ServeConfig(
+        model_dir=LLAMA, rank=0, world_size=1, uds_path=tmp_path / "s", num_threads=1, memory_bytes=1 << 30,
+        dtype="float32", quantize=None, gptq_bits=None, gptq_groupsize=None, device="cpu", instruction_set=None,
+        kernel_cache=None, exit_with_stdin=False, logits_digest_dir=None, fault_file=tmp_path / "fault", recorded_sizes=(),
+    )  # fmt: skip
+    shard = Shard(config, plan_model(LLAMA, world_size=1, dtype="float32"), Health())
+    assert shard.join(1, str(tmp_path / "rendezvous"), 5, lambda: True)
+    gc.unfreeze()
+    before = len(gc.get_objects())
+    try:
+        shard.allocate(8, Limits(block_size=16, max_running=4, max_step_tokens=32, max_total_tokens=64))
+        assert len(gc.get_objects()) < before / 10
+    finally:
+        gc.unfreeze()
 
 
 class Failing:

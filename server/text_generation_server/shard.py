@@ -3,6 +3,7 @@
 Everything here runs on the step thread. Imports torch.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -194,6 +195,10 @@ class Shard:
             self.health.enter(Phase.WARMING_UP, "recording steps")
             logger.info("recorded steps of {} sizes", steps.record())
             self.runner = RunnerAhead(*parts, steps=steps)
+        # What is there now stays: to look through all of it takes as long as a step or more, which streams would notice.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         self.health.enter(Phase.SERVING, "serving")
 
     def lost(self) -> str | None:

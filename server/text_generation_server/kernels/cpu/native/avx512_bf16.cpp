@@ -83,7 +83,9 @@ void multiply_many(const Weight &weight, const Units &units, I table, int64_t pa
 template <class C>
 void multiply_units_of(const Weight &weight, const Units &units, int64_t first, int64_t last, float *scratch) {
     const I table = load_table(weight);
-    if (units.count <= kFewTiles * kTileOfBrain) multiply_few_rows<C, kTileOfBrain>(weight, units, table, first, last);
+    if (units.count == 1) multiply_pairs<C, 1>(weight, units, table, first, last);
+    else if (units.count == 2) multiply_pairs<C, 2>(weight, units, table, first, last);
+    else if (units.count <= kFewTiles * kTileOfBrain) multiply_tiles<C, kTileOfBrain>(weight, units, table, first, last);
     else
         for (int64_t panel = first; panel < last; panel++) multiply_many<C>(weight, units, table, panel, scratch);
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
+#include <limits>
 #include <utility>
 
 #define INLINE inline __attribute__((always_inline))

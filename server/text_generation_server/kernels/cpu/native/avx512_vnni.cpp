@@ -16,23 +16,13 @@ INLINE I add_dot_in_place(I sum, I weights, I x) {
 
 #include "few_rows_variant.h"
 
-// Rows of codes from which on each tile has `multiply_codes`.
-constexpr int kManyCodes = 3;
-// Of few rows, each tile makes units in registers, which costs little beside products and leaves memory time to come; of more, they are
-// made once for all tiles, whose sums have the registers for themselves: then none of them waits for itself.
+// Rows of a tile whose units are made in registers, beside its sums within a block and those over the blocks of a group.
 constexpr int kTileInRegisters = 6;
-constexpr int64_t kRowsInRegisters = 3 * kTileInRegisters;
 
 // Steps of a panel that every tile goes through before the next ones: their units stay in a core's first cache meanwhile.
 constexpr int64_t kChunkOfCodes = 64;
 struct Made : Codes<8> {};  // units in memory lie as codes of 8 bits do
 static_assert(kChunkOfCodes * Made::kStep <= kChunkSteps * kStepPlaces * kColumns * int64_t(sizeof(float)));
-
-// A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
-struct Ahead {
-    const uint8_t *at;
-    int64_t stride;
-};
 
 // Steps [first, last) of a panel, which are `blocks` whole blocks; `group` and `block` of a row are those of the first.
 struct Chunk {
@@ -50,53 +40,83 @@ inline Chunk next_chunk(const Weight &weight, const Chunk &former) {
     return chunk;
 }
 
-// Exact kinds. Adds the products of the units from `at` to `end`, which lie as those of `U` do, with activations `x`.
-template <class C, class U, int R>
-INLINE void add_steps(const uint8_t *at, const uint8_t *end, const uint32_t *x, Ahead &ahead, I (&sum)[R][kVectors]) {
-    auto add = [&](const I (&unit)[kVectors], auto u) {
-        repeat<R>([&](auto m) {
-            const I value = broadcast_unit(x + u * R + m);
-            repeat<kVectors>([&](auto v) { sum[m][v] = add_dot_in_place(sum[m][v], unit[v], value); });
-        });
-    };
-    auto ask = [&] {
-        for (int64_t line = 0; line < C::kStep / 2; line += 64) _mm_prefetch((const char *)ahead.at + line, _MM_HINT_T1);
-        ahead.at += ahead.stride;
-    };
-    if constexpr (std::is_same_v<U, Made>) {
-        // Unit by unit: of more than one in a round, gcc 12 has each sum in two registers, and for many sums there are not so many.
-        for (; at != end; at += kColumns * 4, x += R) {
-            ask();
-            I unit[kVectors];
-            repeat<kVectors>([&](auto v) { unit[v] = load_integers(at + v * kWidth * 4); });
-            add(unit, std::integral_constant<int, 0>{});
-        }
+// Adds the products of a unit of each vector of columns with activations `x` of each row.
+template <int R>
+INLINE void add_unit(const I (&unit)[kVectors], const uint32_t *x, I (&sum)[R][kVectors]) {
+    repeat<R>([&](auto m) {
+        const I value = broadcast_unit(x + m);
+        repeat<kVectors>([&](auto v) { sum[m][v] = add_dot_in_place(sum[m][v], unit[v], value); });
+    });
+}
+
+// `function(m, v, i)` for each vector of a tile of `R` rows, which is the `i`th number on of [R][kColumns].
+template <int R, class Function>
+INLINE void each_vector_of(Function &&function) {
+    repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v, m * kColumns + v * kWidth); }); });
+}
+
+// Adds to `totals` of a tile what a group has: its scale, times the sums over its blocks, less those of zero points.
+template <int R, class Partial>
+INLINE void add_group(const Weight &weight, const Tile &tile, int64_t panel, int64_t group, Partial &&partial, float *totals) {
+    const Group here{weight, (panel * weight.groups + group) * kColumns};
+    F scale[kVectors];
+    repeat<kVectors>([&](auto v) { scale[v] = here.scale(v * kWidth); });
+    auto add = [&](auto v, auto i, F sum) { store_floats(totals + i, add_product(scale[v], sum, load_floats(totals + i))); };
+    if (const float *x_sums = tile.sums(group)) {
+        F zero[kVectors];
+        repeat<kVectors>([&](auto v) { zero[v] = here.zero(v * kWidth); });
+        each_vector_of<R>([&](auto m, auto v, auto i) { add(v, i, subtract_product(zero[v], all_floats(x_sums[m]), partial(m, v, i))); });
     } else {
-        do {
-            prefetch(at, U::kStep);
-            ask();
-            typename U::Words words[kVectors];
-            repeat<kVectors>([&](auto v) { words[v] = U::load(at, v, I{}); });
-            repeat<U::kUnits>([&](auto u) {
-                I unit[kVectors];
-                repeat<kVectors>([&](auto v) { unit[v] = U::template unit<u>(words[v]); });
-                add(unit, u);
-            });
-            at += U::kStep, x += U::kUnits * R;
-        } while (at != end);
+        each_vector_of<R>([&](auto m, auto v, auto i) { add(v, i, partial(m, v, i)); });
     }
 }
 
-// Exact kinds: the `R` rows of a tile with a chunk of one panel, whose units begin at `at`. Sums within a block stay in registers, of which
-// there are enough for none to wait for itself; those over the blocks of a group, and over groups, lie in memory.
-template <class C, class U, int R>
-__attribute__((noinline)) void multiply_codes(const Weight &weight, const Tile &tile, const Chunk &chunk, int64_t panel,
-                                              const uint8_t *at, Ahead ahead, float *partials, float *totals) {
+// Exact kinds: the `R` rows of a tile with a panel, whose units are made in registers.
+template <class C, int R>
+__attribute__((noinline)) void multiply_in_registers(const Weight &weight, const Tile &tile, int64_t panel, Ahead ahead, float *totals) {
+    const uint8_t *at = weight.codes + panel * weight.steps * C::kStep;
+    const uint32_t *x = tile.x(0);
+    const int32_t *offsets = tile.offsets(0);
+    const float *scales = tile.scales(0);
+    int64_t step = 0;
+    for (int64_t group = 0; group < weight.groups; group++) {
+        const int64_t group_end = weight.group_ends[group];
+        if (step == group_end) continue;  // a group without features
+        F partial[R][kVectors];
+        each_vector_of<R>([&](auto m, auto v, auto) { partial[m][v] = zeros(); });
+        while (step < group_end) {
+            const int64_t end = std::min(step + kBlockSteps, group_end);
+            I sum[R][kVectors];
+            each_vector_of<R>([&](auto m, auto v, auto) { sum[m][v] = begin_sum<C>(offsets + m); });
+            do {
+                prefetch(at, C::kStep);
+                ahead.ask(C::kStep);
+                typename C::Words words[kVectors];
+                repeat<kVectors>([&](auto v) { words[v] = C::load(at, v, I{}); });
+                repeat<C::kUnits>([&](auto u) {
+                    I unit[kVectors];
+                    repeat<kVectors>([&](auto v) { unit[v] = C::template unit<u>(words[v]); });
+                    add_unit<R>(unit, x + u * R, sum);
+                });
+                at += C::kStep, x += C::kUnits * R;
+            } while (++step != end);
+            each_vector_of<R>([&](auto m, auto v, auto) {
+                partial[m][v] = add_product(to_float(sum[m][v]), all_floats(scales[m]), partial[m][v]);
+            });
+            offsets += R, scales += R;
+        }
+        add_group<R>(weight, tile, panel, group, [&](auto m, auto v, auto) { return partial[m][v]; }, totals);
+    }
+}
+
+// Exact kinds: the `R` rows of a tile with a chunk of one panel, whose units begin at `made`. Sums within a block stay in registers, of
+// which there are enough for none to wait for itself; those over the blocks of a group lie in memory.
+template <class C, int R>
+__attribute__((noinline)) void multiply_made(const Weight &weight, const Tile &tile, const Chunk &chunk, int64_t panel,
+                                             const uint8_t *made, Ahead ahead, float *partials, float *totals) {
     alignas(64) static constexpr float kNothing[R * kColumns] = {};
-    auto each = [](auto &&function) {
-        repeat<R>([&](auto m) { repeat<kVectors>([&](auto v) { function(m, v, m * kColumns + v * kWidth); }); });
-    };
-    const uint32_t *x = tile.x(chunk.first * U::kUnits);
+    constexpr int64_t kUnit = kColumns * 4;
+    const uint32_t *x = tile.x(chunk.first * Made::kUnits);
     const int32_t *offsets = tile.offsets(chunk.block);
     const float *scales = tile.scales(chunk.block);
     int64_t step = chunk.first;
@@ -105,33 +125,24 @@ __attribute__((noinline)) void multiply_codes(const Weight &weight, const Tile &
         if (step == group_end) continue;  // a group without features
         const float *before = step == (group ? weight.group_ends[group - 1] : 0) ? kNothing : partials;
         I sum[R][kVectors];
-        auto add_block = [&] {
-            const int64_t steps = std::min(kBlockSteps, end - step);
-            each([&](auto m, auto v, auto) { sum[m][v] = begin_sum<C>(offsets + m); });
-            add_steps<C, U, R>(at, at + steps * U::kStep, x, ahead, sum);
-            step += steps, at += steps * U::kStep, x += steps * U::kUnits * R;
-        };
         auto scaled = [&](auto m, auto v, auto i) { return add_product(to_float(sum[m][v]), all_floats(scales[m]), load_floats(before + i)); };
         while (true) {
-            add_block();
+            const int64_t steps = std::min(kBlockSteps, end - step);
+            each_vector_of<R>([&](auto m, auto v, auto) { sum[m][v] = begin_sum<C>(offsets + m); });
+            // Unit by unit: of more than one in a round, gcc 12 has each sum in two registers, and for many sums there are not so many.
+            for (const uint8_t *last = made + steps * Made::kStep; made != last; made += kUnit, x += R) {
+                ahead.ask(C::kStep / 2);
+                I unit[kVectors];
+                repeat<kVectors>([&](auto v) { unit[v] = load_integers(made + v * kWidth * 4); });
+                add_unit<R>(unit, x, sum);
+            }
+            step += steps;
             if (step == group_end) break;
-            each([&](auto m, auto v, auto i) { store_floats(partials + i, scaled(m, v, i)); });
+            each_vector_of<R>([&](auto m, auto v, auto i) { store_floats(partials + i, scaled(m, v, i)); });
             before = partials, offsets += R, scales += R;
             if (step == end) return;
         }
-        const Group here{weight, (panel * weight.groups + group) * kColumns};
-        F scale[kVectors];
-        repeat<kVectors>([&](auto v) { scale[v] = here.scale(v * kWidth); });
-        auto finish = [&](auto m, auto v, auto i, F partial) {
-            store_floats(totals + i, add_product(scale[v], partial, load_floats(totals + i)));
-        };
-        if (const float *x_sums = tile.sums(group)) {
-            F zero[kVectors];
-            repeat<kVectors>([&](auto v) { zero[v] = here.zero(v * kWidth); });
-            each([&](auto m, auto v, auto i) { finish(m, v, i, subtract_product(zero[v], all_floats(x_sums[m]), scaled(m, v, i))); });
-        } else {
-            each([&](auto m, auto v, auto i) { finish(m, v, i, scaled(m, v, i)); });
-        }
+        add_group<R>(weight, tile, panel, group, scaled, totals);
         offsets += R, scales += R;
     }
 }
@@ -144,29 +155,29 @@ void multiply_panel(const Weight &weight, const Units &units, int64_t panel, flo
     std::fill(totals, partials, 0.0f);
     const uint8_t *codes = weight.codes + panel * weight.steps * C::kStep;
     const int64_t tiles = (units.count + units.tile - 1) / units.tile;
-    auto multiply = [&](const Chunk &chunk, auto kind, const uint8_t *at) {
-        using U = decltype(kind);
-        constexpr bool kMade = std::is_same_v<U, Made>;
-        // As many bytes come next, here or in the next panel, and each tile asks for a share of them.
-        const bool more = tiles > 1 && (chunk.last < weight.steps || (panel + 1) * kColumns < weight.out_features);
-        const int64_t bytes = more ? (chunk.last - chunk.first) * C::kStep : 0, asks = kMade ? tiles * C::kUnits : tiles;
-        units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
-            const Ahead ahead{codes + chunk.last * C::kStep * more + bytes * tile / tiles, more ? (C::kStep + asks - 1) / asks : 0};
-            tile++;
-            repeat<kTileOfEight>([&](auto m) {
-                if constexpr (kMade ? m + 1 >= kTileOfEight / 2 : m + 1 >= kManyCodes && m + 1 <= kTileInRegisters)
-                    if (count == m + 1)
-                        multiply_codes<C, U, m + 1>(weight, Tile{units, row, count}, chunk, panel, at, ahead, partials + row * kColumns,
-                                                    totals + row * kColumns);
-            });
-        });
+    // What comes after the steps [first, last), here or in the next panel.
+    auto ahead_of = [&](int64_t first, int64_t last, int64_t asks, int64_t tile) {
+        const bool more = last < weight.steps || (panel + 1) * kColumns < weight.out_features;
+        return share_of<C>(codes + last * C::kStep, more ? last - first : 0, asks, tile, tiles);
     };
     if (units.tile == kTileInRegisters) {
-        multiply(Chunk{0, weight.steps, 0, 0, 0}, C{}, codes);
+        units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
+            const Ahead ahead = ahead_of(0, weight.steps, 1, tile++);
+            with_rows<1, kTileInRegisters>(count, [&](auto rows) {
+                multiply_in_registers<C, rows>(weight, Tile{units, row, count}, panel, ahead, totals + row * kColumns);
+            });
+        });
     } else {
         for (Chunk chunk{}; chunk.last < weight.steps;) {
             chunk = next_chunk(weight, chunk);
-            multiply(chunk, Made{}, make_units<C>(codes, I{}, chunk.first, chunk.last, made));
+            const uint8_t *at = make_units<C>(codes, I{}, chunk.first, chunk.last, made);
+            units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
+                const Ahead ahead = ahead_of(chunk.first, chunk.last, C::kUnits, tile++);
+                with_rows<kTileOfEight / 2, kTileOfEight>(count, [&](auto rows) {
+                    multiply_made<C, rows>(weight, Tile{units, row, count}, chunk, panel, at, ahead, partials + row * kColumns,
+                                           totals + row * kColumns);
+                });
+            });
         }
     }
     put_panel<C>(weight, units, panel, totals);
@@ -174,15 +185,17 @@ void multiply_panel(const Weight &weight, const Units &units, int64_t panel, flo
 
 template <class C>
 void multiply_units_of(const Weight &weight, const Units &units, int64_t first, int64_t last, float *scratch) {
-    if (units.count < kManyCodes) multiply_few_rows<C, kManyCodes - 1>(weight, units, all(0), first, last);
+    if (units.count == 1) multiply_pairs<C, 1>(weight, units, all(0), first, last);
     else
         for (int64_t panel = first; panel < last; panel++) multiply_panel<C>(weight, units, panel, scratch);
 }
 
+// In tiles whose units are made in registers up to `RowsInRegisters` rows.
+template <int64_t RowsInRegisters>
 bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_codes(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        *counts = {weight.steps * C::kUnits, 0, runs_of<C>(weight), true, rows <= kRowsInRegisters ? kTileInRegisters : kTileOfEight};
+        *counts = {weight.steps * C::kUnits, 0, runs_of<C>(weight), true, rows <= RowsInRegisters ? kTileInRegisters : kTileOfEight};
     });
 }
 
@@ -197,6 +210,7 @@ void multiply_units(const Weight &weight, const Units &units, int64_t first, int
 
 }  // namespace
 
-const Dots kDotsOfCodes{units_of, prepare_units, multiply_units, scratch_floats};
+const Dots kDotsOfCodes{units_of<std::numeric_limits<int64_t>::max()>, prepare_units, multiply_units, scratch_floats};
+const Dots kDotsOfMadeCodes{units_of<3 * kTileInRegisters>, prepare_units, multiply_units, scratch_floats};
 
 }  // namespace kernels

@@ -19,9 +19,27 @@ INLINE typename C::Sum begin_sum(const int32_t *offset) {
     else return zeros();
 }
 
+// A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
+struct Ahead {
+    const uint8_t *at;
+    int64_t stride;
+    INLINE void ask(int64_t bytes) {
+        for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char *)at + line, _MM_HINT_T1);
+        at += stride;
+    }
+};
+
+// Of `steps` steps at `next`, which several tiles ask for while they go through as many: the share of one of them, in `asks` calls for
+// each step. A single tile has nothing to do meanwhile, and asks for nothing.
+template <class C>
+INLINE Ahead share_of(const uint8_t *next, int64_t steps, int64_t asks, int64_t tile, int64_t tiles) {
+    if (steps == 0 || tiles == 1) return {next, 0};
+    return {next + steps * C::kStep * tile / tiles, (C::kStep + tiles * asks - 1) / (tiles * asks)};
+}
+
 // The `R` rows of a tile with `Panels` panels: units are made in registers.
 template <class C, int R, int Panels>
-__attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &tile, I table, int64_t panel) {
+__attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &tile, I table, int64_t panel, Ahead ahead) {
     const int64_t panel_bytes = weight.steps * C::kStep;
     const uint8_t *codes = weight.codes + panel * panel_bytes;
     const int64_t near_end = weight.steps - kAhead / C::kStep;
@@ -53,11 +71,12 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
                     // Of few rows, memory is all that a step waits for.
                     if (R > 2 || kAsksForLines) {
                         // Behind the end of this panel comes that of the next tile of panels.
-                        const uint8_t *ahead = step < near_end ? at : at + (Panels - 1) * panel_bytes;
-                        prefetch(ahead, C::kStep);
+                        const uint8_t *near = step < near_end ? at : at + (Panels - 1) * panel_bytes;
+                        prefetch(near, C::kStep);
                     } else {
                         prefetch_page<C::kStep>(at);
                     }
+                    if (R > 2 && ahead.stride) ahead.ask(C::kStep / 2);
                     typename C::Words words[kVectors];
                     repeat<kVectors>([&](auto v) { words[v] = C::load(at, v, table); });
                     repeat<C::kUnits>([&](auto u) {
@@ -99,23 +118,35 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
 // ones are read one after the other, which is one stream.
 constexpr int64_t kLongPanel = 40 << 10;
 
-// A panel stays in a core's second cache while each tile goes through it. Tiles of at most `Rows` rows.
-template <class C, int Rows>
-void multiply_few_rows(const Weight &weight, const Units &units, I table, int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel += 2)
-        units.each_tile([&](int64_t row, int64_t count) {
-            const Tile tile{units, row, count};
-            repeat<Rows>([&](auto m) {
-                if (count != m + 1) return;
-                // Enough sums that each need not wait for itself.
-                constexpr int kPanels = m < 2 ? 2 : 1;
-                int64_t at = panel;
-                const int64_t end = std::min(panel + 2, last);
-                const bool alone = C::kExact && m == 0 && weight.steps * C::kStep < kLongPanel && !kAsksForLines;
-                for (; !alone && at + kPanels <= end; at += kPanels) multiply_few<C, m + 1, kPanels>(weight, tile, table, at);
-                for (; at < end; at++) multiply_few<C, m + 1, 1>(weight, tile, table, at);
-            });
+// `function` with the rows of a tile as a number that the compiler knows, one of `Least` to `Most`.
+template <int Least, int Most, class Function>
+INLINE void with_rows(int64_t rows, Function &&function) {
+    repeat<Most - Least + 1>([&](auto i) {
+        if (rows == Least + i) function(std::integral_constant<int, Least + i>{});
+    });
+}
+
+// One or two rows, with two panels at a time: enough sums that none waits for itself.
+template <class C, int R>
+void multiply_pairs(const Weight &weight, const Units &units, I table, int64_t first, int64_t last) {
+    const Tile rows{units, 0, R};
+    int64_t panel = first;
+    const bool alone = C::kExact && weight.steps * C::kStep < kLongPanel && !kAsksForLines;
+    for (; !alone && panel + 2 <= last; panel += 2) multiply_few<C, R, 2>(weight, rows, table, panel, Ahead{});
+    for (; panel < last; panel++) multiply_few<C, R, 1>(weight, rows, table, panel, Ahead{});
+}
+
+// More rows, in tiles of at most `Most`. A panel stays in a core's second cache while each tile goes through it.
+template <class C, int Most>
+void multiply_tiles(const Weight &weight, const Units &units, I table, int64_t first, int64_t last) {
+    const int64_t tiles = (units.count + units.tile - 1) / units.tile;
+    for (int64_t panel = first; panel < last; panel++) {
+        const int64_t more = (panel + 1) * kColumns < weight.out_features ? weight.steps : 0;
+        units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
+            const Ahead ahead = share_of<C>(weight.codes + (panel + 1) * weight.steps * C::kStep, more, 1, tile++, tiles);
+            with_rows<3, Most>(count, [&](auto rows) { multiply_few<C, rows, 1>(weight, Tile{units, row, count}, table, panel, ahead); });
         });
+    }
 }
 
 template <class C>

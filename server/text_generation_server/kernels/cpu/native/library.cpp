@@ -18,15 +18,17 @@ constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kWorthThreads = 1 << 17;
 
 // Of AVX-512, but for what dot instructions and tiles do.
-Variant with_dots(const char *name, const Dots *numbers, const Dots *tiles) {
+Variant with_dots(const char *name, const Dots *codes, const Dots *numbers, const Dots *tiles) {
     Variant variant = kAvx512;
-    variant.name = name, variant.codes = &kDotsOfCodes, variant.numbers = numbers, variant.tiles = tiles;
+    variant.name = name, variant.codes = codes, variant.numbers = numbers, variant.tiles = tiles;
     return variant;
 }
 
-const Variant kAvx512Vnni = with_dots("avx512_vnni", nullptr, nullptr), kAvx512Bf16 = with_dots("avx512_bf16", &kDotsOfNumbers, nullptr);
+// The first is the best of Intel's processors without tiles, the second of AMD's (see slow_bfloat16), and so are their ways with codes.
+const Variant kAvx512Vnni = with_dots("avx512_vnni", &kDotsOfMadeCodes, nullptr, nullptr);
+const Variant kAvx512Bf16 = with_dots("avx512_bf16", &kDotsOfCodes, &kDotsOfNumbers, nullptr);
 #ifdef KERNELS_AMX
-const Variant kAmx = with_dots("amx", &kDotsOfNumbers, &kTilesAmx);
+const Variant kAmx = with_dots("amx", &kDotsOfMadeCodes, &kDotsOfNumbers, &kTilesAmx);
 #endif
 
 bool is_intel() {
@@ -202,7 +204,7 @@ EXPORT const char *kernels_variant(int32_t index, int32_t *runs) {
 // One more variant, which is `avx512_bf16` with these tiles: for tests, before anything else is asked. The first, since it is the last
 // that anyone should choose.
 EXPORT void kernels_add_tiles(const char *name, const Dots *tiles) {
-    variants().insert(variants().begin(), new Variant(with_dots(strdup(name), &kDotsOfNumbers, tiles)));
+    variants().insert(variants().begin(), new Variant(with_dots(strdup(name), &kDotsOfMadeCodes, &kDotsOfNumbers, tiles)));
 }
 
 // Whether a variant has dot instructions or tiles for bfloat16 activations and codes, which makes 8-bit integers of activations; and for
@@ -313,8 +315,11 @@ EXPORT void kernels_attend(int32_t variant, const Attention *step, int32_t threa
     Pool::shared().run(worth ? threads : 1, int64_t(tiles.size()), 1, [&](int64_t first, int64_t last) {
         static thread_local Buffer scratch;
         float *floats = scratch.floats(attention_scratch_floats(step->head_dim, tokens * group));
-        for (int64_t tile = first; tile < last; tile++)
-            variant_of(variant).layer->attend(*step, tiles[tile], tile + 1 < last ? &tiles[tile + 1] : nullptr, floats, tokens * group);
+        for (int64_t tile = first; tile < last; tile++) {
+            // Who takes `last` will most likely be this thread.
+            const AttentionTile *next = tile + 1 < int64_t(tiles.size()) ? &tiles[tile + 1] : nullptr;
+            variant_of(variant).layer->attend(*step, tiles[tile], next, floats, tokens * group);
+        }
     });
 }
 }
