@@ -17,13 +17,14 @@ CARGO := PATH="$$HOME/.cargo/bin:$$PATH" cargo
 export TORCH_INDEX_URL
 export GIT_COMMIT := $(shell . scripts/common.sh && echo "$$GIT_COMMIT")
 
-.PHONY: help install uninstall wheel docs run check check-rust check-python test test-amx test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
+.PHONY: help install uninstall wheel docs run check check-rust check-python test test-amx test-emulated test-gpu test-full test-rust test-python test-integration matrix simulate bench clean
 
 help:
 	@echo "make install   everything that is needed, into $(VENV)/ and target/ (only what is missing)"
 	@echo "make run       serve MODEL=$(MODEL) on PORT=$(PORT) and stream an answer; Ctrl-C ends it"
 	@echo "make test      every test: Rust, Python, integration"
 	@echo "make test-amx  tests that need a processor with AMX"
+	@echo "make test-emulated  those of AVX-512's products, on any processor with AVX2"
 	@echo "make test-gpu  tests that need an NVIDIA GPU"
 	@echo "make test-full the Python and integration tests with every type and number of shards"
 	@echo "make check     the fast lints: rustfmt, clippy, ruff, mypy, tidy"
@@ -69,6 +70,10 @@ test-integration: install
 # On a processor with AMX: its products beside the emulation of its instructions, and against plain arithmetic.
 test-amx: install
 	AMX=1 $(PYTHON) -m pytest -n $(JOBS) server/tests/kernels server/tests/quantization
+
+# On any processor with AVX2: what needs AVX-512, over an emulation of its instructions.
+test-emulated: install
+	EMULATE_AVX512=1 $(PYTHON) -m pytest -n $(JOBS) server/tests/kernels server/tests/quantization
 
 test-gpu: install
 	$(PYTHON) -m pytest server/tests/kernels/cuda/gpu_checks.py

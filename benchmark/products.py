@@ -28,6 +28,7 @@ from text_generation_server.kernels.weights import Integer, QuantizedWeight, Tab
 SHAPES = ((2048, 2048), (2048, 5632), (5632, 2048), (2048, 32000))
 GROUP = {"int4": 128, "nf4": 64, "int8": 2048}
 ROTATED_BYTES = 160 << 20
+ONEDNN = {True: "oneDNN", False: "oneDNN in float32"}
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -40,7 +41,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.coding}, {self.library.name if self.library else 'oneDNN'}"
+        return f"{self.coding}, {self.library.name if self.library else ONEDNN[native_bfloat16()]}"
 
     def copies(self, in_: int, out: int) -> Iterator[tuple[Product, int]]:
         """The same weight again and again in other memory, with the bytes of one."""
@@ -48,7 +49,7 @@ class Contender:
             dense = (torch.randn(out, in_) * 0.02).bfloat16()
             if self.library is None:
                 while True:
-                    yield prepack(dense), dense.nbytes
+                    yield onednn(dense), dense.nbytes
             matmul, size = dense_linear(self.library, dense), dense.nbytes
         else:
             assert self.library is not None
@@ -56,6 +57,19 @@ class Contender:
             matmul, size = quantized_linear(self.library, weight, torch.bfloat16), weight.num_bytes
         while True:
             yield clone(matmul), size
+
+
+def native_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn(weight: torch.Tensor) -> Product:
+    """oneDNN's product of bfloat16; in float32 where it has none, which is the best it has then."""
+    if native_bfloat16():
+        return prepack(weight)
+    multiply = prepack(weight.float())
+    return lambda x: multiply(x.float()).bfloat16()
 
 
 def quantized(coding: str, in_: int, out: int) -> QuantizedWeight:

@@ -15,10 +15,11 @@ import common
 SOURCE = Path(__file__).parent / "native" / "roofs.cpp"
 CHAINS = 12  # of roofs.cpp
 # Two operations for each multiplication and its sum: of an instruction's vector.
-OPERATIONS = {"avx2": 16, "avx512": 32, "bf16": 64, "vnni": 128, "amx_bf16": 16384, "amx_int8": 32768}
-NEEDS = {"avx2": "avx2", "avx512": "avx512f", "bf16": "avx512_bf16", "vnni": "avx512_vnni"}
+OPERATIONS = {"avx2": 16, "pairs": 64, "avx512": 32, "bf16": 64, "vnni": 128, "amx_bf16": 16384, "amx_int8": 32768}
+NEEDS = {"avx2": "avx2", "pairs": "avx2", "avx512": "avx512f", "bf16": "avx512_bf16", "vnni": "avx512_vnni"}
 NEEDS |= {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8"}
-NAMES = {"avx2": "float32, AVX2", "avx512": "float32, AVX-512", "bf16": "bfloat16 dot", "vnni": "8-bit dot"}
+NAMES = {"avx2": "float32, AVX2", "pairs": "8-bit pairs, AVX2", "avx512": "float32, AVX-512"}
+NAMES |= {"bf16": "bfloat16 dot", "vnni": "8-bit dot"}
 NAMES |= {"amx_bf16": "bfloat16 tiles", "amx_int8": "8-bit tiles"}
 
 

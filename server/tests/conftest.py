@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from emulated_avx512 import use_emulated_library
 from emulated_tiles import add_emulated_tiles
 from text_generation_server.kernels.cpu.kernels import CpuKernels
 from text_generation_server.kernels.cpu.native.library import ON_DEMAND, Library
@@ -27,9 +28,11 @@ def kernels(one_thread_kernels: CpuKernels) -> CpuKernels:
     return one_thread_kernels
 
 
+use_emulated_library()
 add_emulated_tiles()
 # "none": torch's operators alone. The others: our own products, in every variant that this processor executes, and that
-# with tiles whether it has them or not; what serves on demand alone with AMX=1 (`make test-amx`).
+# with tiles whether it has them or not; what serves on demand alone with AMX=1 (`make test-amx`); all of AVX-512 on any
+# processor with EMULATE_AVX512=1 (`make test-emulated`).
 INSTRUCTION_SETS = [
     "none",
     *(name for name, runs in Library().variants.items() if runs and (name not in ON_DEMAND or os.environ.get("AMX"))),

@@ -27,7 +27,8 @@ def test_a_step_need_not_wait_until_everything_was_looked_through(tmp_path: Path
     config = ServeConfig(
         model_dir=LLAMA, rank=0, world_size=1, uds_path=tmp_path / "s", num_threads=1, memory_bytes=1 << 30,
         dtype="float32", quantize=None, gptq_bits=None, gptq_groupsize=None, device="cpu", instruction_set=None,
-        kernel_cache=None, exit_with_stdin=False, logits_digest_dir=None, fault_file=tmp_path / "fault", recorded_sizes=(),
+        kernel_cache=None, exit_with_stdin=False, logits_digest_dir=None, fault_file=tmp_path / "fault",
+        recorded_sizes=(),
     )  # fmt: skip
     shard = Shard(config, plan_model(LLAMA, world_size=1, dtype="float32"), Health())
     assert shard.join(1, str(tmp_path / "rendezvous"), 5, lambda: True)

@@ -195,7 +195,7 @@ class Shard:
             self.health.enter(Phase.WARMING_UP, "recording steps")
             logger.info("recorded steps of {} sizes", steps.record())
             self.runner = RunnerAhead(*parts, steps=steps)
-        # What is there now stays: to look through all of it takes as long as a step or more, which streams would notice.
+        # What is there now stays: looking through all of it takes as long as a step, which streams would notice.
         gc.unfreeze()
         gc.collect()
         gc.freeze()

@@ -241,15 +241,7 @@ void multiply_panel(const Weight &weight, const Units &units, I table, int64_t p
             }
         });
     }
-    const Rows to{units.count, 0, nullptr, nullptr, nullptr, units.y};
-    each_tile([&](const Tile &tile, const float *total, const float *) {
-        for (int64_t m = 0; m < tile.count; m++)
-            repeat<kVectors>([&](auto v) {
-                const F value = load_floats(total + m * kColumns + v * kWidth);
-                put(to, weight, tile.row + m, panel * kColumns + v * kWidth,
-                    finished<C>(weight, units, tile.row + m, panel, v, value));
-            });
-    });
+    each_tile([&](const Tile &tile, const float *total, const float *) { put_rows<C>(weight, units, tile.row, tile.count, panel, total); });
 }
 
 // For tiles of at most so many rows.
@@ -269,7 +261,7 @@ TileShapes shapes_for(int64_t rows) {
 bool counts_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_units(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        const int64_t runs = runs_of<C>(weight);
+        const int64_t runs = runs_of(weight, kRunSteps<C>);
         *counts = {runs * kRunUnits, kTileRows * kRunUnits, C::kExact ? runs : 0, C::kExact, kTileRows};
     }) && (!counts->eight || rows > kFewOfCodes);
 }

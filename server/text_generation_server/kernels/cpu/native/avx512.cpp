@@ -10,7 +10,7 @@
 
 }  // namespace
 
-const Variant kAvx512{"avx512", kTable4, spread, multiply, nullptr, nullptr, nullptr, &kLayerAvx512, &kSamplingAvx512};
+const Variant kAvx512{"avx512", kTable4, spread, multiply, &kPairsOfCodes, nullptr, nullptr, &kLayerAvx512, &kSamplingAvx512};
 const LayerVariant kLayerAvx512{rms_norm, silu_and_mul, rotate, sum, add, attend, round_columns};
 const SamplingVariant kSamplingAvx512{row_statistics, weigh_row, leave_allowed, not_below, largest_of, penalize_row};
 

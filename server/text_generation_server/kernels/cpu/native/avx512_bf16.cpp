@@ -77,7 +77,7 @@ void multiply_many(const Weight &weight, const Units &units, I table, int64_t pa
             });
         });
     }
-    put_panel<C>(weight, units, panel, totals);
+    put_rows<C>(weight, units, 0, units.count, panel, totals);
 }
 
 template <class C>

@@ -32,6 +32,7 @@ INLINE F to_float(I value) { return _mm512_cvtepi32_ps(value.v); }
 INLINE F as_float(I value) { return _mm512_castsi512_ps(value.v); }
 template <int N>
 INLINE I shift_right(I value) { return {_mm512_srli_epi32(value.v, N)}; }
+INLINE I shift_right(I value, int64_t bits) { return {_mm512_srl_epi32(value.v, _mm_cvtsi64_si128(bits))}; }
 template <int N>
 INLINE I shift_left(I value) { return {_mm512_slli_epi32(value.v, N)}; }
 

@@ -10,8 +10,12 @@ INLINE I add_dot(I sum, I weights, I x) { return {_mm512_dpbusd_epi32(sum.v, wei
 
 // The same. Of many sums, given the instruction's function, gcc 12 moves each from register to register in every round of a loop.
 INLINE I add_dot_in_place(I sum, I weights, I x) {
+#ifdef KERNELS_EMULATE_AVX512
+    return add_dot(sum, weights, x);
+#else
     asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(weights.v), "v"(x.v));
     return sum;
+#endif
 }
 
 #include "few_rows_variant.h"
@@ -23,22 +27,6 @@ constexpr int kTileInRegisters = 6;
 constexpr int64_t kChunkOfCodes = 64;
 struct Made : Codes<8> {};  // units in memory lie as codes of 8 bits do
 static_assert(kChunkOfCodes * Made::kStep <= kChunkSteps * kStepPlaces * kColumns * int64_t(sizeof(float)));
-
-// Steps [first, last) of a panel, which are `blocks` whole blocks; `group` and `block` of a row are those of the first.
-struct Chunk {
-    int64_t first, last, group, block, blocks;
-};
-
-// What comes after `former`: no more than kChunkOfCodes.
-inline Chunk next_chunk(const Weight &weight, const Chunk &former) {
-    Chunk chunk{former.last, former.last, former.group, former.block + former.blocks, 0};
-    while (weight.group_ends[chunk.group] <= chunk.first) chunk.group++;
-    for (int64_t group = chunk.group; chunk.last < weight.steps && chunk.last - chunk.first + kBlockSteps <= kChunkOfCodes; chunk.blocks++) {
-        while (weight.group_ends[group] <= chunk.last) group++;
-        chunk.last = std::min<int64_t>(chunk.last + kBlockSteps, weight.group_ends[group]);
-    }
-    return chunk;
-}
 
 // Adds the products of a unit of each vector of columns with activations `x` of each row.
 template <int R>
@@ -112,7 +100,7 @@ __attribute__((noinline)) void multiply_in_registers(const Weight &weight, const
 // Exact kinds: the `R` rows of a tile with a chunk of one panel, whose units begin at `made`. Sums within a block stay in registers, of
 // which there are enough for none to wait for itself; those over the blocks of a group lie in memory.
 template <class C, int R>
-__attribute__((noinline)) void multiply_made(const Weight &weight, const Tile &tile, const Chunk &chunk, int64_t panel,
+__attribute__((noinline)) void multiply_made(const Weight &weight, const Tile &tile, const ChunkOfSteps &chunk, int64_t panel,
                                              const uint8_t *made, Ahead ahead, float *partials, float *totals) {
     alignas(64) static constexpr float kNothing[R * kColumns] = {};
     constexpr int64_t kUnit = kColumns * 4;
@@ -163,13 +151,13 @@ void multiply_panel(const Weight &weight, const Units &units, int64_t panel, flo
     if (units.tile == kTileInRegisters) {
         units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
             const Ahead ahead = ahead_of(0, weight.steps, 1, tile++);
-            with_rows<1, kTileInRegisters>(count, [&](auto rows) {
+            with_rows<2, kTileInRegisters>(count, [&](auto rows) {
                 multiply_in_registers<C, rows>(weight, Tile{units, row, count}, panel, ahead, totals + row * kColumns);
             });
         });
     } else {
-        for (Chunk chunk{}; chunk.last < weight.steps;) {
-            chunk = next_chunk(weight, chunk);
+        for (ChunkOfSteps chunk{}; chunk.last < weight.steps;) {
+            chunk = next_chunk(weight, chunk, kChunkOfCodes);
             const uint8_t *at = make_units<C>(codes, I{}, chunk.first, chunk.last, made);
             units.each_tile([&, tile = int64_t(0)](int64_t row, int64_t count) mutable {
                 const Ahead ahead = ahead_of(chunk.first, chunk.last, C::kUnits, tile++);
@@ -180,7 +168,7 @@ void multiply_panel(const Weight &weight, const Units &units, int64_t panel, flo
             });
         }
     }
-    put_panel<C>(weight, units, panel, totals);
+    put_rows<C>(weight, units, 0, units.count, panel, totals);
 }
 
 template <class C>
@@ -195,7 +183,7 @@ template <int64_t RowsInRegisters>
 bool units_of(const Weight &weight, int64_t rows, UnitCounts *counts) {
     return with_codes(weight.coding, [&](auto coding) {
         using C = decltype(coding);
-        *counts = {weight.steps * C::kUnits, 0, runs_of<C>(weight), true, rows <= RowsInRegisters ? kTileInRegisters : kTileOfEight};
+        *counts = {weight.steps * C::kUnits, 0, runs_of(weight, kRunSteps<C>), true, rows <= RowsInRegisters ? kTileInRegisters : kTileOfEight};
     });
 }
 

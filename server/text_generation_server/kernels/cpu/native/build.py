@@ -45,6 +45,7 @@ SOURCES = {
     "avx512.cpp": AVX512,
     "avx2.cpp": AVX2,
     "avx512_vnni.cpp": AVX512_VNNI,
+    "avx2_codes.cpp": (*AVX2, "-O2"),
     "amx.cpp": (*AVX512_BF16, *TILES),
     "library.cpp": (),
     "block.cpp": (),
@@ -77,21 +78,30 @@ def build(command: str = "c++") -> str | None:
     else:
         del sources["amx.cpp"]
         print(f"kernels are built without amx: {command} does not know {' '.join(TILES)}", file=sys.stderr)
+    make_library(compiler, macros, sources, LIBRARY)
+    STAMP.write_text(stamp)
+    return None
+
+
+def make_library(compiler: list[str], flags: list[str], sources: dict[str, tuple[str, ...]], library: Path) -> None:
+    """Compiles sources, each with its own flags and the common ones, and links them.
+
+    Raises:
+        RuntimeError: the compiler refused a source.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(source: str) -> str:
             target = f"{folder}/{source}.o"
-            _run([*compiler, *FLAGS, *macros, *sources[source], "-c", str(HERE / source), "-o", target])
+            _run([*compiler, *FLAGS, *flags, *sources[source], "-c", str(HERE / source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         # Not over the running file: a server may have it in its memory.
-        made = HERE / f".{LIBRARY.name}.{os.getpid()}"
+        made = library.with_name(f".{library.name}.{os.getpid()}")
         _run([*compiler, "-shared", "-pthread", "-o", str(made), *objects])
-    made.replace(LIBRARY)
-    STAMP.write_text(stamp)
-    return None
+    made.replace(library)
 
 
 def digest_of_sources() -> str:

@@ -19,24 +19,6 @@ INLINE typename C::Sum begin_sum(const int32_t *offset) {
     else return zeros();
 }
 
-// A stream of bytes that will be needed later: read into a core's second cache while something else is computed, so much in each step.
-struct Ahead {
-    const uint8_t *at;
-    int64_t stride;
-    INLINE void ask(int64_t bytes) {
-        for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch((const char *)at + line, _MM_HINT_T1);
-        at += stride;
-    }
-};
-
-// Of `steps` steps at `next`, which several tiles ask for while they go through as many: the share of one of them, in `asks` calls for
-// each step. A single tile has nothing to do meanwhile, and asks for nothing.
-template <class C>
-INLINE Ahead share_of(const uint8_t *next, int64_t steps, int64_t asks, int64_t tile, int64_t tiles) {
-    if (steps == 0 || tiles == 1) return {next, 0};
-    return {next + steps * C::kStep * tile / tiles, (C::kStep + tiles * asks - 1) / (tiles * asks)};
-}
-
 // The `R` rows of a tile with `Panels` panels: units are made in registers.
 template <class C, int R, int Panels>
 __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &tile, I table, int64_t panel, Ahead ahead) {
@@ -107,24 +89,14 @@ __attribute__((noinline)) void multiply_few(const Weight &weight, const Tile &ti
             else totals[m][p][v] = here.add(totals[m][p][v], partial[m][p][v], v * kWidth, x_sum);
         });
     }
-    const Rows rows{R, 0, nullptr, nullptr, nullptr, tile.units.y};
-    each([&](auto m, auto p, auto v) {
-        const F total = finished<C>(weight, tile.units, tile.row + m, panel + p, v, totals[m][p][v]);
-        put(rows, weight, tile.row + m, (panel + p) * kColumns + v * kWidth, total);
+    repeat<R>([&](auto m) {
+        repeat<Panels>([&](auto p) { put_row<C>(weight, tile.units, tile.row + m, panel + p, totals[m][p]); });
     });
 }
 
 // Bytes of a panel from which on two of them are streams that are long enough for a processor to read ahead by itself; shorter
 // ones are read one after the other, which is one stream.
 constexpr int64_t kLongPanel = 40 << 10;
-
-// `function` with the rows of a tile as a number that the compiler knows, one of `Least` to `Most`.
-template <int Least, int Most, class Function>
-INLINE void with_rows(int64_t rows, Function &&function) {
-    repeat<Most - Least + 1>([&](auto i) {
-        if (rows == Least + i) function(std::integral_constant<int, Least + i>{});
-    });
-}
 
 // One or two rows, with two panels at a time: enough sums that none waits for itself.
 template <class C, int R>

@@ -40,6 +40,12 @@ bool is_intel() {
 // float32, of half as many numbers; AMD's as long.
 bool slow_bfloat16() { return is_intel(); }
 
+// AMD's processors with AVX-512 read ahead within a page by themselves, which asking for lines hinders; those before them less well.
+bool reads_ahead() {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+}
+
 // The best last.
 std::vector<const Variant *> &variants() {
     static std::vector<const Variant *> all{
@@ -90,6 +96,9 @@ bool supported(const Variant &variant) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                       __builtin_cpu_supports("bmi2");
+#ifdef KERNELS_EMULATE_AVX512
+    return avx2;
+#endif
     if (&variant == &kAvx2) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -155,8 +164,12 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
     WritableUnits to{count, counts.units, counts.blocks, weight.groups, nullptr, nullptr, nullptr, nullptr, {}};
     to.x = reinterpret_cast<uint32_t *>(x_buffer.floats(count * counts.units + counts.spare));
     if (counts.eight) {
-        uint64_t *places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(count * (2 * outlier_words + 1)));
-        to.outliers = {outlier_words, reinterpret_cast<int32_t *>(places + count * outlier_words), places, x};
+        Outliers &outliers = to.outliers;
+        outliers.words = outlier_words, outliers.x = x;
+        const int64_t words = count * (outlier_words + outliers.num_any());
+        outliers.places = reinterpret_cast<uint64_t *>(outliers_buffer.floats(2 * words + count));
+        outliers.any = outliers.places + count * outlier_words;
+        outliers.counts = reinterpret_cast<int32_t *>(outliers.places + words);
         to.scales = scales_buffer.floats(count * counts.blocks + counts.spare);
         to.offsets = reinterpret_cast<int32_t *>(offsets_buffer.floats(count * counts.blocks + counts.spare));
         if (weight.zeros) to.sums = sums_buffer.floats(count * weight.groups + counts.spare);
@@ -181,7 +194,7 @@ void multiply_by_dots(const Weight &weight, const Dots &dots, const UnitCounts &
 
 }  // namespace
 
-const bool kAsksForLines = is_intel();
+const bool kAsksForLines = !reads_ahead();
 
 const Variant &variant_of(int32_t index) { return *variants()[index]; }
 

@@ -79,6 +79,8 @@ struct Outliers {
     int64_t words;              // of a row: 64 places each
     int32_t *counts;            // [rows]
     uint64_t *places;           // [rows][words]: a bit for each place, lowest first
+    uint64_t *any;              // [rows][num_any()]: a bit for each word that has any; of rows without outliers, anything
+    int64_t num_any() const { return (words + 63) / 64; }
     const uint16_t *x;          // [rows][in_features] in bfloat16
 };
 
@@ -145,7 +147,7 @@ constexpr int64_t scratch_floats(int64_t rows) {
 inline int64_t unit_scratch_floats(const Weight &weight) { return 2 * weight.steps * kStepPlaces + 256; }
 
 // Whether lines of codes that few rows are multiplied with are asked for one by one. Measured: Intel's processors read them a tenth
-// faster so, AMD's slower, as they read ahead by themselves.
+// faster so, AMD's before AVX-512 (Zen 3) up to 1.4 times as fast, later ones (Zen 5) slower.
 extern const bool kAsksForLines;
 
 extern const Variant kAvx2, kAvx512;
@@ -154,5 +156,7 @@ extern const Dots kDotsOfNumbers, kTilesAmx;
 // AMD's processors are faster with the first, by 1.15 times: they make units beside dot instructions and store sums slowly. Intel's with
 // the second, by 1.05 to 1.08: what makes units is in the way of dot instructions there.
 extern const Dots kDotsOfCodes, kDotsOfMadeCodes;
+// Without dot instructions, of pairs of places in 16 bits.
+extern const Dots kPairsOfCodes;
 
 }  // namespace kernels

@@ -1,8 +1,6 @@
 // Units of 4 bytes, of weights and of activations, for products that add up units: included by each source that has such, after
 // linear_parts.h. See few_rows_variant.h.
 
-constexpr int64_t kBlockSteps = 8;
-
 INLINE I load_units(const uint32_t *at) { return {_mm512_loadu_si512(at)}; }
 INLINE I broadcast_unit(const uint32_t *at) { return {_mm512_set1_epi32(int32_t(*at))}; }
 
@@ -125,64 +123,7 @@ INLINE I load_table(const Weight &weight) {
 }
 #endif
 
-// Of several rows, where those of one tile begin in x, scales, offsets and sums; see Units.
-struct Tile {
-    const Units &units;
-    int64_t row, count;
-    const uint32_t *x(int64_t unit) const { return units.x + row * units.units + unit * count; }
-    const float *scales(int64_t block) const { return units.scales + row * units.blocks + block * count; }
-    const int32_t *offsets(int64_t block) const { return units.offsets + row * units.blocks + block * count; }
-    const float *sums(int64_t group) const { return units.sums ? units.sums + row * units.groups + group * count : nullptr; }
-};
-
-// A row's outliers with the codes of one vector of columns, in the order of the places, on top of `total`.
-template <int Bits>
-__attribute__((noinline)) F with_outliers(const Weight &weight, const Outliers &outliers, int64_t row, int64_t panel, int vector,
-                                          F total) {
-    const uint8_t *codes = weight.codes + panel * weight.steps * Codes<Bits>::kStep;
-    int64_t group = 0;
-    for (int64_t word = 0; word < outliers.words; word++) {
-        for (uint64_t left = outliers.places[row * outliers.words + word]; left; left &= left - 1) {
-            const int64_t place = word * 64 + __builtin_ctzll(left), step = place / kStepPlaces, at = place % kStepPlaces;
-            while (weight.group_ends[group] <= step) group++;
-            const Group here{weight, (panel * weight.groups + group) * kColumns};
-            const int64_t feature = weight.places ? weight.places[place] : place;
-            const F x = all_floats(from_bfloat16(outliers.x[row * weight.in_features + feature]));
-            const uint8_t *from = codes + step * Codes<Bits>::kStep;
-            I words;
-            int64_t shift;
-            if constexpr (Bits == 8) {
-                words = load_integers(from + (at / 4 * kColumns + vector * kWidth) * 4);
-                shift = at % 4 * 8;
-            } else {
-                words = load_words<Bits>(from + vector * kWidth * Bits);
-                shift = at * Bits;
-            }
-            const __m512i code = _mm512_and_si512(_mm512_srl_epi32(words.v, _mm_cvtsi64_si128(shift)), _mm512_set1_epi32((1 << Bits) - 1));
-            const F number = here.scale(vector * kWidth) * (to_float({code}) - here.zero(vector * kWidth));
-            total = add_product(number, x, total);
-        }
-    }
-    return total;
-}
-
-template <class C>
-INLINE F finished(const Weight &weight, const Units &units, int64_t row, int64_t panel, int vector, F total) {
-    if constexpr (C::kExact)
-        if (units.outliers.counts[row]) return with_outliers<C::kBits>(weight, units.outliers, row, panel, vector, total);
-    return total;
-}
-
-// The results of one panel. totals: [rows][kColumns].
-template <class C>
-INLINE void put_panel(const Weight &weight, const Units &units, int64_t panel, const float *totals) {
-    const Rows rows{units.count, 0, nullptr, nullptr, nullptr, units.y};
-    for (int64_t row = 0; row < units.count; row++)
-        repeat<kVectors>([&](auto v) {
-            const F total = finished<C>(weight, units, row, panel, v, load_floats(totals + row * kColumns + v * kWidth));
-            put(rows, weight, row, panel * kColumns + v * kWidth, total);
-        });
-}
+#include "rows_variant.h"
 
 // Units of the steps [first, last), at `made` or where they lie already.
 template <class C>
@@ -204,27 +145,6 @@ INLINE const uint8_t *make_units(const uint8_t *codes, I table, int64_t first, i
         return made;
     }
 }
-
-// A row of activations in float32 and by place, of which there are whole vectors.
-INLINE void gather_row(const Weight &weight, const uint16_t *from, float *to) {
-    const int64_t places = weight.steps * kStepPlaces;
-    int64_t place = 0;
-    if (!weight.places) {
-        for (; place + kWidth <= places; place += kWidth) store_floats(to + place, widen_bfloat16(from + place));
-        for (; place < places; place++) to[place] = from_bfloat16(from[place]);
-    } else {
-        for (; place < places; place++) {
-            const int32_t feature = weight.places[place];
-            to[place] = feature < 0 ? 0.0f : from_bfloat16(from[feature]);
-        }
-    }
-    for (; place % kWidth; place++) to[place] = 0;
-}
-
-// What stands out of a block: what has more than 16 times the mean square of what does not. Of numbers that are normally
-// distributed one in 16,000. What is left has errors of 4 / (127 sqrt(12)) of itself at most, less than 1 %. In a short block even a
-// number beside zeros has not 16 times the mean.
-INLINE float outstanding(int64_t size) { return std::min(16.0f, float(size) / 2); }
 
 // A block of activations as 8-bit integers, and what each of them stands for; not a number if one of them is none. What stands
 // out, or is at least `threshold` if there is one, becomes 0 and is noted in `outliers`, a byte for each step.
@@ -303,65 +223,38 @@ INLINE void brain_units(const float *step, uint32_t *units) {
 // Makes units of the rows [row, row + count), group by group and in runs of at most kRunSteps: `put(m, step, run, units, size)`
 // takes those of the row + m, `size` of them, which begin with this step and are the `run`th.
 template <class C, class Put>
-INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t row, int64_t count, float *scratch,
-                         const WritableUnits &to, Put &&put) {
-    uint32_t units[kRunUnits] = {}, *brains = reinterpret_cast<uint32_t *>(scratch + weight.steps * kStepPlaces + 64);
+INLINE void prepare_numbers(const Weight &weight, const void *activations, int64_t row, int64_t count, float *scratch, Put &&put) {
+    uint32_t *brains = reinterpret_cast<uint32_t *>(scratch + weight.steps * kStepPlaces + 64);
     for (int64_t m = 0; m < count; m++) {
         gather_row(weight, (const uint16_t *)activations + (row + m) * weight.in_features, scratch);
-        const Outliers &outliers = to.outliers;
-        uint64_t *noted = nullptr;
-        if constexpr (C::kExact) {
-            noted = outliers.places + (row + m) * outliers.words;
-            noted[outliers.words - 1] = 0;
-            outliers.counts[row + m] = 0;
-        } else {
-            for (int64_t step = 0; step < weight.steps; step++) brain_units<C>(scratch + step * kStepPlaces, brains + step * C::kUnits);
-        }
+        for (int64_t step = 0; step < weight.steps; step++) brain_units<C>(scratch + step * kStepPlaces, brains + step * C::kUnits);
         int64_t step = 0, run = 0;
         for (int64_t group = 0; group < weight.groups; group++) {
-            float sum = 0;
             while (step < weight.group_ends[group]) {
                 const int64_t first = step, last = std::min<int64_t>(step + kRunSteps<C>, weight.group_ends[group]);
-                const uint32_t *made = units;
-                if constexpr (C::kExact) {
-                    int32_t whole;
-                    const float scale = quantize_block(scratch + first * kStepPlaces, (last - first) * kStepPlaces,
-                                                       weight.outlier_threshold, reinterpret_cast<int8_t *>(units), &whole,
-                                                       reinterpret_cast<uint8_t *>(noted) + first, &outliers.counts[row + m]);
-                    order_units<C>(units);
-                    const int64_t at = row * to.blocks + run * count + m;
-                    to.scales[at] = scale;
-                    to.offsets[at] = to.sums ? 0 : -int32_t(weight.middle) * whole;
-                    sum = std::fma(scale, float(whole), sum);
-                } else {
-                    made = brains + first * C::kUnits;
-                }
+                const uint32_t *made = brains + first * C::kUnits;
                 if (last - first == kRunSteps<C>) put(m, first, run, made, std::integral_constant<int, kRunUnits>{});
                 else put(m, first, run, made, (last - first) * C::kUnits);
                 step = last, run++;
             }
-            if (C::kExact && to.sums) to.sums[row * weight.groups + group * count + m] = sum;
         }
     }
 }
 
-// Runs of a row, of which each group has whole ones.
-template <class C>
-int64_t runs_of(const Weight &weight) {
-    int64_t runs = 0, step = 0;
-    for (int64_t group = 0; group < weight.groups; step = weight.group_ends[group++])
-        runs += (weight.group_ends[group] - step + kRunSteps<C> - 1) / kRunSteps<C>;
-    return runs;
-}
-
-template <class Function>
-bool with_codes(int32_t coding, Function &&function) {
-    switch (coding) {
-        case kInt2: function(Codes<2>{}); return true;
-        case kInt3: function(Codes<3>{}); return true;
-        case kInt4: function(Codes<4>{}); return true;
-        case kInt8: function(Codes<8>{}); return true;
-        default: return false;
+// The same of codes too.
+template <class C, class Put>
+INLINE void prepare_runs(const Weight &weight, const void *activations, int64_t row, int64_t count, float *scratch,
+                         const WritableUnits &to, Put &&put) {
+    if constexpr (C::kExact) {
+        auto quantize = [&](const float *x, int64_t size, uint32_t *units, uint8_t *noted, int32_t *num_outliers) {
+            int32_t sum;
+            const float scale = quantize_block(x, size, weight.outlier_threshold, reinterpret_cast<int8_t *>(units), &sum, noted, num_outliers);
+            order_units<C>(units);
+            return Block{scale, sum, to.sums ? 0 : -int32_t(weight.middle) * sum};
+        };
+        prepare_codes<C>(weight, activations, row, count, scratch, to, quantize, put);
+    } else {
+        prepare_numbers<C>(weight, activations, row, count, scratch, put);
     }
 }
 
