@@ -23,7 +23,7 @@ FLAGS = (
     "-Wno-psabi",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
-    "-O1",
+    "-O2",
 )
 
 
